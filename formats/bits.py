@@ -1,0 +1,91 @@
+"""Arithmetic on float32 bit patterns, in integers only.
+
+XLA on CPU flushes float32 subnormals in every float operation (`exp2(-127)` is 0, `x / 2**-127` is inf), so a number
+that may be subnormal is never touched by a float instruction here: it is an int32 "pattern" (the 31 magnitude bits).
+Each function works on Python ints and numpy values (catalogue entries are made at import, before any backend exists)
+and on traced jax scalars alike.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+MAGNITUDE = np.int32(0x7FFFFFFF)
+SIGN = np.int32(-0x80000000)
+INFINITY = np.int32(0x7F800000)
+NAN = np.int32(0x7FC00000)
+SMALLEST_NORMAL = np.int32(0x00800000)
+MIN_EXPONENT = -149  # of the smallest float32 subnormal
+
+
+def is_traced(*values) -> bool:
+    """True if any value is a jax array or tracer (then jnp does the arithmetic, else numpy)."""
+    return any(isinstance(value, jax.Array) for value in values)
+
+
+def to_pattern(value):
+    """float32 -> int32 of the same bits (sign included)."""
+    if is_traced(value):
+        return lax.bitcast_convert_type(value, jnp.int32)
+    return np.asarray(value, np.float32).view(np.int32)[()]
+
+
+def to_value(pattern):
+    """int32 pattern -> float32 of the same bits."""
+    if is_traced(pattern):
+        return lax.bitcast_convert_type(pattern, jnp.float32)
+    return np.asarray(pattern, np.int32).view(np.float32)[()]
+
+
+def highest_bit(n):
+    """floor(log2(n)) of int32 0 < n < 2**24, through the exact conversion to float32 (an integer is never subnormal)."""
+    n = jnp.asarray(n, jnp.int32) if is_traced(n) else np.asarray(n, np.int32)
+    return (to_pattern(n.astype(np.float32)) >> 23) - 127
+
+
+def pattern(n, exponent):
+    """Pattern of n * 2**exponent for an int32 0 <= n <= 2**24; INFINITY above the float32 range.
+
+    Below the float32 grid (multiples of 2**-149) low bits of n are dropped; no caller asks for that.
+    """
+    xp = jnp if is_traced(n, exponent) else np
+    n, exponent = xp.asarray(n, np.int32), xp.asarray(exponent, np.int32)
+    top = highest_bit(n)
+    normal = to_pattern(n.astype(np.float32)) + (xp.clip(exponent, -126 - top, 127 - top) << 23)
+    up = xp.clip(exponent - MIN_EXPONENT, 0, 23)
+    down = xp.clip(MIN_EXPONENT - exponent, 0, 31)
+    subnormal = (n << up) >> down
+    result = xp.where(top + exponent < -126, subnormal, xp.where(top + exponent > 127, INFINITY, normal))
+    result = xp.where(n == 0, np.int32(0), result)
+    return result if xp is jnp else np.int32(result)
+
+
+def power_of_two(exponent):
+    """Pattern of 2**exponent, -149 <= exponent <= 127; exact where float `exp2` flushes."""
+    xp = jnp if is_traced(exponent) else np
+    exponent = xp.asarray(exponent, np.int32)
+    one = xp.asarray(1, np.int32)
+    return xp.where(exponent < -126, one << xp.clip(exponent - MIN_EXPONENT, 0, 23), (exponent + 127) << 23)
+
+
+def largest(man_bits):
+    """Pattern of the largest finite float32 that has man_bits mantissa bits."""
+    xp = jnp if is_traced(man_bits) else np
+    man_bits = xp.asarray(man_bits, np.int32)
+    one = xp.asarray(1, np.int32)
+    return np.int32(254 << 23) | (((one << man_bits) - 1) << (23 - man_bits))
+
+
+def times_power_of_two(magnitude, exponent, man_bits):
+    """Pattern of magnitude * 2**exponent, saturated at `largest(man_bits)`; magnitude is a pattern of at most
+    man_bits mantissa bits, zero or normal, infinity stays infinity. Exact, or truncated below the float32 grid."""
+    xp = jnp if is_traced(magnitude, exponent, man_bits) else np
+    field = (magnitude >> 23) + exponent
+    significand = (magnitude & np.int32(0x7FFFFF)) | SMALLEST_NORMAL
+    subnormal = significand >> xp.clip(1 - field, 0, 31)
+    normal = (magnitude & np.int32(0x7FFFFF)) | (xp.clip(field, 1, 254) << 23)
+    scaled = xp.where(field < 1, subnormal, xp.where(field > 254, largest(man_bits), normal))
+    return xp.where((magnitude == 0) | (magnitude == INFINITY), magnitude, scaled)
