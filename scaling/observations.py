@@ -1,0 +1,135 @@
+"""From a table to the arrays of a fit: column mapping by SQL expressions, row filters, the held-out split, and every refusal.
+
+Expressions see the table's own columns. `where` and `holdout` see those and the law's inputs (`N`, `D`, ..., `loss`) as mapped;
+they may use window functions, so `N = max(N) OVER ()` is the largest size.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+
+from scaling.laws import Law
+from scaling.table import Source, table
+
+DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens"}
+"""Where run tables keep what laws call N and D; other inputs have the same name in both."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Rows of a fit. columns: input -> float64 [rows]; loss: float64 [rows], nats per token; held: bool [rows];
+    mapping: input -> SQL expression used; dropped: reason -> number of rows left out."""
+
+    columns: dict[str, np.ndarray]
+    loss: np.ndarray
+    held: np.ndarray
+    mapping: dict[str, str]
+    dropped: dict[str, int]
+
+    def rows(self, keep: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(columns, loss) of the rows where `keep`."""
+        return {name: values[keep] for name, values in self.columns.items()}, self.loss[keep]
+
+
+def quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, where: str | None = None,
+            holdout: str | None = None) -> Observations:
+    """The rows that `law` is to be fitted on. ValueError, one line, for whatever makes them unusable."""
+    relation = table(source)
+    mapping = _mapping(law, relation.columns, dict(columns or {}))
+    stages = [_stage(relation, _mapped_sql(mapping, relation.columns), "columns")]
+    filters = {"status is not done": "status = 'done'"} if "status" in stages[0].columns else {}
+    filters |= {f"where {where}": where} if where else {}
+    for reason, condition in filters.items():
+        stages.append(_stage(stages[-1], f"SELECT * FROM runs WHERE {condition}", reason))
+    counts = [len(stage) for stage in stages]
+    dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
+    if not counts[-1]:
+        raise ValueError(f"no rows left to fit: {counts[0]} in the table"
+                         + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
+    held = f"coalesce(CAST(({holdout}) AS BOOLEAN), false)" if holdout else "false"
+    last = _stage(stages[-1], f"SELECT {', '.join(map(quote, mapping))}, {held} AS held_out_ FROM runs", f"holdout {holdout}")
+    with _one_line("columns"):
+        final = last.fetchnumpy()
+    return _checked(law, final, mapping, dropped, holdout)
+
+
+def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str]:
+    """input -> SQL expression. Given ones win, then a column of the same name, then the run table's name; operands may be absent."""
+    optional = {operand.input for operand in law.operands}
+    unknown = sorted(set(given) - set(law.inputs) - {"loss"})
+    if unknown:
+        raise ValueError(f"columns: {unknown[0]!r} is no input of law {law.name}; it takes {', '.join((*law.inputs, 'loss'))}")
+    mapping, missing = {}, []
+    for name in (*law.inputs, "loss"):
+        alias = DEFAULT_COLUMNS.get(name, name)
+        if name in given:
+            mapping[name] = given[name]
+        elif name in found or alias in found:
+            mapping[name] = quote(name if name in found else alias)
+        elif name not in optional:
+            missing.append(name)
+    if missing:
+        raise ValueError(f"law {law.name} needs {', '.join(missing)}; the table has {', '.join(found)} "
+                         f"(name them: columns {','.join(name + '=...' for name in missing)})")
+    return mapping
+
+
+def _mapped_sql(mapping: dict[str, str], found: list[str]) -> str:
+    """All of the table's columns and the law's inputs; a column that an input shadows (SQL ignores case) gives way to it."""
+    shadowed = {name.lower() for name in mapping}
+    kept = [quote(name) for name in found if name.lower() not in shadowed]
+    inputs = [f"CAST(({expression}) AS DOUBLE) AS {quote(name)}" for name, expression in mapping.items()]
+    return f"SELECT {', '.join(inputs + kept)} FROM runs"
+
+
+@contextmanager
+def _one_line(what: str):
+    """Turns DuckDB's many-line errors into one line that says which of the caller's expressions was at fault."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
+
+
+def _stage(relation: duckdb.DuckDBPyRelation, sql: str, what: str) -> duckdb.DuckDBPyRelation:
+    """`sql` over `relation` (called runs in it), run once so that its errors are told here. Relations are lazy."""
+    with _one_line(what):
+        result = relation.query("runs", sql)
+        len(result)
+    return result
+
+
+def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None) -> Observations:
+    optional = {operand.input for operand in law.operands}
+    columns = {}
+    for name in law.inputs:
+        if name in mapping:
+            values = np.ma.filled(np.ma.asarray(arrays[name], dtype=np.float64), np.inf if name in optional else np.nan)
+            _refuse(values, name, mapping[name], law, infinite_allowed=name in optional)
+            columns[name] = values
+    loss = np.ma.filled(np.ma.asarray(arrays["loss"], dtype=np.float64), np.nan)
+    _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)
+    held = np.asarray(np.ma.filled(arrays["held_out_"], False), dtype=bool)
+    if holdout and (held.all() or not held.any()):
+        raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
+                         "it must leave rows to fit and rows to test")
+    return Observations(law.complete(columns) | {n: np.full(loss.shape, np.inf) for n in law.inputs if n not in columns},
+                        loss, held, mapping, dropped)
+
+
+def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool) -> None:
+    """ValueError when any value is missing, NaN, infinite (unless allowed), zero or negative: laws take logarithms."""
+    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)), ("zero", values == 0),
+             ("negative", values < 0))
+    for kind, bad in kinds:
+        if bad.any():
+            raise ValueError(f"{name} ({expression}) is {kind} in {int(bad.sum())} of {values.size} rows (first: row "
+                             f"{int(np.argmax(bad)) + 1}); law {law.name} needs positive numbers, so filter them with where")

@@ -1,0 +1,238 @@
+"""`Fit`: constants with intervals, predictions with intervals, and the refusal to state what the design does not identify."""
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import stdtrit
+
+from scaling.laws import Law, laws
+from scaling.problem import constants
+
+MAX_CONDITION = 1e9
+MAX_RELATIVE_SE = 0.5
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; `reason` is empty when the design identifies it. relative_se: of the value (offsets: absolute)."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    relative_se: float
+    reason: str
+
+    @property
+    def identified(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]" if self.identified else self.reason
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted loss of one run, nats per token, with the interval that a single new run is expected to fall in.
+
+    All arrays of the broadcast shape of the inputs. mean_low, mean_high: the interval of the law's value alone (parameter uncertainty
+    only). extrapolated: by what factor the point lies outside the fitted range of its worst input or of N*D (1 inside).
+    """
+
+    loss: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    mean_low: np.ndarray
+    mean_high: np.ndarray
+    extrapolated: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law. Everything that prediction needs is here and in the JSON file that `save` writes.
+
+    params: name -> value; intervals: name -> (low, high) at `level`; metrics: what the fit reports about itself (see `scaling.fit`).
+    free, ties, fixed, coordinates, scatter, draws: the solution in plain solver coordinates (logs of amplitudes and scales);
+    scatter @ scatter.T
+    is their covariance; draws are bootstrap refits (may be empty). ranges: input -> fitted (low, high).
+    """
+
+    law: Law
+    label: str
+    params: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    metrics: Mapping[str, object]
+    level: float
+    free: tuple[str, ...]
+    ties: Mapping[str, str]
+    fixed: Mapping[str, float]
+    coordinates: np.ndarray
+    scatter: np.ndarray
+    draws: np.ndarray
+    ranges: Mapping[str, tuple[float, float]]
+
+    @property
+    def converged(self) -> bool:
+        return bool(self.metrics["converged"])
+
+    @property
+    def quantile(self) -> float:
+        """Two-sided Student quantile at `level` with the residual degrees of freedom."""
+        return float(stdtrit(max(self.metrics["dof"], 1), 0.5 + 0.5 * self.level))
+
+    def estimate(self, name: str, **columns) -> Estimate:
+        """A parameter or one of the law's functionals (at `columns`), with its interval, or why the design does not identify it.
+
+        Bootstrap percentiles when the fit has draws; otherwise the linearised covariance, symmetric in the logarithm of a positive value.
+        """
+        function, unit_scale = self._function(name, columns)
+        value = function(self.params)
+        if len(self.draws) > 20:
+            low, high, error = self._from_draws(function)
+        else:
+            error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
+            reach = self.quantile * error
+            low, high = (value * math.exp(-min(reach / value, 700.0)), value * math.exp(min(reach / value, 700.0))) \
+                if value > 0 and unit_scale is None else (value - reach, value + reach)
+        relative = error / (unit_scale or abs(value) or 1.0)
+        return Estimate(name, float(value), low, high, relative, self._reason(name, relative))
+
+    def identified(self, name: str, **columns) -> bool:
+        """Whether the design identifies a parameter or functional: `estimate(...).identified`."""
+        return self.estimate(name, **columns).identified
+
+    def predict(self, **columns) -> Prediction:
+        """Loss of one run at the law's inputs, with its interval at `level`.
+
+        The variance of ln loss has three parts: of the law's value (bootstrap draws, or the linearised covariance), of a run about
+        the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there: the largest excess
+        error of refits on the smaller runs that predict the larger ones, or of the held-out rows if that is larger.
+        ValueError when the design identifies nothing (condition number), or for inputs that the law does not take.
+        """
+        if self.metrics["condition_number"] > MAX_CONDITION:
+            raise ValueError(f"prediction {self._reason('', 0.0)}")
+        columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        loss = np.asarray(self.law.predict(self.params, **columns))
+        if len(self.draws) > 20:
+            logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
+            low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
+            mean_variance = (0.5 * (high - low)) ** 2
+        else:
+            mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)
+        extrapolated = self._extrapolation(columns)
+        beyond = np.where(extrapolated > 1.0 + 1e-9, float(self.metrics["discrepancy"]), 0.0)
+        reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
+        mean_reach = self.quantile * np.sqrt(mean_variance)
+        return Prediction(loss, loss * np.exp(-reach), loss * np.exp(reach), loss * np.exp(-mean_reach), loss * np.exp(mean_reach),
+                          extrapolated)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes FIT.json by rename: everything that `load` needs to predict. Returns the path."""
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"out={path}: the folder {path.parent} does not exist")
+        body = {"bitlaw_fit": VERSION, "law": self.law.name, "about": self.law.about, "cite": self.law.cite, "label": self.label,
+                "params": dict(self.params), "intervals": {k: list(v) for k, v in self.intervals.items()}, "level": self.level,
+                "metrics": dict(self.metrics), "free": list(self.free), "ties": dict(self.ties), "fixed": dict(self.fixed),
+                "coordinates": self.coordinates.tolist(), "scatter": self.scatter.tolist(), "draws": self.draws.tolist(),
+                "ranges": {k: list(v) for k, v in self.ranges.items()}}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        partial.write_text(json.dumps(_to_json(body), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    def _constants(self, coordinates: np.ndarray) -> dict[str, float]:
+        return constants(self.law, self.free, self.ties, self.fixed, coordinates)
+
+    def _function(self, name: str, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
+        """(params -> number, scale of its standard error: None for relative to the value)."""
+        if name in self.params:
+            return (lambda p: p[name]), (1.0 if self.law.parameter(name).kind == "offset" else None)
+        if name not in self.law.functionals:
+            raise ValueError(f"{name!r}: law {self.law.name} has no such parameter or functional here; it has "
+                             f"{', '.join((*self.params, *self.law.functionals))}")
+        return (lambda p: self.law.functionals[name](p, **columns)), None
+
+    def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
+        """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
+        step = 0.1
+        with np.errstate(all="ignore"):
+            slopes = np.stack([(function(self._constants(self.coordinates + step * column))
+                                - function(self._constants(self.coordinates - step * column))) / (2 * step) for column in self.scatter.T])
+        return np.where(np.isfinite(slopes), slopes, np.inf)
+
+    def _from_draws(self, function: Callable[[Mapping], float]) -> tuple[float, float, float]:
+        with np.errstate(all="ignore"):
+            values = np.array([function(self._constants(draw)) for draw in self.draws], dtype=np.float64)
+        tail = 0.5 * (1.0 - self.level)
+        values = np.where(np.isnan(values), np.inf, values)
+        low, left, right, high = np.quantile(values, [tail, 0.15865, 0.84135, 1.0 - tail], method="closest_observation")
+        return float(low), float(high), float(0.5 * (right - left))
+
+    def _reason(self, name: str, relative: float) -> str:
+        condition = float(self.metrics["condition_number"])
+        why = f"condition number {condition:.1e}"
+        if name in self.metrics["at_bound"] or self.ties.get(name) in self.metrics["at_bound"]:
+            return f"not identified by this design ({why}; {name} ended on its bound)"
+        if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
+            return f"not identified by this design ({why})"
+        if not relative <= MAX_RELATIVE_SE:
+            return f"not identified by this design ({why}; relative standard error {relative:.0%})"
+        return ""
+
+    def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.
+
+        An operand beyond its neutral width counts as that width; one that was always neutral has no range.
+        """
+        factors = [np.ones(())]
+        neutral = {operand.input: operand.neutral for operand in self.law.operands}
+        for name, (low, high) in self.ranges.items():
+            values = np.minimum(math.prod(columns.get(part, math.inf) for part in name.split("*")), neutral.get(name, math.inf))
+            factors.append(np.maximum(np.maximum(values / high, low / values), 1.0))
+        factors = np.broadcast_arrays(*factors)
+        return np.max(factors, axis=0)
+
+
+def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
+    """The fit in a FIT.json. `law`: only for a law that is not in the registry. ValueError, one line, when it cannot be read."""
+    try:
+        body = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=float)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give the FIT.json that `bitlaw fit --out` wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: not a fit ({error})") from None
+    if not isinstance(body, dict) or body.get("bitlaw_fit") != VERSION:
+        raise ValueError(f"{path}: not a fit of this version (bitlaw_fit must be {VERSION})")
+    pairs = {name: {k: tuple(_number(x) for x in v) for k, v in body[name].items()} for name in ("intervals", "ranges")}
+    metrics = {name: _number(value) for name, value in body["metrics"].items()}
+    size = len(body["free"])
+    return Fit(law or laws[body["law"]], body["label"], body["params"], pairs["intervals"], metrics, body["level"],
+               tuple(body["free"]), body["ties"], body["fixed"], np.array(body["coordinates"], dtype=np.float64),
+               _matrix(body["scatter"], size), _matrix(body["draws"], size), pairs["ranges"])
+
+
+def _to_json(value):
+    """JSON has no infinity: infinite and NaN numbers are written as the strings "inf", "-inf", "nan"."""
+    if isinstance(value, Mapping):
+        return {str(k): _to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _number(value):
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _matrix(rows: list, width: int) -> np.ndarray:
+    return np.array([[float(x) for x in row] for row in rows], dtype=np.float64).reshape(len(rows), width)

@@ -1,0 +1,175 @@
+"""Run tables: every way to hand runs to `scaling`, as one DuckDB relation.
+
+A folder of runs holds one `record.json` per run (written when the run ends) and one `metrics.jsonl` (appended while it trains).
+`table` reads the former, `curves` the latter; files, relations and mappings of arrays pass through `table` as well, so whatever
+takes a table takes any of them.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
+_ROLE_FIELDS = {"format": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE", "man_bits": "DOUBLE",
+                "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
+
+RUN_COLUMNS: dict[str, str] = {
+    "run_id": "VARCHAR", "sweep": "VARCHAR", "status": "VARCHAR", "seed": "BIGINT", "trunk_id": "VARCHAR", "cooldown_steps": "BIGINT",
+    "unique_tokens": "BIGINT", "n_params": "BIGINT", "n_params_total": "BIGINT", "tokens": "BIGINT", "flops": "DOUBLE", "loss": "DOUBLE",
+    "loss_std_err": "DOUBLE", "loss_train": "DOUBLE", "bits_per_byte": "DOUBLE", "precision": "VARCHAR",
+    **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_FIELDS.items()},
+    "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
+    "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",
+    "tokens_per_s": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR", "code_version": "VARCHAR",
+    "data": "VARCHAR", "data_sha256": "VARCHAR",
+}
+"""Columns that every run table has, absent ones NULL, and their SQL types (section 4 of the design)."""
+
+CURVE_COLUMNS: dict[str, str] = {"step": "BIGINT", "tokens": "BIGINT", "loss": "DOUBLE", "lr": "DOUBLE", "grad_norm": "DOUBLE",
+                                 "val_loss": "DOUBLE", "val_stderr": "DOUBLE"}
+
+_READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", ".json": "read_json", ".jsonl": "read_json",
+            ".ndjson": "read_json"}
+Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelation | Mapping[str, object]"
+
+
+def table(source: Source) -> duckdb.DuckDBPyRelation:
+    """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
+    column to array, or a relation (returned as it is).
+
+    Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own).
+    ValueError, one line, for a path that does not exist, a folder without records, a record that is not JSON, or uneven arrays.
+    """
+    if isinstance(source, duckdb.DuckDBPyRelation):
+        return source
+    if isinstance(source, Mapping):
+        return _from_arrays(source)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        return _from_file(path) if path.is_file() else _from_folders([path])
+    return _from_folders([Path(item) for item in source])
+
+
+def write_table(relation: duckdb.DuckDBPyRelation, path: str | os.PathLike) -> Path:
+    """Writes `relation` to `path` (.parquet or .csv) by rename, so that no half-written file is ever seen. Returns the path."""
+    path = Path(path)
+    if path.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"out={path}: cannot write {path.suffix or 'a file without suffix'}; use .parquet or .csv")
+    if not path.parent.is_dir():
+        raise ValueError(f"out={path}: the folder {path.parent} does not exist")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        (relation.write_parquet if path.suffix == ".parquet" else relation.write_csv)(str(partial))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:
+    """Training curves: one row per line of every `metrics.jsonl` below the folder(s), with `run_id` from the run folder's name.
+
+    Columns run_id and CURVE_COLUMNS (absent ones NULL), ordered by run and line. A torn last line (a run killed while writing) is
+    left out; any other line that is not JSON is a ValueError that names it.
+    """
+    folders = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
+    rows = []
+    for path in _find(folders, "metrics.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}:{number}: not a JSON line ({error.msg})") from None
+            rows.append({"run_id": path.parent.name} | {name: row.get(name) for name in CURVE_COLUMNS})
+    return _from_rows(rows, {"run_id": "VARCHAR"} | CURVE_COLUMNS)
+
+
+def _find(folders: list[Path], name: str) -> list[Path]:
+    """Every file called `name` below `folders`, sorted. ValueError when a folder is missing or nothing is found."""
+    if not folders:
+        raise ValueError("table: no folder given; give a run folder, a list of them, or a .csv/.parquet/.json file")
+    for folder in folders:
+        if not folder.exists():
+            raise ValueError(f"{folder}: no such file or folder; give a run folder or a .csv/.parquet/.json file")
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: is a file; a list may hold run folders only")
+    found = sorted({path for folder in folders for path in folder.rglob(name)})
+    if not found:
+        raise ValueError(f"{', '.join(map(str, folders))}: no {name} below it; give a folder of finished runs")
+    return found
+
+
+def _from_folders(folders: list[Path]) -> duckdb.DuckDBPyRelation:
+    records = []
+    for path in _find(folders, "record.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a JSON record ({error.msg} at line {error.lineno})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: a record is a JSON object, this is a {type(record).__name__}")
+        records.append({"run_id": path.parent.name} | {k: v for k, v in record.items() if v is not None})
+    extra = {key: _sql_type(records, key) for record in records for key in record if key not in RUN_COLUMNS}
+    return _from_rows(records, RUN_COLUMNS | extra)
+
+
+def _sql_type(records: list[dict], key: str) -> str:
+    """The SQL type of an extra key: DOUBLE when every value is a number, else text (JSON for lists and objects)."""
+    values = [record[key] for record in records if key in record]
+    return "DOUBLE" if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) else "VARCHAR"
+
+
+def _from_rows(rows: list[dict], types: dict[str, str]) -> duckdb.DuckDBPyRelation:
+    """Rows of JSON values as a relation with the given columns and types, in order. Text values of numeric columns must parse."""
+    def cell(value):
+        return json.dumps(value) if isinstance(value, (dict, list, bool)) else value
+    arrays = {}
+    for name, kind in types.items():
+        values = [cell(row.get(name)) for row in rows]
+        # Text keeps integers beyond 2^53 and the difference between NULL and NaN; DuckDB casts it to the column's type.
+        arrays[name] = np.array([None if v is None else str(v) for v in values], dtype=object)
+    select = ", ".join(f"CAST({_quote(name)} AS {kind}) AS {_quote(name)}" for name, kind in types.items())
+    connection = duckdb.connect()
+    if not rows:
+        empty = ", ".join(f"CAST(NULL AS {kind}) AS {_quote(name)}" for name, kind in types.items())
+        return connection.sql(f"SELECT {empty} WHERE false")
+    connection.register("rows_as_text", arrays)
+    try:
+        connection.execute(f"CREATE TABLE runs AS SELECT {select} FROM rows_as_text")
+    except duckdb.ConversionException as error:
+        raise ValueError(f"run table: {str(error).splitlines()[0]}") from None
+    return connection.table("runs")
+
+
+def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
+    columns = {str(name): np.asarray(values) for name, values in arrays.items()}
+    lengths = {name: values.shape for name, values in columns.items()}
+    if not columns or any(len(shape) != 1 for shape in lengths.values()) or len(set(lengths.values())) != 1:
+        raise ValueError(f"table: columns must be one-dimensional and equally long; got {lengths or 'no columns'}")
+    connection = duckdb.connect()
+    connection.register("arrays", columns)
+    connection.execute("CREATE TABLE runs AS SELECT * FROM arrays")
+    return connection.table("runs")
+
+
+def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known are {', '.join(_READERS)}, or a run folder")
+    connection = duckdb.connect()
+    reader = getattr(connection, _READERS[path.suffix.lower()])
+    try:
+        return reader(str(path))
+    except duckdb.Error as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
