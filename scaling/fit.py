@@ -10,6 +10,7 @@ from scaling.observations import Observations, observe
 from scaling.problem import Problem, constants
 from scaling.result import MAX_CONDITION, Fit
 from scaling.solve import Solution, solve
+from scaling.statistics import mean_interval
 from scaling.table import Source
 from scaling.uncertainty import bootstrap as resample
 from scaling.uncertainty import cell_index, discrepancy, spread
@@ -30,7 +31,8 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     level: of the intervals. progress(done, total) is called during the bootstrap.
 
     Metrics: objective, gradient_norm, converged, starts, starts_agree, condition_number (of J'J in centred logs), rows, dof, dropped,
-    residual_sd, rmse, bic, discrepancy, at_bound, held_out {rows, rmse, bias, worst, covered}, notes, columns, where, holdout, loss, delta.
+    residual_sd, rmse, bic, discrepancy, at_bound, held_out (rows, rmse, bias, worst; bias_nats with its 95 %
+    interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
     if loss not in LOSSES:
@@ -116,7 +118,7 @@ def _assemble(problem: Problem, solution: Solution, observed: Observations, labe
         "starts_agree": solution.agree, "condition_number": around.condition, "rows": rows, "dof": around.dof,
         "dropped": observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(problem.free) * np.log(rows)),
-        "discrepancy": discrepancy(problem, solution.z, delta, required), "at_bound": list(around.at_bound), "held_out": None,
+        "discrepancy": discrepancy(problem, solution.z, delta, required, around.condition), "at_bound": list(around.at_bound), "held_out": None,
         "notes": notes, "columns": observed.mapping, "bootstrap": num_draws, **asked,
     }
     params = constants(law, problem.free, problem.ties, problem.fixed, coordinates)
@@ -148,7 +150,8 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
     errors = np.log(predicted) - np.log(loss)
     score = {"rows": int(loss.size), "rmse": float(np.sqrt(np.mean(errors**2))), "bias": float(np.mean(errors)),
              "worst": float(errors[np.argmax(np.abs(errors))]), "rmse_nats": float(np.sqrt(np.mean((predicted - loss) ** 2))),
-             "bias_nats": float(np.mean(predicted - loss)), "covered": None, "half_width": None}
+             **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
+             "covered": None, "half_width": None}
     if fitted.metrics["condition_number"] <= MAX_CONDITION:
         interval = fitted.predict(**columns)
         score["covered"] = float(np.mean((interval.low <= loss) & (loss <= interval.high)))

@@ -1,7 +1,8 @@
 """From a table to the arrays of a fit: column mapping by SQL expressions, row filters, the held-out split, and every refusal.
 
 Expressions see the table's own columns. `where` and `holdout` see those and the law's inputs (`N`, `D`, ..., `loss`) as mapped;
-they may use window functions, so `N = max(N) OVER ()` is the largest size.
+they may use window functions: `N = max(N) OVER ()` is the largest size, `row_number() OVER (ORDER BY loss DESC) > 5` is all but the
+five largest losses. A condition that is NULL counts as false.
 """
 from __future__ import annotations
 
@@ -44,18 +45,19 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     """The rows that `law` is to be fitted on. ValueError, one line, for whatever makes them unusable."""
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
-    stages = [_stage(relation, _mapped_sql(mapping, relation.columns), "columns")]
+    stages = [_project(relation, _mapped(mapping, relation.columns), "columns")]
     filters = {"status is not done": "status = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
-        stages.append(_stage(stages[-1], f"SELECT * FROM runs WHERE {condition}", reason))
+        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS keep_", reason)
+        stages.append(flagged.filter("keep_").project("* EXCLUDE (keep_)"))
     counts = [len(stage) for stage in stages]
     dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
     if not counts[-1]:
         raise ValueError(f"no rows left to fit: {counts[0]} in the table"
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
-    held = f"coalesce(CAST(({holdout}) AS BOOLEAN), false)" if holdout else "false"
-    last = _stage(stages[-1], f"SELECT {', '.join(map(quote, mapping))}, {held} AS held_out_ FROM runs", f"holdout {holdout}")
+    held = _boolean(holdout) if holdout else "false"
+    last = _project(stages[-1], f"{', '.join(map(quote, mapping))}, {held} AS held_out_", f"holdout {holdout}")
     with _one_line("columns"):
         final = last.fetchnumpy()
     return _checked(law, final, mapping, dropped, holdout)
@@ -82,12 +84,15 @@ def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str
     return mapping
 
 
-def _mapped_sql(mapping: dict[str, str], found: list[str]) -> str:
-    """All of the table's columns and the law's inputs; a column that an input shadows (SQL ignores case) gives way to it."""
+def _mapped(mapping: dict[str, str], found: list[str]) -> str:
+    """SELECT list of the law's inputs and the table's columns; a column that an input shadows (SQL ignores case) gives way to it."""
     shadowed = {name.lower() for name in mapping}
-    kept = [quote(name) for name in found if name.lower() not in shadowed]
     inputs = [f"CAST(({expression}) AS DOUBLE) AS {quote(name)}" for name, expression in mapping.items()]
-    return f"SELECT {', '.join(inputs + kept)} FROM runs"
+    return ", ".join(inputs + [quote(name) for name in found if name.lower() not in shadowed])
+
+
+def _boolean(condition: str) -> str:
+    return f"coalesce(CAST(({condition}) AS BOOLEAN), false)"
 
 
 @contextmanager
@@ -99,10 +104,13 @@ def _one_line(what: str):
         raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
-def _stage(relation: duckdb.DuckDBPyRelation, sql: str, what: str) -> duckdb.DuckDBPyRelation:
-    """`sql` over `relation` (called runs in it), run once so that its errors are told here. Relations are lazy."""
+def _project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
+    """`select` over `relation`, run once so that its errors are told here: relations are lazy.
+
+    Not `relation.query(name, sql)`: a table of that name in the caller's connection would be read instead, silently.
+    """
     with _one_line(what):
-        result = relation.query("runs", sql)
+        result = relation.project(select)
         len(result)
     return result
 

@@ -120,11 +120,18 @@ class Problem:
 
     def plain(self, z_SF: np.ndarray) -> np.ndarray:
         """[S, F]: coordinates without centring: logs of amplitudes and scales, exponents and offsets as they are."""
-        centre_SK = self.centre(self.log_terms(self.theta(z_SF)))
-        result = z_SF.copy()
+        return self._shifted(z_SF, -1.0)
+
+    def centred(self, plain_SF: np.ndarray) -> np.ndarray:
+        """[S, F]: the inverse of `plain`."""
+        return self._shifted(plain_SF, 1.0)
+
+    def _shifted(self, coordinates_SF: np.ndarray, sign: float) -> np.ndarray:
+        centre_SK = self.centre(self.log_terms(self.theta(coordinates_SF)))
+        result = coordinates_SF.copy()
         for k, name in enumerate(self.law.amplitudes):
             if name in self.free:
-                result[:, self.free.index(name)] -= centre_SK[:, k]
+                result[:, self.free.index(name)] += sign * centre_SK[:, k]
         return result
 
 

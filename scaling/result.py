@@ -90,19 +90,24 @@ class Fit:
     def estimate(self, name: str, **columns) -> Estimate:
         """A parameter or one of the law's functionals (at `columns`), with its interval, or why the design does not identify it.
 
-        Bootstrap percentiles when the fit has draws; otherwise the linearised covariance, symmetric in the logarithm of a positive value.
+        The interval is that of the linearised covariance (symmetric in the logarithm of a positive value), or, when the fit has draws,
+        the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
+        Chinchilla points it is 40 % too narrow for beta), the latter is too narrow with few cells (nine cells: 82 % for 95 %).
         """
         function, unit_scale = self._function(name, columns)
-        value = function(self.params)
-        if len(self.draws) > 20:
-            low, high, error = self._from_draws(function)
+        with np.errstate(all="ignore"):
+            value = float(function(self.params))
+        error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
+        reach = self.quantile * error
+        if value > 0 and unit_scale is None:
+            low, high = value * math.exp(-min(reach / value, 700.0)), value * math.exp(min(reach / value, 700.0))
         else:
-            error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
-            reach = self.quantile * error
-            low, high = (value * math.exp(-min(reach / value, 700.0)), value * math.exp(min(reach / value, 700.0))) \
-                if value > 0 and unit_scale is None else (value - reach, value + reach)
+            low, high = value - reach, value + reach
+        if len(self.draws) > 20:
+            draw_low, draw_high, draw_error = self._from_draws(function)
+            low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
-        return Estimate(name, float(value), low, high, relative, self._reason(name, relative))
+        return Estimate(name, value, low, high, relative, self._reason(name, relative) or self._outside(name, value))
 
     def identified(self, name: str, **columns) -> bool:
         """Whether the design identifies a parameter or functional: `estimate(...).identified`."""
@@ -111,7 +116,7 @@ class Fit:
     def predict(self, **columns) -> Prediction:
         """Loss of one run at the law's inputs, with its interval at `level`.
 
-        The variance of ln loss has three parts: of the law's value (bootstrap draws, or the linearised covariance), of a run about
+        The variance of ln loss has three parts: of the law's value (linearised, or the bootstrap's if larger), of a run about
         the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there: the largest excess
         error of refits on the smaller runs that predict the larger ones, or of the held-out rows if that is larger.
         ValueError when the design identifies nothing (condition number), or for inputs that the law does not take.
@@ -120,12 +125,12 @@ class Fit:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
         columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         loss = np.asarray(self.law.predict(self.params, **columns))
-        if len(self.draws) > 20:
-            logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
-            low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
-            mean_variance = (0.5 * (high - low)) ** 2
-        else:
+        with np.errstate(all="ignore"):
             mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)
+            if len(self.draws) > 20:
+                logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
+                low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
+                mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
         extrapolated = self._extrapolation(columns)
         beyond = np.where(extrapolated > 1.0 + 1e-9, float(self.metrics["discrepancy"]), 0.0)
         reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
@@ -186,6 +191,14 @@ class Fit:
         if not relative <= MAX_RELATIVE_SE:
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
         return ""
+
+    def _outside(self, name: str, value: float) -> str:
+        """Why a functional whose value is a value of an input cannot be told: it lies outside what was trained."""
+        answered = self.law.answers.get(name)
+        low, high = self.ranges.get(answered, (-math.inf, math.inf))
+        if low <= value <= high:
+            return ""
+        return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {answered} trained, {low:g} to {high:g})"
 
     def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.

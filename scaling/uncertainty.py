@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.problem import LARGEST, Problem, constants
-from scaling.solve import minimise, solve
+from scaling.problem import LARGEST, Problem
+from scaling.solve import minimise
 
 INNER_CUTS = (0.5, 0.65, 0.8)  # quantiles of scale below which an inner fit is trained
 DEAD = -12.0  # ln of a term's mean share of the loss below which the term is dead
@@ -90,38 +90,40 @@ def cell_index(columns: dict[str, np.ndarray], names: tuple[str, ...]) -> np.nda
     return np.unique(np.stack([columns[name] for name in names], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...]) -> float:
+def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...], condition: float) -> float:
     """Extra standard deviation of ln loss that a prediction beyond the data needs, measured inside the data.
 
     For each cut, the rows below that quantile of scale (the product of the required inputs, for N and D the compute) are refitted and
     the rows above predicted. What the errors exceed the refit's own spread and residual by is the law's discrepancy out of range; the
-    largest over the cuts is returned. 0 when no cut leaves enough rows and levels.
+    largest over the cuts is returned. A refit conditioned a hundred times worse than the whole design says nothing about the law and
+    is left out. 0 when no cut is left.
     """
     scale = sum(np.log(problem.columns[name]) for name in required)
+    plain = problem.plain(z_F[None])
     worst = 0.0
     for cut in INNER_CUTS:
         keep = scale <= np.quantile(scale, cut)
-        inner = problem.rows(keep)
-        levels = min(np.unique(inner.columns[name]).size for name in required)
-        if keep.all() or keep.sum() < len(problem.free) + 3 or levels < 2:
+        if keep.all() or keep.sum() < len(problem.free) + 3:
             continue
-        solution = solve(inner, delta, guesses_SF=z_F[None])
-        errors, variance = _held_errors(problem, inner, solution.z, ~keep, delta)
+        inner = problem.rows(keep)
+        z_inner = minimise(inner, inner.centred(plain), np.ones((1, int(keep.sum()))), delta)[0][0]
+        inner_spread = spread(inner, z_inner, delta)
+        if inner_spread.condition > 100.0 * condition:
+            continue
+        errors, variance = _held_errors(inner, z_inner, inner_spread, problem.rows(~keep))
         if np.isfinite(errors).all():
             worst = max(worst, float(np.mean(errors**2) - np.mean(variance)))
     return math.sqrt(worst)
 
 
-def _held_errors(problem: Problem, inner: Problem, z_F: np.ndarray, held: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of ln loss of the refit `z_F` (in inner's coordinates) on the held rows, and their variance by the refit's own account."""
-    spread_inner = spread(inner, z_F, delta)
+def _held_errors(inner: Problem, z_F: np.ndarray, inner_spread: Spread, outer: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of ln loss of the refit `z_F` of `inner` on the rows of `outer`, and their variance by the refit's own account."""
     plain = inner.plain(z_F[None])[0]
-    outer = problem.rows(held)
 
     def log_loss(coordinates: np.ndarray) -> np.ndarray:
-        params = constants(problem.law, problem.free, problem.ties, problem.fixed, coordinates)
-        return np.log(problem.law.predict(params, **outer.columns))
+        return outer.residuals(outer.centred(coordinates[None]))[0] + outer.log_loss
 
-    gradients = np.stack([log_loss(plain + 0.1 * column) - log_loss(plain - 0.1 * column) for column in spread_inner.scatter.T]) / 0.2
-    variance = (np.where(np.isfinite(gradients), gradients, 0.0) ** 2).sum(axis=0) + spread_inner.residual_sd**2
+    with np.errstate(all="ignore"):
+        gradients = np.stack([log_loss(plain + 0.1 * column) - log_loss(plain - 0.1 * column) for column in inner_spread.scatter.T]) / 0.2
+    variance = (np.where(np.isfinite(gradients), gradients, 0.0) ** 2).sum(axis=0) + inner_spread.residual_sd**2
     return log_loss(plain) - outer.log_loss, variance

@@ -3,7 +3,8 @@
     L = A N_eff^-alpha + B D^-beta + E,    N_eff = N * prod_x (1 - exp(-P_x/gamma_x + n_x)),   x in weights, activations, kv cache
 
 P_x is the number of bits the operand was trained in. The offsets n_x belong to the fitted form; the text of the paper leaves them
-out, and only with them do the printed constants give the printed optimum of 7 to 8 bits. An operand that is not quantized (32 bits
+out, and only with them do the printed constants give the printed optimum of 7 to 8 bits. They are kept at zero or above, as all
+fitted ones are: below zero, an operand of no bits at all would train. An operand that is not quantized (32 bits
 or more) has a factor of exactly 1. Where a factor is zero or less (P_x <= n_x gamma_x) the law says that training diverges: loss inf.
 """
 from __future__ import annotations
@@ -121,7 +122,7 @@ kumar = Law(
     inputs=("N", "D", *OPERANDS),
     parameters=(
         amplitude("A"), amplitude("B"), amplitude("E", "nats/token"), exponent("alpha"), exponent("beta"),
-        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits"), offset(shift, -4.0, 8.0)))),
+        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits"), offset(shift, 0.0, 8.0)))),
     log_terms=log_terms,
     operands=tuple(Operand(name, parameters, FULL_BITS) for name, parameters in OPERANDS.items()),
     published={"kumar": {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745, "n_w": 0.3037,
@@ -131,5 +132,6 @@ kumar = Law(
     functionals={"optimal_bits": optimal_bits, "optimal_bits_at_size": optimal_bits_at_size, "efficiency": efficiency,
                  "loss_gap": loss_gap, "bits_for_gap": bits_for_gap, "optimal_tokens_per_param": optimal_tokens_per_param,
                  "optimal_exponent": chinchilla.optimal_exponent, "irreducible_loss": chinchilla.irreducible_loss},
+    answers={"optimal_bits": "weights_bits", "optimal_bits_at_size": "weights_bits", "bits_for_gap": "weights_bits"},
     variants={"tied": {"ties": {"beta": "alpha"}}, "plain": {"fixed": {"n_w": 0.0, "n_a": 0.0, "n_kv": 0.0}}},
 )

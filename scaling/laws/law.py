@@ -102,6 +102,7 @@ class Law:
     log_terms(params, columns) -> one log term per amplitude, broadcastable against each other.
     published: source -> constants with full digits; sources: source -> what they are.
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
+    answers: functional -> the input that its value is a value of; outside the fitted range of that input it is not identified.
     variants: name -> {"ties": ..., "fixed": ...}; `fit(..., "kumar:tied")` uses one, `"kumar:tied+plain"` two.
     """
 
@@ -115,6 +116,7 @@ class Law:
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     functionals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    answers: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 

@@ -1,0 +1,107 @@
+"""The standard analysis of a folder of runs: which rows, which laws, which choice, what is held out. `bitlaw demo` and the report use it."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import duckdb
+
+from scaling.compare import Comparison, compare
+from scaling.fit import fit
+from scaling.result import Fit
+from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
+from scaling.table import RUN_COLUMNS, Source, table
+
+CHINCHILLA = ("chinchilla:tied", "chinchilla")
+PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
+MIN_SIZES_TO_HOLD_OUT = 3
+LARGEST = "N = max(N) OVER ()"
+UNQUANTIZED = " AND ".join(f"coalesce({role}_bits, 32) >= {UNQUANTIZED_BITS:g}" for role in ("weights", "activations", "output_gradients"))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """relation: the run table; runs: the done ones; chinchilla, precision: comparisons of the candidate laws, or None; why: law ->
+    why there is none; holdout: SQL of the held-out rows or None; noise: between seeds or None; gaps: paired, per precision;
+    reference: the precision that gaps are against; notes: remarks on what was left out."""
+
+    relation: duckdb.DuckDBPyRelation
+    runs: tuple[Run, ...]
+    chinchilla: Comparison | None
+    precision: Comparison | None
+    why: dict[str, str]
+    holdout: str | None
+    noise: Noise | None
+    gaps: tuple[Gap, ...]
+    reference: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def fit_chinchilla(self) -> Fit | None:
+        return self.chinchilla.best if self.chinchilla else None
+
+    @property
+    def fit_precision(self) -> Fit | None:
+        return self.precision.best if self.precision else None
+
+
+def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int], None] | None = None) -> Analysis:
+    """Fits Chinchilla to the unquantized runs and the precision law to all of them, the largest size held out when there are three.
+
+    alpha = beta tied, and no offsets, unless the data say otherwise: every variant is fitted, and BIC on the fitted rows chooses. A law
+    that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
+    `source` is no run table at all. source: whatever `scaling.table` takes; absent columns count as NULL.
+    """
+    relation = with_run_columns(table(source))
+    runs = finished_runs(relation)
+    notes, where = [], "loss IS NOT NULL AND isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL"
+    data = [run.group[0] for run in runs]
+    if len(set(data)) > 1:
+        common = max(dict.fromkeys(data), key=data.count)
+        notes.append(f"{len(set(data))} data sets in one folder: only the {data.count(common)} runs on {common} are analysed")
+        runs = [run for run in runs if run.group[0] == common]
+        where += f" AND data = '{common.replace(chr(39), chr(39) * 2)}'" if common else " AND data IS NULL"
+    holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
+    if runs and holdout is None:
+        notes.append(f"fewer than {MIN_SIZES_TO_HOLD_OUT} sizes: nothing is held out")
+    fits, why = {}, {}
+    for name, laws, extra in (("chinchilla", CHINCHILLA, UNQUANTIZED), ("precision", PRECISION, None)):
+        refusal = _refusal(name, runs)
+        try:
+            if refusal:
+                raise ValueError(refusal)
+            fits[name] = _choose(relation, laws, where + (f" AND {extra}" if extra else ""), holdout, bootstrap, progress)
+        except ValueError as error:
+            why[name] = str(error)
+    return Analysis(relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, holdout, seed_noise(runs),
+                    tuple(paired_gaps(runs)), reference_precision(runs), tuple(notes))
+
+
+def with_run_columns(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """The relation with every column of a run table, the absent ones NULL. ValueError when it has no loss: then it is no run table."""
+    missing = [name for name in ("n_params", "tokens", "loss") if name not in relation.columns]
+    if missing:
+        raise ValueError(f"a run table needs {', '.join(missing)}; this one has {', '.join(relation.columns)}")
+    absent = [f"CAST(NULL AS {kind}) AS {name}" for name, kind in RUN_COLUMNS.items() if name not in relation.columns]
+    return relation.project(", ".join(["*", *absent]))
+
+
+def _refusal(name: str, runs: list[Run]) -> str:
+    """Why a law has nothing to fit here, or nothing."""
+    if not runs:
+        return "no finished run with a finite loss"
+    if name == "precision" and not any(run.quantized for run in runs):
+        return "no quantized run: there is no precision to fit"
+    if name == "chinchilla" and all(run.quantized for run in runs):
+        return "no unquantized run: there is no baseline to fit"
+    return ""
+
+
+def _choose(relation, laws: tuple[str, ...], where: str, holdout: str | None, bootstrap: int, progress) -> Comparison:
+    """Compares the variants without a bootstrap, which only the chosen one then gets."""
+    candidates = compare(relation, laws, where=where, holdout=holdout)
+    best = candidates.best
+    if not bootstrap:
+        return candidates
+    final = fit(relation, best.label, where=where, holdout=holdout, bootstrap=bootstrap, progress=progress)
+    return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

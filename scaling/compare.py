@@ -1,0 +1,69 @@
+"""Several laws, or variants of one, on the same rows with the same runs held out: a table to choose by, and the choice."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scaling.fit import fit
+from scaling.laws import Law, resolve
+from scaling.result import Fit
+from scaling.table import Source
+
+
+DECISIVE = 2.0  # difference of BIC that counts as evidence
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """fits: one per law that could be fitted, in the order asked for; refused: law -> why it could not."""
+
+    fits: tuple[Fit, ...]
+    refused: dict[str, str]
+
+    @property
+    def best(self) -> Fit:
+        """The fewest free parameters among the converged fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
+        Raftery 1995). The held-out rows do not choose, so that their error stays an honest test."""
+        converged = [fitted for fitted in self.fits if fitted.converged]
+        if not converged:
+            raise ValueError("compare: no law could be fitted" + "".join(f"; {name}: {why}" for name, why in self.refused.items()))
+        lowest = min(fitted.metrics["bic"] for fitted in converged)
+        close = [fitted for fitted in converged if fitted.metrics["bic"] <= lowest + DECISIVE]
+        return min(close, key=lambda fitted: (len(fitted.free), fitted.metrics["bic"]))
+
+    def reason(self) -> str:
+        """One sentence: what was chosen among what, and whether the held-out error agrees."""
+        best = self.best
+        others = [fitted for fitted in self.fits if fitted is not best]
+        if not others:
+            return f"{best.label} is the only candidate"
+        nearest = min(others, key=lambda fitted: fitted.metrics["bic"])
+        margin = nearest.metrics["bic"] - best.metrics["bic"]
+        text = (f"{best.label} has the lowest BIC of {len(self.fits)} candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
+                f"{best.label} is the simplest of {len(self.fits)} candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
+        scored = [fitted for fitted in self.fits if fitted.metrics["held_out"]]
+        if scored:
+            kindest = min(scored, key=lambda fitted: fitted.metrics["held_out"]["rmse"])
+            text += "; the held-out error agrees" if kindest is best else (
+                f"; the held-out error would choose {kindest.label} ({kindest.metrics['held_out']['rmse']:.2%} against "
+                f"{best.metrics['held_out']['rmse']:.2%})")
+        return text
+
+
+def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
+    """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
+
+    A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
+    """
+    fits, refused = [], {}
+    laws = list(laws)
+    for law in laws:
+        resolve(law)  # a misspelt name is an error, not a law that these rows cannot fit
+    for law in laws:
+        try:
+            fits.append(fit(table, law, **options))
+        except ValueError as error:
+            refused[law if isinstance(law, str) else law.name] = str(error)
+    if not fits:
+        raise ValueError(next(iter(refused.values())) if refused else "laws: none given; name at least one")
+    return Comparison(tuple(fits), refused)

@@ -1,0 +1,128 @@
+"""Statistics of a run table that need no law: the noise between seeds, and loss gaps between runs that differ in precision alone."""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+UNQUANTIZED_BITS = 16.0  # float32, bfloat16 and float16 runs count as references
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run. n_params, tokens; bits: of weights and activations (the narrower; inf when not quantized); loss, nats/token."""
+
+    run_id: str
+    n_params: float
+    tokens: float
+    bits: float
+    precision: str
+    seed: int
+    loss: float
+    group: tuple
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits < UNQUANTIZED_BITS
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviation of the final loss between seeds, nats per token; dof: degrees of freedom; groups: how many were pooled."""
+
+    sd: float
+    dof: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Loss of a precision minus its reference, nats/token, over runs matched in size, tokens and seed. low, high: 95 % (Student) interval
+    of the mean, NaN for one pair; values: the pairs."""
+
+    precision: str
+    bits: float
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+def finished_runs(relation) -> list[Run]:
+    """The done runs of a run table (see `scaling.table`) that have a size, tokens and a finite loss. Order of the table."""
+    wanted = ("run_id", "status", "n_params", "tokens", "weights_bits", "activations_bits", "output_gradients_bits", "precision", "seed",
+              "loss", "data", "lr", "schedule")
+    arrays = columns_of(relation)
+    runs = []
+    for i in range(len(relation)):
+        row = {name: arrays[name][i] if name in arrays else None for name in wanted}
+        if row["status"] not in (None, "done") or any(row[name] is None for name in ("n_params", "tokens", "loss")):
+            continue
+        if not math.isfinite(row["loss"]):
+            continue
+        widths = [row[name] for name in ("weights_bits", "activations_bits", "output_gradients_bits") if row[name] is not None]
+        bits = min((float(width) for width in widths if width < UNQUANTIZED_BITS), default=math.inf)
+        runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits,
+                        str(row["precision"] or _name(bits)), int(row["seed"] or 0), float(row["loss"]),
+                        (row["data"], row["lr"], row["schedule"])))
+    return runs
+
+
+def columns_of(relation) -> dict[str, list]:
+    """Column -> list of Python values, None for NULL."""
+    rows = relation.fetchall()
+    return {name: [row[i] for row in rows] for i, name in enumerate(relation.columns)}
+
+
+def seed_noise(runs: list[Run]) -> Noise | None:
+    """Pooled deviation between seeds over groups that share everything else; None when no group has two seeds."""
+    groups = defaultdict(dict)
+    for run in runs:
+        groups[run.n_params, run.tokens, run.precision, run.group][run.seed] = run.loss
+    samples = [np.array(list(losses.values())) for losses in groups.values() if len(losses) > 1]
+    if not samples:
+        return None
+    dof = sum(len(sample) - 1 for sample in samples)
+    return Noise(math.sqrt(sum(float(((s - s.mean()) ** 2).sum()) for s in samples) / dof), dof, len(samples))
+
+
+def reference_precision(runs: list[Run]) -> str | None:
+    """The precision that gaps are taken against: float32 if there, else the most common unquantized one; None when all are quantized."""
+    names = [run.precision for run in runs if not run.quantized]
+    if not names:
+        return None
+    return "float32" if "float32" in names else max(dict.fromkeys(names), key=names.count)
+
+
+def paired_gaps(runs: list[Run], n_params: float | None = None) -> list[Gap]:
+    """One Gap per quantized precision, narrowest first, over all matched pairs (or those of one size)."""
+    reference = reference_precision(runs)
+    chosen = [run for run in runs if n_params is None or run.n_params == n_params]
+    base = {(r.n_params, r.tokens, r.seed, r.group): r.loss for r in chosen if r.precision == reference}
+    pairs = defaultdict(list)
+    for run in chosen:
+        key = (run.n_params, run.tokens, run.seed, run.group)
+        if run.quantized and key in base:
+            pairs[run.bits, run.precision].append(run.loss - base[key])
+    return [_gap(precision, bits, values) for (bits, precision), values in sorted(pairs.items())]
+
+
+def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) by Student's t; low and high NaN for a single value."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if values.size < 2:
+        return mean, math.nan, math.nan
+    reach = float(stdtrit(values.size - 1, 0.5 + 0.5 * level)) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return mean, mean - reach, mean + reach
+
+
+def _gap(precision: str, bits: float, values: list[float]) -> Gap:
+    return Gap(precision, bits, *mean_interval(values), tuple(values))
+
+
+def _name(bits: float) -> str:
+    return f"{bits:g} bits" if math.isfinite(bits) else "unquantized"
