@@ -1,0 +1,268 @@
+"""Run folders and their status: what is written is what is read, whatever was killed in between."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import records
+from trainer.records import RECORD_COLUMNS, RunFolder, complete
+from trainer.status import STATES, status, status_main
+
+# Section 4 of the design, word for word.
+_DESIGN = """run_id, sweep, status(done|diverged|failed), seed, trunk_id, cooldown_steps, unique_tokens, n_params (non-embedding),
+n_params_total, tokens, flops, loss (final eval, nats/token), loss_std_err, loss_train, bits_per_byte, precision (name),
+{weights,activations,output_gradients,kv,master_weights}_{format,bits,bits_effective,exp_bits,man_bits,block,rounding,source,log_mse},
+quantized_fraction, dot_precision, execution (emulated|native), layout (solo|vmap|sharded), lr_rule, lr, batch_tokens, steps, schedule,
+diverged_step, wall_s, tokens_per_s, device, n_devices, jax_version, code_version, data, data_sha256"""
+
+
+def _record(**more):
+    return {"run_id": "r", "status": "done"} | more
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "r")
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_those_of_the_design_in_order():
+    plain = re.sub(r"\([^)]*\)", "", _DESIGN)
+    braces = re.search(r"\{([^}]*)\}_\{([^}]*)\}", plain)
+    roles = [f"{role}_{name}" for role in braces[1].split(",") for name in braces[2].split(",")]
+    plain = plain.replace(braces[0], ",".join(roles))
+    assert list(RECORD_COLUMNS) == [name.strip() for name in plain.split(",")]
+
+
+def test_a_record_is_filled_ordered_and_plain(run):
+    run.finish(_record(tokens=np.int64(5), loss=jnp.float32(1.5), lr=1, ptq_int4=2.25, sweep="s"))
+    raw = json.loads((run.path / "record.json").read_text())
+    assert list(raw) == [*RECORD_COLUMNS, "ptq_int4"]
+    given = {"run_id": "r", "status": "done", "tokens": 5, "loss": 1.5, "lr": 1.0, "ptq_int4": 2.25, "sweep": "s"}
+    assert {name: value for name, value in raw.items() if value is not None} == given
+    assert type(raw["lr"]) is float and run.record() == raw
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_a_loss_that_is_no_number_is_null(run, value):
+    run.finish(_record(status="diverged", loss=value, diverged_step=12))
+    assert run.record()["loss"] is None and run.record()["diverged_step"] == 12
+    assert "NaN" not in (run.path / "record.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        (_record(los=1.0), ["'los'", "ptq_<format>"]),
+        (_record(tokens=1.5), ["'tokens'", "1.5", "int"]),
+        (_record(seed=True), ["'seed'", "bool", "int"]),
+        (_record(lr="fast"), ["'lr'", "'fast'", "float"]),
+        (_record(precision=4), ["'precision'", "str"]),
+        (_record(status="finished"), ["'finished'", "done, diverged, failed"]),
+        ({"status": "done"}, ["'run_id' is missing"]),
+    ],
+)
+def test_a_wrong_record_is_refused_in_one_line_and_not_written(run, record, words):
+    with pytest.raises(ValueError) as caught:
+        run.finish(record)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+    assert run.record() is None and not run.path.exists()
+
+
+def test_a_stop_while_writing_leaves_the_file_that_was(run, monkeypatch):
+    run.write_config({"a": 1})
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records.os, "fsync", stop)
+        run.write_config({"a": 2})
+    assert run.config() == {"a": 1}
+    (run.path / "record.json").write_text('{"torn": ')
+    with pytest.raises(ValueError, match="record.json is not JSON"):
+        run.record()
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_with_what_was_not_finite(run):
+    run.append_metrics([{"step": 1, "loss": 2.5}, {"step": np.int32(2), "loss": jnp.float32(2.25), "lr": np.float64(0.1)}])
+    run.append_metrics([{"step": 3, "loss": math.nan, "grad_norm": np.float32("inf"), "val_loss": -math.inf}])
+    assert run.metrics()[:2] == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "lr": 0.1}]
+    last = run.metrics()[2]
+    assert math.isnan(last.pop("loss")) and last == {"step": 3, "grad_norm": math.inf, "val_loss": -math.inf}
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    strict = json.loads(lines[2], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {
+        "step": 3, "loss": None, "grad_norm": None, "val_loss": None,
+        "nonfinite": {"loss": "nan", "grad_norm": "inf", "val_loss": "-inf"},
+    }  # fmt: skip
+
+
+def test_a_torn_line_is_passed_over_and_then_cut_off(run):
+    run.append_metrics([{"step": step} for step in (1, 2, 3)])
+    path = run.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        steps = [row["step"] for row in run.metrics()]
+        assert steps == [1, 2, 3][: whole[:cut].count(b"\n")]
+        run.append_metrics([{"step": 9}])
+        assert [row["step"] for row in run.metrics()] == [*steps, 9]
+
+
+def test_a_broken_line_inside_is_not_passed_over(run):
+    run.append_metrics([{"step": 1}, {"step": 2}])
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"step": 1}', b'{"step" 1}'))
+    with pytest.raises(ValueError, match="metrics.jsonl line 1 is not JSON"):
+        run.metrics()
+
+
+def test_truncation_drops_what_a_resumed_run_logs_again(run):
+    run.truncate_metrics(3)
+    assert run.metrics() == []
+    run.append_metrics([{"step": step, "loss": math.nan if step == 2 else 1.0} for step in range(1, 6)])
+    before = (run.path / "metrics.jsonl").read_bytes()
+    run.truncate_metrics(5)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+    run.truncate_metrics(5)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    run.truncate_metrics(3)
+    assert (run.path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(keepends=True)[:3])
+
+
+def test_the_scaling_side_reads_what_is_written(run):
+    scaling = pytest.importorskip("scaling")
+    run.append_metrics([{"step": 1, "loss": 2.0, "tokens": 10}, {"step": 2, "loss": math.nan, "tokens": 20}])
+    run.finish(_record(tokens=20, loss=2.0, weights_format="int4", weights_bits=4, ptq_int4=2.5))
+    row = scaling.table(run.path.parent).select("run_id, tokens, loss, weights_bits, weights_block, ptq_int4").fetchall()
+    assert row == [("r", 20, 2.0, 4.0, None, 2.5)]
+    assert scaling.curves(run.path.parent).select("run_id, step, loss").fetchall() == [("r", 1, 2.0), ("r", 2, None)]
+
+
+# --- who trains it ------------------------------------------------------------------------------------------------
+
+
+def _mark(run, **change):
+    mark = json.loads((run.path / "alive.json").read_text()) | change
+    (run.path / "alive.json").write_text(json.dumps(mark))
+
+
+def test_a_claim_lasts_as_long_as_its_context(run):
+    assert run.holder() is None
+    with run.claim():
+        assert run.holder() == records.Holder(socket.gethostname(), os.getpid())
+        with run.claim():  # the same process may
+            pass
+    assert run.holder() is None
+
+
+def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(run):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with other:
+        with run.claim():
+            _mark(run, pid=other.pid, process_start=records._process_start(other.pid))
+            with pytest.raises(ValueError, match=f"being trained by process {other.pid} on "):
+                with run.claim():
+                    pass
+            _mark(run, process_start="1")  # the id was given to another process since
+            assert run.holder() is None
+            _mark(run, process_start=records._process_start(other.pid))
+            other.communicate(b"\n")
+            assert run.holder() is None
+
+
+def test_another_host_is_believed_while_its_heart_beats(run):
+    with run.claim():
+        _mark(run, host="elsewhere")
+        path = run.path / "alive.json"
+        assert run.holder() == records.Holder("elsewhere", os.getpid())
+        os.utime(path, (1, 1))
+        assert run.holder() is None
+        run.append_metrics([{"step": 1}])
+        assert run.holder() is not None
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """One run in each state, as files on disk."""
+    folder = tmp_path / "sweep"
+    for run_id in ("aaa", "bbb"):
+        RunFolder(folder / run_id).finish(_record(run_id=run_id))
+    RunFolder(folder / "div").finish(_record(run_id="div", status="diverged", diverged_step=40))
+    RunFolder(folder / "bad").finish(_record(run_id="bad", status="failed"))
+    for run_id in ("begun", "killed"):
+        RunFolder(folder / run_id).write_config({})
+        RunFolder(folder / run_id).append_metrics([{"step": 7}])
+    torn = RunFolder(folder / "torn")
+    torn.write_config({})
+    (torn.path / "record.json").write_text("{")
+    planned = ["aaa", "bbb", "div", "bad", "begun", "killed", "torn", "never"]
+    (folder / "plan.json").write_text(json.dumps({"sweep": "s", "run_ids": planned}))
+    return folder
+
+
+def test_each_state_is_told_apart(sweep, capsys):
+    with RunFolder(sweep / "begun").claim():
+        result = status(sweep)
+        assert {run.run_id: run.state for run in result.runs} == {
+            "aaa": "done", "bbb": "done", "div": "diverged", "bad": "failed", "begun": "running", "killed": "stopped",
+            "torn": "failed", "never": "missing",
+        }  # fmt: skip
+        assert result.counts == {"done": 2, "diverged": 1, "running": 1, "stopped": 1, "failed": 2, "missing": 1}
+        assert status(sweep.parent).counts == result.counts
+        assert status_main([str(sweep)]) == 1
+    shown = capsys.readouterr().out
+    for state, count in result.counts.items():
+        assert re.search(rf"^{state} +{count}$", shown, re.MULTILINE)
+    for line in ("diverged div  at step 40", "stopped  killed  step 7", "missing  never", f"process {os.getpid()}"):
+        assert line in shown
+    assert "aaa" not in shown
+
+
+def test_diverged_is_done_and_nothing_is_not(tmp_path, sweep, capsys):
+    for run_id in ("bad", "begun", "killed", "torn", "never"):
+        RunFolder(sweep / run_id).finish(_record(run_id=run_id, status="diverged", diverged_step=1))
+    assert status_main([str(sweep)]) == 0
+    (tmp_path / "nothing").mkdir()
+    assert status_main([str(tmp_path / "nothing")]) == 1
+    assert "no runs in" in capsys.readouterr().out
+    assert status(sweep / "aaa").counts["done"] == 1  # a run folder itself
+
+
+def test_a_planned_sweep_that_never_began_is_missing(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"run_ids": ["x", "y"]}))
+    assert status(tmp_path).counts["missing"] == 2
+    assert tuple(status(tmp_path).counts) == STATES
+
+
+@pytest.mark.parametrize("argv", [["no/such/folder"], [], ["a", "b"], ["--help-me"]])
+def test_status_refuses_in_one_line(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="bitlaw status") as caught:
+        status_main(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_plan_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text('{"runs": []}')
+    with pytest.raises(ValueError, match="plan.json is not a plan.*run_ids"):
+        status(tmp_path)
