@@ -1,9 +1,10 @@
-"""The one rounding core: integer arithmetic on the float32 bit pattern, for every element, width and mode.
+"""The one rounding core: integer arithmetic on the float32 bit pattern, for every element, width, mode and block scale.
 
-A magnitude is a 24-bit significand times a power of two. Its low `shift` bits lie below the spacing of the element, so
-rounding adds the mode's increment (0 .. 2**shift - 1) and clears them; a carry walks into the exponent by itself.
-Below the element's quantum (shift > 23) the result is 0 or the quantum. Nothing here is a float operation: exact in
-subnormals of the target and of float32, also where the backend flushes them.
+A magnitude is handled as its "extended" pattern: the float32 pattern with the exponent field let run below zero, so that
+float32 subnormals are normalised like everything else and a power-of-two scale is one integer addition. Its low `shift`
+bits lie below the spacing of the element: rounding adds the mode's increment (0 .. 2**shift - 1) and clears them; a carry
+walks into the exponent by itself. Below the element's quantum the result is zero or the quantum. No float arithmetic:
+exact in subnormals of the target and of float32, also where the backend flushes them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from formats.elements import Element
 
 
 class Rounding(enum.Enum):
-    """How a value between two representable ones goes to one of them."""
+    """How a value between two representable ones goes to one of them (IEEE 754 names where it has one)."""
 
     NEAREST_EVEN = "nearest_even"
+    NEAREST_AWAY = "nearest_away"
+    NEAREST_ZERO = "nearest_zero"
+    TOWARD_ZERO = "toward_zero"
+    TOWARD_POSITIVE = "toward_positive"
+    TOWARD_NEGATIVE = "toward_negative"
+    TO_ODD = "to_odd"
     STOCHASTIC = "stochastic"
 
 
@@ -51,63 +58,134 @@ def as_float32(x):
 
 
 def round_to(x, element: Element, *, rounding="nearest_even", overflow="saturate", random_bits=None):
-    """The values of `element` nearest to (or drawn around) x, as an array like x.
+    """x rounded to the values of `element`, as an array like x.
 
     x: float32, float16 or bfloat16 of any shape (the result is cast back to its dtype). element: fields are scalars or
-    broadcast against x at equal rank. random_bits: uint32 like x, for rounding="stochastic" only, of which as many low
-    bits as were dropped are used (at most 31: a probability is a multiple of 2**-31).
+    broadcast against x at equal rank. random_bits: uint32 like x, for rounding="stochastic" only: the probability of
+    going up is exactly the dropped fraction (below the quantum, that fraction truncated to a multiple of 2**-31).
 
     nearest_even ties go to the even significand; without mantissa bits that is the larger power of two (as ml_dtypes'
     float8_e8m0fnu; P3109 goes by the code instead). NaN stays NaN, also where the format has no code for it: a diverged
     tensor must show. overflow="saturate": beyond the range, infinities included, the largest value of that sign;
-    "ieee": inf where the format has it, else NaN, else the largest value.
+    "ieee": inf where the format has it, else NaN, else the largest value; modes that round inward stop at the largest.
     """
     rounding, overflow = parse(Rounding, rounding), parse(Overflow, overflow)
     if (random_bits is not None) != (rounding is Rounding.STOCHASTIC):
         raise ValueError(f"random_bits must be given exactly when rounding='stochastic', got rounding={rounding.value!r}")
-    x_bits = lax.bitcast_convert_type(as_float32(x), jnp.int32)
+    x_bits = fb.to_pattern(as_float32(x))
+    y_bits = round_pattern(x_bits, element, rounding, overflow, random_bits)
+    return fb.to_value(y_bits).astype(jnp.asarray(x).dtype)
+
+
+def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overflow, random_bits=None, exponent=None):
+    """`round_to` on int32 float32-patterns; with exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
+    its range are those of the element times 2**exponent. Past the float32 range the result is the largest value that
+    fits. |x| * 2**-exponent must stay below 2**128."""
+    magnitude = x_bits & fb.MAGNITUDE
+    extended = _extended(magnitude)
+    if exponent is not None:
+        scale = exponent << 23
+        # zero may stand no lower than the integers reach, and nothing higher (an amax may be given that is not the largest)
+        extended = jnp.clip(extended, _ZERO, _LARGEST + jnp.minimum(scale, 0)) - scale
     if random_bits is not None:
         random_bits = lax.bitcast_convert_type(random_bits, jnp.int32)
-    limits = (fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE)
-    y_bits = round_pattern(x_bits, element, limits, rounding, overflow, random_bits)
-    return lax.bitcast_convert_type(y_bits, jnp.float32).astype(jnp.asarray(x).dtype)
-
-
-def round_pattern(x_bits, element: Element, limits, rounding: Rounding, overflow: Overflow, random_bits=None):
-    """`round_to` on int32 patterns. limits: patterns of the largest positive and the largest negative magnitude
-    (apart from `element`, because a block's limit may be subnormal in float32, where float arithmetic would lose it)."""
-    magnitude = x_bits & fb.MAGNITUDE
-    sign = x_bits & fb.SIGN
-    rounded = _round_magnitude(magnitude, element, rounding, random_bits)
-    limit = jnp.where(sign == 0, *limits)
+    rounded = _round_extended(extended, x_bits, element, rounding, random_bits)
+    limit = jnp.where(x_bits >= 0, fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE)
     clipped = jnp.minimum(rounded, limit)
-    sign = jnp.where((clipped != 0) | element.signed_zero, sign, 0)
-    smallest = fb.to_pattern(element.min_magnitude)  # 0, but for the format without a zero
-    y_bits = sign | jnp.maximum(clipped, smallest)
+    if exponent is not None:
+        clipped = jnp.minimum(clipped + scale, fb.largest(element.man_bits))
+    above_zero = _reaches_quantum(extended, x_bits, element.quantum_exp, rounding, random_bits)
+    smallest = fb.to_pattern(element.min_magnitude)
+    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(clipped), smallest)
+    y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is Overflow.IEEE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
-        over = (x_bits & fb.SIGN) | jnp.maximum(special, limit)
-        y_bits = jnp.where((rounded > limit) & (special != 0), over, y_bits)
+        beyond = (rounded > limit) & (special != 0) & (_leaves_range(x_bits, rounding) | (magnitude == fb.INFINITY))
+        y_bits = jnp.where(beyond, (x_bits & fb.SIGN) | special, y_bits)
         y_bits = jnp.where((x_bits <= 0) & (smallest > 0), fb.NAN, y_bits)
     return jnp.where(magnitude > fb.INFINITY, x_bits, y_bits)
 
 
-def _round_magnitude(magnitude, element: Element, rounding: Rounding, random_bits):
-    """Magnitude patterns rounded on the element's grid, its range ignored (an infinity stays one)."""
-    field = jnp.maximum(magnitude >> 23, 1)
-    significand = magnitude - ((field - 1) << 23)
-    # a float32 subnormal has its leading bit lower down; matters to targets with normals below 2**-126 (e8m0, E8 fnuz)
-    top = jnp.where(magnitude < fb.SMALLEST_NORMAL, fb.highest_bit(magnitude), 23)
-    shift = jnp.maximum(top - element.man_bits, element.quantum_exp + 150 - field)
-    kept = jnp.minimum(shift, 31)
-    mask = (np.int32(1) << kept) - 1
-    if rounding is Rounding.STOCHASTIC:
-        increment = random_bits & mask
-        # a fraction of more than 31 bits keeps the 31 leading ones
-        fraction = significand >> jnp.minimum(shift - kept, 31)
-    else:
-        last = (significand >> kept) & 1
-        increment = (mask + last) >> 1  # half - 1 + last, and 0 when nothing is dropped
-        fraction = significand  # shift > 31 is far below half a quantum either way
-    below_quantum = jnp.where(fraction > mask - increment, fb.power_of_two(element.quantum_exp), 0)
-    return jnp.where(shift > 23, below_quantum, (magnitude + increment) & ~mask)
+# Patterns of float(n) for n = pattern of a subnormal; their value is 2**149 times the subnormal's. An integer converts to a
+# float and back exactly and is never subnormal, so this conversion, alone among float operations, is safe.
+_LIFT = np.int32(149 << 23)
+
+
+_ZERO = np.int32(-60 << 23)  # below every other number, the smallest of which has field -22
+_LARGEST = np.int32(0x7F7FFFFF)
+
+
+def _extended(magnitude):
+    """Extended pattern of a float32 pattern (zero: below everything)."""
+    lifted = fb.to_pattern(magnitude.astype(jnp.float32)) - _LIFT
+    return jnp.where(magnitude < fb.SMALLEST_NORMAL, lifted, magnitude)
+
+
+def _standard(extended):
+    """float32 pattern of an extended pattern: a multiple of 2**-149, or zero (or less than 2**-149, which becomes zero)."""
+    subnormal = fb.to_value(extended + _LIFT).astype(jnp.int32)
+    return jnp.where(extended < fb.SMALLEST_NORMAL, subnormal, extended)
+
+
+def _leaves_range(x_bits, rounding: Rounding):
+    """bool: whether a finite value past the largest one overflows (IEEE 754-2019 section 7.4: not if rounded inward)."""
+    if rounding is Rounding.TOWARD_POSITIVE:
+        return x_bits >= 0
+    if rounding is Rounding.TOWARD_NEGATIVE:
+        return x_bits < 0
+    return rounding is not Rounding.TOWARD_ZERO
+
+
+def _round_extended(extended, x_bits, element: Element, rounding: Rounding, random_bits):
+    """Extended pattern rounded on the element's grid, its range ignored (infinity stays); below the quantum, the quantum."""
+    lifted = jnp.maximum(extended, (element.quantum_exp + 127) << 23)
+    shift = jnp.maximum(23 - element.man_bits, element.quantum_exp + 150 - (lifted >> 23))
+    shift = shift & 31  # it is 0 .. 23; the mask tells the compiler
+    mask = (np.int32(1) << shift) - 1
+    odd = ((lifted | fb.SMALLEST_NORMAL) >> shift) & 1  # the last kept bit; the implicit one if that is all that is kept
+    return (lifted + _increment(rounding, x_bits, mask, odd, random_bits)) & ~mask
+
+
+def _increment(rounding: Rounding, x_bits, mask, odd, random_bits):
+    """What is added before the bits under `mask` are cleared; 0 wherever the mask is 0."""
+    match rounding:
+        case Rounding.NEAREST_EVEN:
+            return (mask + odd) >> 1
+        case Rounding.NEAREST_AWAY:
+            return (mask + 1) >> 1
+        case Rounding.NEAREST_ZERO:
+            return mask >> 1
+        case Rounding.TOWARD_ZERO:
+            return jnp.zeros_like(mask)
+        case Rounding.TOWARD_POSITIVE:
+            return jnp.where(x_bits >= 0, mask, 0)
+        case Rounding.TOWARD_NEGATIVE:
+            return jnp.where(x_bits >= 0, 0, mask)
+        case Rounding.TO_ODD:
+            return jnp.where(odd != 0, 0, mask)
+        case Rounding.STOCHASTIC:
+            return random_bits & mask
+
+
+def _reaches_quantum(extended, x_bits, quantum_exp, rounding: Rounding, random_bits):
+    """bool: False where x goes to zero: True at or above the quantum, the mode's choice below it, False for zero."""
+    quantum = (quantum_exp + 127) << 23
+    half = quantum - fb.SMALLEST_NORMAL
+    match rounding:
+        case Rounding.NEAREST_EVEN | Rounding.NEAREST_ZERO:
+            return extended > half
+        case Rounding.NEAREST_AWAY:
+            return extended >= half
+        case Rounding.TOWARD_ZERO:
+            return extended >= quantum
+        case Rounding.TOWARD_POSITIVE:
+            return jnp.where(x_bits >= 0, x_bits > 0, extended >= quantum)
+        case Rounding.TOWARD_NEGATIVE:
+            return jnp.where(x_bits >= 0, extended >= quantum, x_bits != fb.SIGN)
+        case Rounding.TO_ODD:
+            return (x_bits & fb.MAGNITUDE) > 0
+        case Rounding.STOCHASTIC:
+            # x / quantum in units of 2**-31, against 31 random bits
+            significand = (extended & np.int32(0x7FFFFF)) | fb.SMALLEST_NORMAL
+            chance = (significand << 7) >> jnp.clip(quantum_exp + 126 - (extended >> 23), 0, 31)
+            return (extended >= quantum) | ((random_bits & fb.MAGNITUDE) < chance)
