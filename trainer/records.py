@@ -26,7 +26,7 @@ from typing import Any
 
 _ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
 _ROLE_COLUMNS: dict[str, type] = {
-    "format": str, "bits": float, "bits_effective": float, "exp_bits": int, "man_bits": int, "block": int, "rounding": str,
+    "format": str, "granularity": str, "bits": float, "bits_effective": float, "exp_bits": int, "man_bits": int, "block": int, "rounding": str,
     "source": str, "log_mse": float,
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ RECORD_COLUMNS: dict[str, type] = {
     "loss_train": float, "bits_per_byte": float, "precision": str,
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_COLUMNS.items()},
     "quantized_fraction": float, "dot_precision": str, "execution": str, "layout": str, "lr_rule": str, "lr": float,
-    "batch_tokens": int, "steps": int, "schedule": str, "diverged_step": int, "wall_s": float, "tokens_per_s": float,
+    "batch_tokens": int, "steps": int, "schedule": str, "diverged_step": int, "wall_s": float, "tokens_per_s": float, "mfu": float,
     "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str,
 }  # fmt: skip
 
@@ -92,6 +92,11 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         object.__setattr__(self, "path", pathlib.Path(path))
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Where the run's checkpoints lie."""
+        return self.path / "checkpoints"
 
     # --- writing ---
 

@@ -1,0 +1,105 @@
+"""bitlaw: the console script and the import face.
+
+    import bitlaw as bl;  bl.formats.quantize(x, "mxfp4");  bl.trainer.train(...);  bl.scaling.fit(...)
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+PARTS = ("formats", "trainer", "scaling")
+USAGE = """usage: bitlaw VERB ...
+  demo                                 the main job in small: sweep, fit, report; minutes on two cores
+  train KEY=VALUE ...                  one run                       e.g. bitlaw train model=25k precision=int4 steps=500
+  sweep [sweep=NAME] KEY=V1,V2 ...     many runs in shared programs  (dry_run=true shows the plan; run again to resume)
+  status DIR                           what is done, running, failed, diverged, missing
+  table DIR ... --out FILE             the run table as .parquet or .csv
+  fit TABLE --law NAME                 fit a scaling law
+  compare TABLE --laws A,B --holdout SQL
+  predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
+  report DIR --out report.html         one self-contained page
+  data NAME                            prepare a data set
+  formats                              the catalogue of number formats
+`bitlaw VERB --help` says more."""
+
+
+def __getattr__(name: str):
+    """The three parts, imported when first used."""
+    if name not in PARTS:
+        raise AttributeError(f"module 'bitlaw' has no attribute {name!r}; it has {', '.join(PARTS)}")
+    return _part(name)
+
+
+def _part(name: str):
+    """A part of bitlaw; refuses a package of the user's that shadows it."""
+    module = importlib.import_module(name)
+    found, own = Path(module.__file__).resolve().parent, Path(__file__).resolve().parent / name
+    if found != own:
+        raise ImportError(f"'{name}' is {found}, which hides bitlaw's own {own}; rename yours or run elsewhere")
+    return module
+
+
+def _formats(argv: list[str]) -> int:
+    if argv:
+        raise ValueError(f"{argv[0]} is not an option; `bitlaw formats` takes none")
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = _part("formats").table()
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), no_wrap=True)
+    for row in rows:
+        table.add_row(*("" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    return 0
+
+
+def _dispatch(verb: str, argv: list[str]) -> int:
+    if verb == "formats":
+        return _formats(argv)
+    if verb in ("table", "fit", "compare", "predict", "report"):
+        _part("scaling")
+        return importlib.import_module("scaling.cli").run(verb, argv)
+    _part("formats"), _part("trainer")
+    if verb in ("train", "sweep"):
+        return importlib.import_module("trainer.cli").run(verb, argv)
+    if verb == "status":
+        return importlib.import_module("trainer.status").status_main(argv)
+    if verb == "data":
+        return importlib.import_module("trainer.data").prepare(argv)
+    return _demo(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    """trainer, then scaling: the sweep `demo`, and the standard report on it."""
+    _part("scaling")
+    code = importlib.import_module("trainer.cli").run("sweep", ["sweep=demo", *argv])
+    root = Path(next((a.partition("=")[2] for a in argv if a.startswith("runs_dir=")), "runs")) / "demo"
+    return code or importlib.import_module("scaling.cli").run("report", [str(root), "--out", str(root / "report.html")])
+
+
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "formats")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done; 1 runs failed or are missing, or a fit did not converge; 2 bad input, one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in VERBS:
+            raise ValueError(f"{argv[0]} is not a verb; accepted: {', '.join(VERBS)}")
+        return _dispatch(argv[0], argv[1:])
+    except (ValueError, ImportError) as error:
+        print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bitlaw: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

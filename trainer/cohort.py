@@ -1,0 +1,147 @@
+"""Many runs in one program: a `member` axis over devices, the batch of a single run over a `data` axis (DESIGN 3.8).
+
+The same program serves one run and fifty: states and hyper-parameters are stacked on a leading axis M, sharded over the mesh axis
+`member`; each device runs its members one after another (`map`) or side by side (`vmap`); with one member the batch is split over
+the mesh axis `data` instead. A member that has nothing to do is skipped, not computed and masked, so members of different
+length share a program at no cost under `map`.
+
+Shapes: M members, S steps per dispatch, B batch, T time, W validation windows.
+"""
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trainer import model as decoder
+from trainer import step as steps
+from trainer.keys import fold_in
+
+MEMBER, DATA = "member", "data"
+EVAL_SALT = 0x45564C  # evaluation's random bits are apart from every step's
+
+
+def use_host_devices(count: int | None = None) -> None:
+    """On a CPU, one XLA device per core; call before the first JAX computation, later calls change nothing."""
+    if count is None:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX is already running: its devices stay as they are
+        return
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How members and batches lie on devices. Results are bitwise reproducible within one layout."""
+
+    member_devices: int
+    data_devices: int
+    inner: str  # "map" or "vmap"
+
+    @property
+    def name(self) -> str:
+        """The `layout` of a run record: kind, members' devices x data devices."""
+        if self.member_devices == 1 and self.inner == "map":
+            return f"solo/{self.data_devices}"
+        return f"{self.inner}/{self.member_devices}x{self.data_devices}"
+
+
+def choose_layout(num_members: int, batch_size: int, num_devices: int | None = None) -> Layout:
+    """One run splits its batch over the devices; several runs are dealt out to them. `map` inside a CPU device, `vmap` elsewhere."""
+    devices = jax.devices()
+    num_devices = num_devices or len(devices)
+    inner = "map" if devices[0].platform == "cpu" else "vmap"
+    if num_members > 1:
+        return Layout(min(num_devices, num_members), 1, inner)
+    data = max(n for n in range(1, num_devices + 1) if num_devices >= n and batch_size % n == 0)
+    return Layout(1, data, "map")
+
+
+class Program:
+    """The compiled functions of one structure in one layout. `compiles` counts them, `compile_seconds` adds their time."""
+
+    def __init__(self, structure: steps.StepStructure, layout: Layout):
+        devices = np.array(jax.devices()[: layout.member_devices * layout.data_devices])
+        self.structure, self.layout = structure, layout
+        self.mesh = Mesh(devices.reshape(layout.member_devices, layout.data_devices), (MEMBER, DATA), axis_types=(AxisType.Auto,) * 2)
+        self.graphdef, _ = decoder.blueprint(structure.model)
+        self.compiles, self.compile_seconds = 0, 0.0
+        self._cache: dict = {}
+        self._data_axis = DATA if layout.data_devices > 1 else None
+
+    def put(self, tree):
+        """Stacked host arrays onto the mesh, sharded over members."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P(MEMBER)))
+
+    def padded(self, num_members: int) -> int:
+        """The number of slots for that many members: a multiple of the member devices."""
+        return -(-num_members // self.layout.member_devices) * self.layout.member_devices
+
+    def _each(self, function):
+        """`function` over the members of one device."""
+        return partial(lax.map, lambda args: function(*args)) if self.layout.inner == "map" else lambda args: jax.vmap(function)(*args)
+
+    def _call(self, name, function, in_specs, out_specs, args, donate=()):
+        signature = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
+        if signature not in self._cache:
+            began = time.perf_counter()
+            mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            self._cache[signature] = jax.jit(mapped, donate_argnums=donate).lower(*args).compile()
+            self.compiles += 1
+            self.compile_seconds += time.perf_counter() - began
+        return self._cache[signature](*args)
+
+    def init(self, hyper):
+        """Fresh states [M, ...] from stacked hyper-parameters."""
+        each = self._each(lambda h: steps.init(self.structure, h))
+        return self._call("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,))
+
+    def run(self, states, hyper, tokens_MSBT1, stop_M):
+        """Up to S steps of every member, none beyond its `stop`: (states, metrics [M, S], diverged_step [M]); a skipped step's
+        metrics are NaN. The states passed in are donated."""
+        one_step = partial(steps.step, self.structure, self.graphdef, data_axis=self._data_axis)
+
+        def idle(state, tokens, hyper):
+            del tokens, hyper
+            return state, steps.Metrics(*(jnp.float32(jnp.nan),) * 3)
+
+        def member(state, hyper, tokens_SBT1, stop):
+            def body(state, tokens):
+                active = (state.step < stop) & (state.diverged_step < 0)
+                return lax.cond(active, one_step, idle, state, tokens.astype(jnp.int32), hyper)
+
+            state, metrics = lax.scan(body, state, tokens_SBT1)
+            return state, metrics, state.diverged_step
+
+        each = self._each(member)
+        specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
+        return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
+
+    def evaluate(self, params, hyper, windows_WT1, wanted_M):
+        """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""
+
+        def local(params, hyper, windows, wanted):
+            def measure(params, hyper):
+                key = fold_in(hyper.key, EVAL_SALT)
+                return steps.evaluate(self.graphdef, params, windows.astype(jnp.int32), hyper.policy, key, self._data_axis)
+
+            def skip(params, hyper):
+                del params, hyper
+                return jnp.full((windows.shape[0],), jnp.nan, jnp.float32)
+
+            def member(params, hyper, wanted):
+                return lax.cond(wanted, measure, skip, params, hyper)
+
+            return self._each(member)((params, hyper, wanted))
+
+        specs = (P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
+        return self._call("evaluate", local, specs, P(MEMBER, DATA), (params, hyper, windows_WT1, wanted_M))

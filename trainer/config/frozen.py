@@ -1,0 +1,159 @@
+"""The frozen config of a run: hashable, validated, every default filled in. All that a run's numbers depend on is in here,
+except the data's content and NUMERICS_VERSION, which its identity adds."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+# Raised by hand whenever the same config trains to different numbers; golden runs fail when numbers move without it.
+NUMERICS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    name: str
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    tied_head: bool
+    scan_layers: bool
+    remat: bool
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """One quantizer. `format`: integer, minifloat, or a catalogue name; widths are None where the name fixes them."""
+
+    format: str
+    bits: int | None
+    exp_bits: int | None
+    man_bits: int | None
+    variant: str | None
+    granularity: str | None
+    block: int | None
+    scale_format: str | None
+    scale_rule: str | None
+    rounding: str
+    source: str
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """The quantizers of a role in its two products (None: not quantized)."""
+
+    first: QuantizerSpec | None
+    second: QuantizerSpec | None
+
+
+@dataclass(frozen=True)
+class PrecisionSpec:
+    name: str
+    dot_dtype: str
+    weights: RoleSpec
+    activations: RoleSpec
+    output_gradients: RoleSpec
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    name: str
+    lr: float
+    lr_rule: str
+    base_width: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    name: str
+    warmup_steps: int
+    cooldown_steps: int
+    final_factor: float
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    name: str
+    paths: tuple[str, ...]
+    tokenizer: str | None
+    validation_fraction: float
+    vocab_size: int
+    order: int
+    tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out and where it is written; no number depends on these."""
+
+    runs_dir: str
+    sweep: str
+    logger: str
+    eval_every_steps: int | None
+    checkpoint_seconds: float
+    checkpoint_steps: int | None
+    checkpoint_keep: int
+    log_every: int
+    steps_per_dispatch: int
+    host_devices: int | None
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ModelSpec
+    precision: PrecisionSpec
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    data: DataSpec
+    seed: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    accumulate: int
+    eval_sequences: int
+    divergence_margin: float
+    options: Options
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    def identity(self) -> dict:
+        """What the run's numbers depend on, as plain JSON types. Names that only label (of a model or precision) are left out, and
+        of the data's description all but the name: its content is in the sha256."""
+        whole = dataclasses.asdict(self)
+        del whole["options"], whole["model"]["name"], whole["precision"]["name"]
+        whole["data"] = self.data.name
+        return whole
+
+
+def digest(content: dict) -> str:
+    """16 hex digits of the sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_id(config: TrainConfig, data_sha256: str) -> str:
+    """A run's identity: hash of frozen config, data content and NUMERICS_VERSION."""
+    return digest({"config": config.identity(), "data_sha256": data_sha256, "numerics": NUMERICS_VERSION})
+
+
+def trunk_id(config: TrainConfig, data_sha256: str) -> str:
+    """Equal for runs that are the same run until a cool-down starts: all but length and cool-down (WSD schedules), else run_id."""
+    if config.schedule.name != "wsd":
+        return run_id(config, data_sha256)
+    identity = config.identity()
+    del identity["steps"], identity["schedule"]["cooldown_steps"], identity["schedule"]["final_factor"]
+    return digest({"trunk": identity, "data_sha256": data_sha256, "numerics": NUMERICS_VERSION})

@@ -1,0 +1,147 @@
+"""What a job may set: mutable schema dataclasses that Hydra composes and type-checks. `freeze` turns them into the frozen ones.
+
+One class per config group; a name here is a key on the command line (`precision.weights.bits=5`). Unset means None.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelSchema:
+    name: str = MISSING
+    num_layers: int = MISSING
+    d_model: int = MISSING
+    num_heads: int = MISSING
+    d_ff: int = MISSING
+    tied_head: bool = True
+    scan_layers: bool = False
+    remat: bool = False
+
+
+@dataclass
+class GemmSchema:
+    """A role's quantizer in one of its matrix products; what is unset is as for the role."""
+
+    format: Optional[str] = None  # "integer", "minifloat", or a name of `bitlaw formats`; "float32" is not quantized
+    bits: Optional[int] = None
+    exp_bits: Optional[int] = None
+    man_bits: Optional[int] = None
+    variant: Optional[str] = None
+    granularity: Optional[str] = None
+    block: Optional[int] = None
+    scale_format: Optional[str] = None
+    scale_rule: Optional[str] = None
+    rounding: Optional[str] = None
+    source: Optional[str] = None
+
+
+@dataclass
+class RoleSchema(GemmSchema):
+    forward: GemmSchema = field(default_factory=GemmSchema)
+    dgrad: GemmSchema = field(default_factory=GemmSchema)
+    wgrad: GemmSchema = field(default_factory=GemmSchema)
+
+
+@dataclass
+class PrecisionSchema:
+    name: str = MISSING
+    bits: Optional[int] = None  # shorthand that presets refer to
+    dot_dtype: str = "float32"
+    weights: RoleSchema = field(default_factory=RoleSchema)
+    activations: RoleSchema = field(default_factory=RoleSchema)
+    output_gradients: RoleSchema = field(default_factory=RoleSchema)
+
+
+@dataclass
+class OptimizerSchema:
+    name: str = MISSING
+    lr: float = 0.004
+    lr_rule: str = "mup"  # "mup": hidden and head learning rates times base_width / d_model; "constant"
+    base_width: int = 32
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: Optional[float] = 1.0
+
+
+@dataclass
+class ScheduleSchema:
+    name: str = MISSING
+    warmup_steps: int = 50
+    cooldown_fraction: float = 0.2
+    final_factor: float = 0.0
+
+
+@dataclass
+class DataSchema:
+    name: str = MISSING
+    paths: List[str] = field(default_factory=list)
+    tokenizer: Optional[str] = None
+    validation_fraction: float = 0.05
+    vocab_size: int = 256
+    order: int = 2
+    tokens: int = 4_000_000
+    seed: int = 0
+
+
+@dataclass
+class EvalSchema:
+    sequences: int = 512
+    every_steps: Optional[int] = None
+
+
+@dataclass
+class CheckpointSchema:
+    every_seconds: float = 60.0
+    every_steps: Optional[int] = None
+    keep: int = 2
+
+
+@dataclass
+class LoggerSchema:
+    name: str = MISSING
+
+
+@dataclass
+class TrainSchema:
+    model: ModelSchema = MISSING
+    precision: PrecisionSchema = MISSING
+    optimizer: OptimizerSchema = MISSING
+    schedule: ScheduleSchema = MISSING
+    data: DataSchema = MISSING
+    logger: LoggerSchema = MISSING
+    eval: EvalSchema = field(default_factory=EvalSchema)
+    checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
+    seed: int = 0
+    steps: Optional[int] = None
+    tokens: Optional[float] = None
+    tokens_per_param: Optional[float] = None
+    batch_size: int = 16
+    seq_len: int = 128
+    accumulate: int = 1
+    divergence_margin: float = 2.0
+    runs_dir: str = "runs"
+    sweep: str = "train"
+    log_every: int = 10
+    steps_per_dispatch: int = 25
+    host_devices: Optional[int] = None
+    plugins: List[str] = field(default_factory=list)
+
+
+GROUPS = {"model": ModelSchema, "precision": PrecisionSchema, "optimizer": OptimizerSchema, "schedule": ScheduleSchema,
+          "data": DataSchema, "logger": LoggerSchema}
+
+
+def register_schemas() -> None:
+    """Tells Hydra's ConfigStore the types of every group, so that a misspelt key or a wrong type fails at composition."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainSchema)
+    for group, node in GROUPS.items():
+        store.store(group=group, name="schema", node=node)

@@ -1,0 +1,122 @@
+"""The columns of a run record (DESIGN 4) that follow from its config, layout and final evaluation."""
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import formats
+from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
+from trainer.config.precision import build_format
+
+# Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
+PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+              "TPU v4": 275e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6": 918e12}
+
+
+@functools.cache
+def code_version() -> str:
+    """The git commit of a checkout ("+" if modified), else the installed version."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        if (root / ".git").exists():
+            commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+            dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+            return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass  # no git, or a checkout without commits: the version says what there is to say
+    return importlib.metadata.version("bitlaw")
+
+
+@functools.cache
+def _log_mse(spec: QuantizerSpec) -> float | None:
+    """ln of the relative mean squared error on Gaussian data; None where nothing is lost."""
+    error = float(formats.gaussian_mse(build_format(spec)))
+    return math.log(error) if error > 0 else None
+
+
+def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict:
+    """The columns of one tensor role."""
+    if spec is None:
+        fmt = {"float32": formats.identity, "bfloat16": lambda: formats.get("bfloat16")}[dot_dtype]()
+        own = {"granularity": None, "rounding": "nearest_even" if dot_dtype != "float32" else None, "source": None, "log_mse": None}
+    else:
+        fmt = build_format(spec)
+        granularity = fmt.granularity.value if isinstance(fmt, formats.Scaled) else None
+        own = {"granularity": granularity, "rounding": spec.rounding, "source": spec.source, "log_mse": _log_mse(spec)}
+        if granularity in ("tensor", "channel", "token"):
+            fmt = fmt.element  # a block format has a name of its own; other scales are told by granularity and source
+    about = formats.describe(fmt)
+    columns = {"format": about["name"], "block": about["block"], "bits": about["bits"], "bits_effective": about["bits_effective"],
+               "exp_bits": about["exp_bits"], "man_bits": about["man_bits"]} | own
+    return {f"{role}_{name}": value for name, value in columns.items()}
+
+
+def precision_columns(precision: PrecisionSpec) -> dict:
+    """What was quantized to what, by role (as in the role's first product)."""
+    columns = {}
+    for role in ("weights", "activations", "output_gradients"):
+        columns |= _role_columns(role, getattr(precision, role).first, precision.dot_dtype)
+    columns |= {"kv_format": "float32", "kv_bits": 32, "master_weights_format": "float32", "master_weights_bits": 32}
+    return columns
+
+
+def mfu(flops_per_token: float, tokens_per_s: float) -> float | None:
+    """Model-FLOP utilisation of all devices together, None where the device's peak is not known."""
+    kind = jax.devices()[0].device_kind
+    for prefix, peak in PEAK_FLOPS.items():
+        if kind.startswith(prefix):
+            return flops_per_token * tokens_per_s / (peak * jax.device_count())
+    return None
+
+
+def _finite(x: float | None) -> float | None:
+    return x if x is not None and math.isfinite(x) else None
+
+
+def mean_and_stderr(losses_W: np.ndarray) -> tuple[float, float]:
+    """Mean over windows and its standard error (windows as independent draws), nats per token."""
+    return float(np.mean(losses_W, dtype=np.float64)), float(np.std(losses_W, ddof=1, dtype=np.float64) / math.sqrt(losses_W.size))
+
+
+def record(member, dataset, layout: str, losses_W: np.ndarray | None, model) -> dict:
+    """The run table's row of a finished run. `model`: its ModelConfig."""
+    config: TrainConfig = member.config
+    steps = member.step
+    tokens = steps * config.batch_tokens
+    loss, stderr = (None, None) if losses_W is None else mean_and_stderr(losses_W)
+    rate = tokens / member.wall_s if member.wall_s > 0 else None
+    per_token = model.flops_per_token(config.seq_len)
+    quantized = any(getattr(config.precision, role).first is not None for role in ("weights", "activations"))
+    return {
+        "run_id": member.run_id, "sweep": config.options.sweep, "seed": config.seed, "trunk_id": member.trunk_id,
+        "status": "done" if member.diverged_step is None else "diverged", "diverged_step": member.diverged_step,
+        "cooldown_steps": config.schedule.cooldown_steps if config.schedule.name == "wsd" else None,
+        "unique_tokens": min(tokens, int(dataset.train.size)), "n_params": model.num_params, "n_params_total": model.num_params_total,
+        "tokens": tokens, "flops": per_token * tokens, "loss": _finite(loss), "loss_std_err": _finite(stderr),
+        "loss_train": _finite(member.train_loss),
+        "bits_per_byte": None if loss is None else _finite(loss / math.log(2) / dataset.bytes_per_token),
+        "precision": precision_name(config.precision), **precision_columns(config.precision),
+        "quantized_fraction": model.matmul_params() / (model.matmul_params() + model.vocab_size * model.d_model) if quantized else 0.0,
+        "dot_precision": "highest" if config.precision.dot_dtype == "float32" else config.precision.dot_dtype,
+        "execution": "emulated", "layout": layout, "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr,
+        "batch_tokens": config.batch_tokens, "steps": steps, "schedule": config.schedule.name,
+        "wall_s": round(member.wall_s, 3), "tokens_per_s": rate, "mfu": None if rate is None else mfu(per_token, rate),
+        "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(), "jax_version": jax.__version__,
+        "code_version": code_version(), "data": dataset.name, "data_sha256": dataset.sha256,
+    }
+
+
+def precision_name(precision: PrecisionSpec) -> str:
+    """The preset's name; for the `int` family the widths, so that a sweep's runs can be told apart by eye."""
+    w, a = precision.weights.first, precision.activations.first
+    if precision.name == "int" and w is not None and a is not None and w.format == a.format == "integer":
+        if w.bits == a.bits:
+            return "float32" if w.bits == 32 else f"int{w.bits}"
+        return f"int-w{w.bits}a{a.bits}"
+    return precision.name

@@ -1,0 +1,231 @@
+"""The one training loop: a cohort of runs from wherever each stands to its end.
+
+The host decides where members stop (ends, branch points, evaluations, checkpoints), draws batches, and reads the metrics of one
+dispatch while the next one runs. Everything that it does to a member's state goes through the host's copy of it.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from trainer import build, checkpoint
+from trainer.cohort import Program
+from trainer.data import Dataset, batches, validation_windows
+from trainer.member import Member, link_branches
+from trainer.step import Hyper
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher of a sweep is told after every dispatch. `tokens`: trained by it; `finished`: records written by it."""
+
+    tokens: int
+    seconds: float
+    finished: list[dict] = field(default_factory=list)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class CohortRun:
+    """The state of one cohort on its way through the program."""
+
+    def __init__(self, members: list[Member], program: Program, dataset: Dataset):
+        self.members, self.program, self.dataset = members, program, dataset
+        self.options = members[0].config.options
+        self.model = program.structure.model
+        slots = program.padded(len(members))
+        for slot, member in zip(_deal(members, program.layout.member_devices), members):
+            member.slot = slot
+        by_slot = {member.slot: member for member in members}
+        # Slots beyond the members hold a copy of the first one that is never run.
+        hypers = [build.hyper(by_slot.get(slot, members[0]).config) for slot in range(slots)]
+        self.hyper: Hyper = program.put(jax.tree.map(lambda *xs: np.stack(xs), *hypers))
+        self.states = program.init(self.hyper)
+        self.windows = validation_windows(dataset.validation, members[0].config.eval_sequences, program.structure.seq_len)
+        self._restore()
+        link_branches(members)
+
+    # --- state on the host ---
+
+    def _host_states(self):
+        return jax.tree.map(np.array, jax.device_get(self.states))
+
+    def _restore(self) -> None:
+        """Members that have a checkpoint go on from it."""
+        if not any(checkpoint.steps(m.folder.checkpoints) for m in self.members):
+            for member in self.members:
+                member.restart()
+            return
+        host = self._host_states()
+        for member in self.members:
+            mine = jax.tree.map(lambda x: x[member.slot], host)
+            restored = checkpoint.restore(member.folder.checkpoints, mine)
+            if restored is None:
+                member.restart()
+            else:
+                step, state = restored
+                member.resume(step, int(state.diverged_step))
+                for there, here in zip(jax.tree.leaves(host), jax.tree.leaves(state)):
+                    there[member.slot] = here
+        self.states = self.program.put(host)
+
+    def _save(self, host, member: Member) -> None:
+        """A checkpoint; the metrics up to it are on disk before it."""
+        member.flush()
+        state = jax.tree.map(lambda x: x[member.slot], host)
+        checkpoint.save(member.folder.checkpoints, member.step, state, keep=self.options.checkpoint_keep)
+        member.saved()
+
+    def _branch(self, host, parent: Member) -> None:
+        """Members waiting for this step of their parent start from its state, each with a checkpoint of its own."""
+        for child in self.members:
+            if child.waiting and child.parent is parent and child.fork_step == parent.step:
+                for leaf in jax.tree.leaves(host):
+                    leaf[child.slot] = leaf[parent.slot]
+                child.branch_off()
+                self._save(host, child)
+
+    # --- one dispatch ---
+
+    def _children(self, member: Member) -> list[Member]:
+        return [m for m in self.members if m.parent is member]
+
+    def _draw(self, stops: dict[int, tuple[Member, int]]) -> np.ndarray:
+        """Batches [M, S, B, T+1] for the slots that run."""
+        structure = self.program.structure
+        length = self.options.steps_per_dispatch
+        dtype = self.dataset.train.dtype
+        shape = (self.program.padded(len(self.members)), length, structure.batch_size, structure.seq_len + 1)
+        tokens = np.zeros(shape, dtype)
+        for slot, (member, stop) in stops.items():
+            count = min(length, stop - member.step)
+            steps = np.arange(member.step, member.step + count)
+            tokens[slot, :count] = batches(self.dataset.train, member.config.seed, steps, structure.batch_size, structure.seq_len)
+        return tokens
+
+    def dispatch(self):
+        """Start the next steps of every active member; returns what `collect` needs, or None when nothing is left to run."""
+        active = {m.slot: (m, m.next_stop(self._children(m))) for m in self.members if m.active}
+        if not active:
+            return None
+        tokens = self._draw(active)
+        stops = np.zeros(tokens.shape[0], np.int32)
+        spans = []
+        for slot, (member, stop) in active.items():
+            stops[slot] = stop
+            count = min(self.options.steps_per_dispatch, stop - member.step)
+            spans.append((member, member.step, count))
+            member.step += count
+        self.states, metrics, diverged = self.program.run(self.states, self.hyper, tokens, stops)
+        return spans, metrics, diverged
+
+    def collect(self, dispatched, lap: Callable[[], float]) -> Progress:
+        """Wait for a dispatch and book its metrics."""
+        spans, metrics, diverged = dispatched
+        metrics, diverged = jax.device_get((metrics, diverged))
+        elapsed = lap()
+        total = sum(count for _, _, count in spans)
+        for member, first, count in spans:
+            mine = jax.tree.map(lambda x: x[member.slot], metrics)
+            member.take_metrics(first, count, mine, int(diverged[member.slot]), elapsed * count / total)
+        return Progress(total * self.program.structure.batch_size * self.program.structure.seq_len, elapsed)
+
+    # --- events at which the host acts ---
+
+    def pending_events(self) -> bool:
+        """True if some member stands where its state is needed on the host."""
+        return any(self._needs_host(m) for m in self.members)
+
+    def _needs_host(self, m: Member) -> bool:
+        if m.waiting or m.finished:
+            return False
+        branching = any(c.waiting and c.fork_step == m.step for c in self._children(m))
+        return branching or m.ended or m.due_checkpoint or m.due_eval
+
+    def handle_events(self) -> list[dict]:
+        """Branch, checkpoint, evaluate and finish the members that are due; returns the records written."""
+        due = [m for m in self.members if self._needs_host(m)]
+        host = self._host_states()
+        for member in due:
+            self._branch(host, member)
+        self.states = self.program.put(host)
+        losses = self._losses([m for m in due if m.due_eval or (m.ended and m.diverged_step is None)])
+        for member in due:
+            if member.due_eval:
+                member.log_eval(losses[member.slot])
+            if member.due_checkpoint or (member.ended and member.saved_step != member.step):
+                self._save(host, member)
+        return [record for m in due if m.ended for record in self._finish(m, losses)]
+
+    def _losses(self, members: list[Member]) -> np.ndarray | None:
+        """Losses on the validation windows [M, W], of these members only."""
+        if not members:
+            return None
+        wanted = np.zeros(self.program.padded(len(self.members)), bool)
+        wanted[[m.slot for m in members]] = True
+        return np.asarray(self.program.evaluate(self.states.params, self.hyper, self.windows, wanted))
+
+    def _finish(self, member: Member, losses) -> Iterator[dict]:
+        """The records of a run that ended, and of those that wait for a branch point which it will never reach."""
+        healthy = member.diverged_step is None
+        yield member.finish(self.dataset, self.program.layout.name, losses[member.slot] if healthy else None, self.model)
+        for child in self._children(member):
+            if child.waiting:  # the trunk diverged before the branch: so does every run that shares it
+                child.diverge_with(member)
+                yield child.finish(self.dataset, self.program.layout.name, None, self.model)
+
+
+def _deal(members: list[Member], devices: int) -> list[int]:
+    """A slot for every member: the runs of each trunk, then the trunks, dealt to devices in turn so that loads are even.
+
+    Slots are contiguous per device.
+    """
+    order = sorted(range(len(members)), key=lambda i: (-members[i].config.steps, members[i].run_id))
+    per_device = -(-len(members) // devices)
+    counts, slots = [0] * devices, [0] * len(members)
+    for position, index in enumerate(order):
+        device = position % devices
+        slots[index] = device * per_device + counts[device]
+        counts[device] += 1
+    return slots
+
+
+class _Clock:
+    """Seconds since the last lap, without compilation."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._mark = self._now()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._program.compile_seconds
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = self._now()
+        elapsed, self._mark = now - self._mark, now
+        return elapsed
+
+
+def run_cohort(members: list[Member], program: Program, dataset: Dataset, on_progress: OnProgress = lambda _: None) -> list[dict]:
+    """Train every member to its end; returns their records. Each is written the moment it is known."""
+    run = CohortRun(members, program, dataset)
+    clock = _Clock(program)
+    records: list[dict] = []
+    in_flight = None
+    while True:
+        following = None if run.pending_events() else run.dispatch()
+        if in_flight is not None:
+            on_progress(run.collect(in_flight, clock.lap))
+        in_flight = following
+        if in_flight is None:
+            if not run.pending_events():
+                return records
+            finished = run.handle_events()
+            on_progress(Progress(0, clock.lap(), finished))
+            records.extend(finished)

@@ -1,0 +1,176 @@
+"""The decoder: RMSNorm, rotary positions, SwiGLU, no biases, tied or untied head; every block matmul goes through `linear`.
+
+NNX modules are blueprints: `blueprint(config)` splits one into a static graphdef and a plain nested dict of parameters, and
+`apply` is a pure function of that dict. Layers are stacked on a leading axis L and run under `scan`, or unrolled where few.
+
+Shapes: B batch, T time, N = B*T tokens, L layers, D model width, F feed-forward width, H heads, V vocabulary.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from trainer import ops
+from trainer.keys import fold_in
+from trainer.linear import RowShards, linear
+from trainer.precision import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a decoder. `num_params` counts everything but the embedding and the head."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    vocab_size: int
+    tied_head: bool = True
+    scan_layers: bool = False
+    remat: bool = False
+    mup_base_width: int = 0  # 0: standard parametrisation
+
+    @property
+    def embedding_width(self) -> int:
+        """The width that sets the embedding's scale: the model's own, or under muP the base width, so that embeddings start alike
+        at every width (Yang et al. 2022, table 8)."""
+        return self.mup_base_width or self.d_model
+
+    @property
+    def logit_scale(self) -> float:
+        """What multiplies a tied head's logits: 1/sqrt(width) keeps a token from predicting itself at the start, and under muP the
+        logits shrink by a further base/width. An untied head is initialised with standard deviation 1/width instead."""
+        return self.embedding_width**-0.5 * (self.embedding_width / self.d_model) if self.tied_head else 1.0
+
+    @property
+    def num_params(self) -> int:
+        per_layer = 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        return self.num_layers * per_layer + self.d_model
+
+    @property
+    def num_params_total(self) -> int:
+        return self.num_params + self.vocab_size * self.d_model * (1 if self.tied_head else 2)
+
+    def matmul_params(self) -> int:
+        """Parameters that multiply activations in the blocks: those that a policy quantizes."""
+        return self.num_layers * (4 * self.d_model**2 + 3 * self.d_model * self.d_ff)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward + backward floating-point operations per token: 6 per matmul parameter (blocks and head) and 12 L D T for the
+        two attention products, not halved for causality (Chowdhery et al. 2022, appendix B)."""
+        return 6.0 * (self.matmul_params() + self.vocab_size * self.d_model) + 12.0 * self.num_layers * self.d_model * seq_len
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass needs besides parameters and tokens."""
+
+    policy: PrecisionPolicy
+    key: jax.Array | None = None  # uint32[2]; for stochastic rounding
+    rows: RowShards | None = None
+
+
+def _normal(rngs: nnx.Rngs, shape, std):
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std)
+
+
+class Block(nnx.Module):
+    """One pre-norm block. Four matmuls: fused qkv, attention output, fused gate and up, down."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f = config.d_model, config.d_ff
+        residual = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        self.attention_norm = nnx.Param(jnp.ones((d,), jnp.float32))
+        self.qkv = _normal(rngs, (d, 3 * d), d**-0.5)
+        self.attention_out = _normal(rngs, (d, d), d**-0.5 * residual)
+        self.mlp_norm = nnx.Param(jnp.ones((d,), jnp.float32))
+        self.gate_up = _normal(rngs, (d, 2 * f), d**-0.5)
+        self.down = _normal(rngs, (f, d), f**-0.5 * residual)
+        self.num_heads = config.num_heads
+
+    def __call__(self, h_ND, batch: int, call: Call):
+        def project(x, weight, index):
+            key = None if call.key is None else fold_in(call.key, index)
+            return linear(x, weight[...], call.policy, key, call.rows)
+
+        qkv = project(ops.rms_norm(h_ND, self.attention_norm[...]), self.qkv, 0)
+        h_ND = h_ND + project(ops.rotary_attention(qkv, batch, self.num_heads), self.attention_out, 1)
+        gate_up = project(ops.rms_norm(h_ND, self.mlp_norm[...]), self.gate_up, 2)
+        return h_ND + project(ops.swiglu(gate_up), self.down, 3)
+
+
+class Decoder(nnx.Module):
+    """Tokens [B, T] to logits [N, V]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d = config.d_model
+        self.embedding = _normal(rngs, (config.vocab_size, d), config.embedding_width**-0.5)
+        self.layers = jax.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(jax.random.split(rngs.params(), config.num_layers))
+        self.final_norm = nnx.Param(jnp.ones((d,), jnp.float32))
+        self.head = None if config.tied_head else _normal(rngs, (config.vocab_size, d), 1.0 / d)
+        self.config = config
+
+    def __call__(self, tokens_BT, call: Call):
+        config = self.config
+        batch = tokens_BT.shape[0]
+        # The table is small enough for the head's logits; this brings the residual stream to unit variance.
+        h_ND = ops.embed(self.embedding[...], tokens_BT.reshape(-1)) * config.embedding_width**0.5
+        h_ND = self._run_layers(h_ND, batch, call)
+        h_ND = ops.rms_norm(h_ND, self.final_norm[...])
+        if config.tied_head:
+            h_ND = h_ND * config.logit_scale
+        head_VD = self.embedding if self.head is None else self.head
+        return linear(h_ND, head_VD[...].T, call.policy.without_quantizers())
+
+    def _run_layers(self, h_ND, batch, call):
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run(h_ND, layer, index):
+            key = None if call.key is None else fold_in(call.key, index)
+            return nnx.merge(graphdef, layer)(h_ND, batch, Call(call.policy, key, call.rows))
+
+        if self.config.remat:
+            run = jax.checkpoint(run)
+        num_layers = self.config.num_layers
+        if self.config.scan_layers:
+            indices = jnp.arange(num_layers, dtype=jnp.uint32)
+            h_ND, _ = lax.scan(lambda h, xs: (run(h, *xs), None), h_ND, (stacked, indices))
+            return h_ND
+        # lax.split transposes to one concatenation; indexing would transpose to a padded sum per layer.
+        leaves, treedef = jax.tree.flatten(stacked)
+        pieces = [lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
+        for index in range(num_layers):
+            layer = jax.tree.unflatten(treedef, [piece[index].reshape(piece[index].shape[1:]) for piece in pieces])
+            h_ND = run(h_ND, layer, index)
+        return h_ND
+
+
+def _build(config: ModelConfig, key):
+    return nnx.split(Decoder(config, nnx.Rngs(params=key)))
+
+
+def init_params(config: ModelConfig, key) -> dict:
+    """Fresh float32 parameters as a plain nested dict; pure, may be jitted and vmapped over `key` (a typed PRNG key)."""
+    return nnx.to_pure_dict(_build(config, key)[1])
+
+
+def blueprint(config: ModelConfig):
+    """(graphdef, shapes): the static half of the decoder, and its parameters as a dict of ShapeDtypeStructs."""
+    graphdef, state = nnx.eval_shape(lambda: _build(config, jax.random.key(0)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def apply(graphdef, params: dict, tokens_BT: jax.Array, call: Call) -> jax.Array:
+    """Logits [N, V] of the decoder with these parameters."""
+    return nnx.merge(graphdef, params)(tokens_BT, call)
+
+
+def next_token_losses(graphdef, params: dict, tokens_BT1: jax.Array, call: Call) -> jax.Array:
+    """Cross-entropy of every next token, nats, [B, T], from windows of T + 1 tokens."""
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    logits_NV = apply(graphdef, params, inputs_BT, call)
+    return ops.cross_entropy(logits_NV, targets_BT.reshape(-1)).reshape(targets_BT.shape)

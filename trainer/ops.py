@@ -1,0 +1,163 @@
+"""The decoder's operations other than matrix products, each with a hand-written backward where autodiff is slow.
+
+Shapes: B batch, T time, N = B*T tokens, D model width, H heads, K head width, F feed-forward width, V vocabulary.
+All functions take and return float32. XLA:CPU multiplies a [T, T] matrix from the left four times slower when it has to be
+transposed first, so keys and values travel as [B, H, K, T]: then none of the six products of attention needs it.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+# --- embedding ------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def embed(table_VD: jax.Array, tokens_N: jax.Array) -> jax.Array:
+    """Rows of the table. The backward is a product with a one-hot matrix: a scatter-add is serial on a CPU."""
+    return table_VD[tokens_N]
+
+
+def _embed_fwd(table_VD, tokens_N):
+    return table_VD[tokens_N], (tokens_N, jnp.zeros((table_VD.shape[0], 0), table_VD.dtype))
+
+
+def _embed_bwd(residuals, g_ND):
+    tokens_N, empty_V0 = residuals
+    onehot_NV = jax.nn.one_hot(tokens_N, empty_V0.shape[0], dtype=g_ND.dtype)
+    return lax.dot_general(onehot_NV, g_ND, (((0,), (0,)), ((), ())), precision=HIGHEST), None
+
+
+embed.defvjp(_embed_fwd, _embed_bwd)
+
+
+# --- normalisation and activation -----------------------------------------------------------------------------------
+
+
+def rms_norm(x_ND: jax.Array, gain_D: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * gain (Zhang & Sennrich 2019, eq. 4)."""
+    return x_ND * lax.rsqrt(jnp.mean(x_ND * x_ND, axis=-1, keepdims=True) + eps) * gain_D[None, :]
+
+
+def _halves(x):
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+@jax.custom_vjp
+def swiglu(gate_up_N2F: jax.Array) -> jax.Array:
+    """silu(gate) * up, with gate and up side by side in one array (Shazeer 2020, eq. 6)."""
+    gate, up = _halves(gate_up_N2F)
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _swiglu_fwd(gate_up_N2F):
+    return swiglu(gate_up_N2F), gate_up_N2F
+
+
+def _swiglu_bwd(gate_up_N2F, g_NF):
+    gate, up = _halves(gate_up_N2F)
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = g_NF * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+    return (jnp.concatenate([d_gate, g_NF * gate * sigmoid], axis=-1),)
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def rope_tables(seq_len: int, head_dim: int, base: float = 10000.0) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, each [T, K/2] (Su et al. 2021, section 3.2.2, half-split layout)."""
+    frequency = base ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) / (head_dim // 2))
+    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x, cos, sin, dim):
+    """Rotate the two halves of `dim`; cos and sin broadcast against a half."""
+    first, second = jnp.split(x, 2, axis=dim)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=dim)
+
+
+def _bdot(a, b, contract_a, contract_b):
+    """A product over the last two dims with [B, H] as batch."""
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), precision=HIGHEST)
+
+
+@jax.custom_vjp
+def causal_attention(q_BHTK: jax.Array, k_BHKT: jax.Array, v_BHKT: jax.Array) -> jax.Array:
+    """softmax(q k, causal) v -> [B, H, T, K]. Scale q by K**-0.5 before."""
+    return _attention_fwd(q_BHTK, k_BHKT, v_BHKT)[0]
+
+
+def _attention_fwd(q_BHTK, k_BHKT, v_BHKT):
+    seq_len = q_BHTK.shape[2]
+    scores = _bdot(q_BHTK, k_BHKT, 3, 2)
+    row = lax.broadcasted_iota(jnp.int32, (1, 1, seq_len, seq_len), 2)
+    col = lax.broadcasted_iota(jnp.int32, (1, 1, seq_len, seq_len), 3)
+    scores = jnp.where(col <= row, scores, -1e30)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))  # not normalised: [B, H, T, T]
+    inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+    out = _bdot(weights, v_BHKT, 3, 3) * inverse
+    return out, (q_BHTK, k_BHKT, v_BHKT, weights, inverse, out)
+
+
+def _attention_bwd(residuals, g_BHTK):
+    q, k, v, weights, inverse, out = residuals
+    g = g_BHTK * inverse
+    dv = _bdot(g, weights, 2, 2)
+    delta = jnp.sum(g * out, axis=-1, keepdims=True)
+    d_scores = weights * (_bdot(g, v, 3, 2) - delta)
+    return _bdot(d_scores, k, 3, 3), _bdot(q, d_scores, 2, 2), dv
+
+
+causal_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def rotary_attention(qkv_NX: jax.Array, batch: int, num_heads: int) -> jax.Array:
+    """Causal self-attention with rotary positions from the fused projection [N, 3*D] to [N, D]."""
+    num_tokens, width = qkv_NX.shape[0], qkv_NX.shape[1] // 3
+    seq_len, head_dim = num_tokens // batch, width // num_heads
+    cos, sin = rope_tables(seq_len, head_dim)
+    qkv = qkv_NX.reshape(batch, seq_len, 3, num_heads, head_dim)
+    scale = head_dim**-0.5
+    q_BHTK = _rotate(qkv[:, :, 0].transpose(0, 2, 1, 3), cos[None, None] * scale, sin[None, None] * scale, 3)
+    k_BHKT = _rotate(qkv[:, :, 1].transpose(0, 2, 3, 1), cos.T[None, None], sin.T[None, None], 2)
+    out_BHTK = causal_attention(q_BHTK, k_BHKT, qkv[:, :, 2].transpose(0, 2, 3, 1))
+    return out_BHTK.transpose(0, 2, 1, 3).reshape(num_tokens, width)
+
+
+# --- loss -----------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] in nats, [N]."""
+    return _cross_entropy_fwd(logits_NV, targets_N)[0]
+
+
+def _is_target(shape, targets_N):
+    return lax.broadcasted_iota(targets_N.dtype, shape, 1) == targets_N[:, None]
+
+
+def _cross_entropy_fwd(logits_NV, targets_N):
+    shifted = logits_NV - jnp.max(logits_NV, axis=-1, keepdims=True)
+    exp_NV = jnp.exp(shifted)
+    total_N = jnp.sum(exp_NV, axis=-1)
+    at_target_N = jnp.sum(jnp.where(_is_target(shifted.shape, targets_N), shifted, 0.0), axis=-1)
+    return jnp.log(total_N) - at_target_N, (exp_NV, total_N, targets_N)
+
+
+def _cross_entropy_bwd(residuals, g_N):
+    exp_NV, total_N, targets_N = residuals
+    onehot = _is_target(exp_NV.shape, targets_N).astype(exp_NV.dtype)
+    return (exp_NV / total_N[:, None] - onehot) * g_N[:, None], None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

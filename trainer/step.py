@@ -1,0 +1,160 @@
+"""init, step and evaluate as pure functions of state, batch and traced hyper-parameters (DESIGN 3.7).
+
+Shapes: B sequences of a batch (this device's share of them, under data parallelism), T time.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from trainer import model as decoder
+from trainer.keys import fold_in
+from trainer.linear import RowShards
+from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
+from trainer.precision import PrecisionPolicy
+from trainer.schedules import SCHEDULES, ScheduleNumbers
+
+# Parameters whose learning rate scales as 1/width under muP (Yang et al. 2022, table 3, Adam: hidden and output weights).
+HIDDEN_MATRICES = ("qkv", "attention_out", "gate_up", "down", "head")
+EVAL_BATCH = 32  # sequences per forward pass of an evaluation; part of the numerics, like every constant here
+
+
+@dataclass(frozen=True)
+class StepStructure:
+    """Everything about a step that is static: one value of it is one compiled program."""
+
+    model: decoder.ModelConfig
+    optimizer: str
+    schedule: str
+    batch_size: int
+    seq_len: int
+    accumulate: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyper:
+    """Traced numbers of one run. `key`: uint32[2] from the seed. `divergence_margin`: nats above the first loss, float32."""
+
+    optimizer: OptimizerNumbers
+    schedule: ScheduleNumbers
+    policy: PrecisionPolicy
+    key: jax.Array
+    divergence_margin: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that a run needs to go on. `diverged_step` is -1 while the run is healthy; a diverged run never changes again."""
+
+    params: dict
+    opt_state: Any
+    step: jax.Array  # int32: updates done
+    first_loss: jax.Array  # float32: the loss of step 0, the reference of the divergence rule
+    diverged_step: jax.Array  # int32
+
+
+class Metrics(NamedTuple):
+    """Of one step, float32 scalars: training loss (nats per token), global gradient norm before clipping, learning rate."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    lr: jax.Array
+
+
+def _leaf_name(path) -> str:
+    return path[-1].key
+
+
+def lr_tree(params, model: decoder.ModelConfig, lr):
+    """Each parameter's learning rate: lr, times base_width / d_model for hidden matrices under muP."""
+    factor = model.mup_base_width / model.d_model if model.mup_base_width else 1.0
+    return jax.tree_util.tree_map_with_path(lambda path, _: lr * factor if _leaf_name(path) in HIDDEN_MATRICES else lr, params)
+
+
+def decay_tree(params):
+    """True for matrices, False for the gains of normalisations."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _leaf_name(path).endswith("norm"), params)
+
+
+def _optimizer(structure: StepStructure, params, hyper: Hyper, lr):
+    build = OPTIMIZERS[structure.optimizer]
+    return build(hyper.optimizer, lr_tree(params, structure.model, lr), decay_tree(params))
+
+
+def init(structure: StepStructure, hyper: Hyper) -> State:
+    """The state before the first step; a pure function of hyper.key."""
+    params = decoder.init_params(structure.model, jax.random.wrap_key_data(hyper.key, impl="threefry2x32"))
+    opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
+    return State(params, opt_state, jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(-1))
+
+
+def _rows(data_axis: str | None) -> RowShards | None:
+    return None if data_axis is None else RowShards(data_axis)
+
+
+def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, policy, key, data_axis=None):
+    """Mean loss and its gradients over the (global) batch; `accumulate` micro-batches are run one after another."""
+    micro = structure.accumulate
+
+    def loss_fn(params, tokens_bT1, index):
+        call = decoder.Call(policy, fold_in(key, index) if policy.stochastic else None, _rows(data_axis))
+        return jnp.mean(decoder.next_token_losses(graphdef, params, tokens_bT1, call))
+
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if micro == 1:
+        loss, grads = value_and_grad(params, tokens_BT1, 0)
+    else:
+        parts = tokens_BT1.reshape(micro, -1, tokens_BT1.shape[-1])
+
+        def add(total, xs):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *xs)), None
+
+        zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
+        loss, grads = jax.tree.map(lambda x: x / micro, total)
+    if data_axis is not None:  # one collective for everything
+        flat, unravel = ravel_pytree((loss, grads))
+        loss, grads = unravel(lax.pmean(flat, data_axis))
+    return loss, grads
+
+
+def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> tuple[State, Metrics]:
+    """One optimizer update. A loss or gradient that is not finite, or a loss above first_loss + divergence_margin, freezes the
+    run: the update is not applied and `diverged_step` says where."""
+    key = fold_in(hyper.key, state.step)
+    loss, grads = loss_and_gradients(structure, graphdef, state.params, tokens_BT1, hyper.policy, key, data_axis)
+    grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+    first_loss = jnp.where(state.step == 0, loss, state.first_loss)
+    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= first_loss + hyper.divergence_margin)
+
+    lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
+    clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
+    optimizer = _optimizer(structure, state.params, hyper, lr)
+    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
+    params = jax.tree.map(jnp.add, state.params, updates)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
+
+    after = State(
+        keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
+        first_loss, jnp.where(healthy, state.diverged_step, state.step),
+    )
+    return after, Metrics(loss, grad_norm, lr)
+
+
+def evaluate(graphdef, params, windows_WT1, policy: PrecisionPolicy, key, data_axis=None) -> jax.Array:
+    """Mean loss of every validation window, nats per token, [W]."""
+    size = math.gcd(EVAL_BATCH, windows_WT1.shape[0])
+    parts = windows_WT1.reshape(-1, size, windows_WT1.shape[-1])
+    call = decoder.Call(policy, key if policy.stochastic else None, _rows(data_axis))
+    losses = lax.map(lambda tokens: jnp.mean(decoder.next_token_losses(graphdef, params, tokens, call), axis=-1), parts)
+    return losses.reshape(-1)

@@ -1,0 +1,122 @@
+"""From frozen configs to a plan: which runs are done, which share a program, which share a trunk."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from trainer import build
+from trainer.config import TrainConfig, run_id, trunk_id
+from trainer.data import Dataset, load
+from trainer.records import RunFolder
+from trainer.step import StepStructure
+
+MAX_MEMBERS = 64  # of one cohort
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    config: TrainConfig
+    run_id: str
+    trunk_id: str
+    dataset: Dataset
+    folder: RunFolder
+
+    @property
+    def structure(self) -> StepStructure:
+        return build.step_structure(self.config, self.dataset.vocab_size)
+
+    @property
+    def done(self) -> bool:
+        """True when the run has a record that stands: done or diverged. A failed run is tried again."""
+        record = self.folder.record()
+        return record is not None and record["status"] in ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Runs of one structure on one data set, to be trained in one program."""
+
+    structure: StepStructure
+    runs: tuple[PlannedRun, ...]
+
+    def updates(self) -> int:
+        """Optimizer updates to compute: a trunk once, and each branch's cool-down."""
+        trunks: dict[str, list[TrainConfig]] = {}
+        for run in self.runs:
+            trunks.setdefault(run.trunk_id, []).append(run.config)
+        total = 0
+        for configs in trunks.values():
+            longest = max(configs, key=lambda c: c.steps)
+            total += longest.steps + sum(c.schedule.cooldown_steps for c in configs if c is not longest)
+        return total
+
+    def flops(self) -> float:
+        """Floating-point operations of those updates."""
+        tokens = self.updates() * self.structure.batch_size * self.structure.seq_len
+        return tokens * self.structure.model.flops_per_token(self.structure.seq_len)
+
+
+@dataclass(frozen=True)
+class Plan:
+    root: Path
+    runs: tuple[PlannedRun, ...]
+    cohorts: tuple[Cohort, ...] = field(default=())  # of what is not done
+
+    @property
+    def num_done(self) -> int:
+        return len(self.runs) - sum(len(c.runs) for c in self.cohorts)
+
+
+def _structure_key(run: PlannedRun):
+    """Equal for runs that one compiled program can train together."""
+    policy = jax.tree.structure(build.hyper(run.config).policy)
+    return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options
+
+
+def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Plan:
+    """The plan for these configs; loads (and where necessary prepares) their data. Equal runs count once."""
+    datasets: dict = {}
+    runs: dict[str, PlannedRun] = {}
+    for config in configs:
+        if config.data not in datasets:
+            datasets[config.data] = load(config.data)
+        dataset = datasets[config.data]
+        name = run_id(config, dataset.sha256)
+        folder = RunFolder(Path(config.options.runs_dir) / config.options.sweep / name)
+        runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
+    groups: dict = {}
+    for run in runs.values():
+        if not run.done:
+            groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
+    cohorts = [Cohort(key[0], tuple(chunk)) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
+    options = configs[0].options
+    return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted(cohorts, key=Cohort.flops)))
+
+
+def _chunks(trunks: list[list[PlannedRun]], max_members: int):
+    """Runs in chunks of at most max_members; a trunk's runs stay together where they fit."""
+    chunk: list[PlannedRun] = []
+    for trunk in trunks:
+        if chunk and len(chunk) + len(trunk) > max_members:
+            yield chunk
+            chunk = []
+        chunk.extend(trunk)
+        while len(chunk) > max_members:
+            yield chunk[:max_members]
+            chunk = chunk[max_members:]
+    if chunk:
+        yield chunk
+
+
+def write_plan(plan: Plan) -> None:
+    """plan.json in the sweep's folder: every run that was ever planned there, so that `bitlaw status` knows what is missing."""
+    path = plan.root / "plan.json"
+    known = json.loads(path.read_text())["run_ids"] if path.exists() else []
+    ids = list(dict.fromkeys([*known, *(run.run_id for run in plan.runs)]))
+    plan.root.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"sweep": plan.root.name, "run_ids": ids}, indent=1))
+    temporary.replace(path)
