@@ -138,6 +138,16 @@ class Fit:
         return Prediction(loss, loss * np.exp(-reach), loss * np.exp(reach), loss * np.exp(-mean_reach), loss * np.exp(mean_reach),
                           extrapolated)
 
+    def at_width(self, bits: float) -> dict[str, float]:
+        """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
+        return {operand.input: bits for operand in self.law.operands if operand.parameters[0] in self.params}
+
+    @property
+    def one_knob(self) -> bool:
+        """Whether all operands that the fit knows of share one width and its constants, so that the loss is a curve over bits."""
+        first = [operand.parameters[0] for operand in self.law.operands if operand.parameters[0] in self.params]
+        return len({self.ties.get(name, name) for name in first}) == 1
+
     def save(self, path: str | os.PathLike) -> Path:
         """Writes FIT.json by rename: everything that `load` needs to predict. Returns the path."""
         path = Path(path)

@@ -11,14 +11,19 @@ from scipy.special import stdtrit
 UNQUANTIZED_BITS = 16.0  # float32, bfloat16 and float16 runs count as references
 
 
+WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
+
+
 @dataclass(frozen=True)
 class Run:
-    """One finished run. n_params, tokens; bits: of weights and activations (the narrower; inf when not quantized); loss, nats/token."""
+    """One finished run. n_params, tokens; bits: the narrowest width of weights, activations and output gradients (inf when none is
+    below 16); widths: bits columns as the laws take them; loss, nats/token; group: what else must match for two runs to be a pair."""
 
     run_id: str
     n_params: float
     tokens: float
     bits: float
+    widths: dict[str, float]
     precision: str
     seed: int
     loss: float
@@ -53,8 +58,8 @@ class Gap:
 
 def finished_runs(relation) -> list[Run]:
     """The done runs of a run table (see `scaling.table`) that have a size, tokens and a finite loss. Order of the table."""
-    wanted = ("run_id", "status", "n_params", "tokens", "weights_bits", "activations_bits", "output_gradients_bits", "precision", "seed",
-              "loss", "data", "lr", "schedule")
+    wanted = ("run_id", "status", "n_params", "tokens", *WIDTHS, "output_gradients_bits", "precision", "seed", "loss", "data", "lr",
+              "schedule")
     arrays = columns_of(relation)
     runs = []
     for i in range(len(relation)):
@@ -63,9 +68,10 @@ def finished_runs(relation) -> list[Run]:
             continue
         if not math.isfinite(row["loss"]):
             continue
-        widths = [row[name] for name in ("weights_bits", "activations_bits", "output_gradients_bits") if row[name] is not None]
+        widths = [row[name] for name in (*WIDTHS, "output_gradients_bits") if row[name] is not None]
+        law_widths = {name: math.inf if row[name] is None else float(row[name]) for name in WIDTHS}
         bits = min((float(width) for width in widths if width < UNQUANTIZED_BITS), default=math.inf)
-        runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits,
+        runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits, law_widths,
                         str(row["precision"] or _name(bits)), int(row["seed"] or 0), float(row["loss"]),
                         (row["data"], row["lr"], row["schedule"])))
     return runs

@@ -35,7 +35,7 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     measured = {gap.precision: gap for gap in at_size}
     by_law, by_pairs = [], []
     for name, gap in everywhere.items():
-        estimate = fit.estimate("loss_gap", N=n_params, **_widths(fit, gap.bits)) if fit else None
+        estimate = fit.estimate("loss_gap", N=n_params, **fit.at_width(gap.bits)) if fit else None
         if estimate is not None and estimate.identified:
             also = f"; measured {measured[name].mean:+.3f}" if name in measured else ""
             by_law.append(f"{name} {estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f}{also})")
@@ -53,16 +53,14 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
 
 def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Noise | None) -> str:
     """The smallest width whose gap is within the noise between seeds, or within TOLERANCE where there are too few seeds."""
-    from_seeds = noise is not None and noise.dof >= MIN_SEED_DOF
-    limit = noise.sd if from_seeds else TOLERANCE
-    within = (f"the seed noise, {limit:.4f} nats per token (standard deviation, {noise.dof} degrees of freedom)" if from_seeds
-              else f"{limit:g} nats per token (a stated tolerance: too few seeds to measure their noise)")
+    limit, name = noise_level(noise)
+    within = f"{limit:.4g} nats per token ({name})"
     trained = sorted({run.bits for run in runs if run.quantized})
     if not trained or reference_precision(runs) is None:
         return "Which bits suffice: cannot be told, since there are no runs both with and without quantization."
     estimate = fit.estimate("bits_for_gap", N=n_params, gap=limit) if fit else None
     if estimate is not None and estimate.value < trained[0]:
-        narrowest = fit.estimate("loss_gap", N=n_params, **_widths(fit, trained[0]))
+        narrowest = fit.estimate("loss_gap", N=n_params, **fit.at_width(trained[0]))
         if narrowest.identified and narrowest.high <= limit:
             return (f"Which bits suffice: all that were trained; already at {trained[0]:g} bits the loss is {narrowest.value:+.4f} "
                     f"({narrowest.low:+.4f} to {narrowest.high:+.4f}), within {within}.")
@@ -72,6 +70,13 @@ def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Nois
     beyond = f", wider than the {trained[-1]:g} bits trained, so an extrapolation" if enough > trained[-1] else ""
     return (f"Which bits suffice: {enough} bits{beyond}; at {n_params:,.0f} parameters the gap falls within {within} at "
             f"{estimate.value:.1f} bits ({fit.level:.0%} interval {estimate.low:.1f} to {estimate.high:.1f}).")
+
+
+def noise_level(noise: Noise | None) -> tuple[float, str]:
+    """(gap that counts as none, what it is): the deviation between seeds, or TOLERANCE where there are too few seeds to know it."""
+    if noise is not None and noise.dof >= MIN_SEED_DOF:
+        return noise.sd, f"the noise between seeds, {noise.dof} degrees of freedom"
+    return TOLERANCE, "a stated tolerance: too few seeds to measure their noise"
 
 
 def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
@@ -89,11 +94,6 @@ def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
             f"(mean error {score['bias_nats']:+.3f}, 95% interval {score['bias_low']:+.3f} to {score['bias_high']:+.3f}; root mean square "
             f"{score['rmse_nats']:.3f}, {score['rmse']:.1%} of the loss); {score['covered'] * score['rows']:.0f} of {score['rows']} fell in "
             f"their {fit.level:.0%} prediction interval (±{score['half_width']:.3f}).")
-
-
-def _widths(fit: Fit, bits: float) -> dict[str, float]:
-    """Every operand that the fit knows of at `bits`."""
-    return {operand.input: bits for operand in fit.law.operands if operand.parameters[0] in fit.params}
 
 
 def _measured(gap: Gap) -> str:

@@ -1,0 +1,92 @@
+"""`scaling.report`: a folder of runs as one self-contained HTML file: what was found, the figures, the constants, the runs.
+
+Every section stands on its own: a folder with one size, one precision or nothing but diverged runs gives a shorter report that says
+what is missing and why, never an error.
+"""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from scaling import page
+from scaling.analysis import Analysis, analyse
+from scaling.report_figures import figures
+from scaling.report_tables import candidate_table, constants_table, gap_table, held_out_table, method_notes, run_table
+from scaling.statistics import columns_of
+from scaling.summary import summary
+from scaling.table import Source
+
+MAX_LISTED = 60  # runs shown before the list is folded
+
+
+def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None) -> Path:
+    """Writes the report of `source` (a run folder or table) to the HTML file `out` and returns its path.
+
+    fits: an `analyse(source)` that has been made already. ValueError, one line, when the source is no run table or `out` cannot be.
+    """
+    out = Path(out)
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"out={out}: {'is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}; name an .html file")
+    analysis = fits or analyse(source)
+    body = [*_head(analysis), *figures(analysis, source), *_tables(analysis)]
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    partial.write_text(page.page(_title(analysis), body), encoding="utf-8")
+    partial.replace(out)
+    return out
+
+
+def _title(analysis: Analysis) -> str:
+    sweeps = sorted({str(name) for name in columns_of(analysis.relation.project("sweep"))["sweep"] if name})
+    return "Loss and precision" + (f": {', '.join(sweeps[:3])}" + (" and others" if len(sweeps) > 3 else "") if sweeps else "")
+
+
+def _head(analysis: Analysis) -> list[str]:
+    """Title, provenance, the three sentences, key figures, and whatever a reader must know before trusting them."""
+    records = columns_of(analysis.relation)
+    states = records["status"]
+    distinct = {name: sorted({str(v) for v in records[name] if v is not None}) for name in ("data", "device", "jax_version", "code_version")}
+    meta = [f"{len(states)} runs", *(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in distinct.items() if values)]
+    fit = analysis.fit_precision or analysis.fit_chinchilla
+    score = fit.metrics["held_out"] if fit else None
+    sizes, budgets = {run.n_params for run in analysis.runs}, {run.tokens for run in analysis.runs}
+    bad = {state: sum(s == state for s in states) for state in ("diverged", "failed")}
+    key_figures = [(f"{len(analysis.runs)} of {len(states)}", "runs finished"),
+               (f"{len(sizes)} × {len(budgets)} × {len({run.precision for run in analysis.runs})}", "sizes × budgets × precisions"),
+               (f"{fit.metrics['condition_number']:.1e}" if fit else "–", "condition number of the fit"),
+               (f"{score['rmse']:.1%}" if score else "–", "held-out error (rms, of the loss)"),
+               (f"{analysis.noise.sd:.4f}" if analysis.noise else "–", "seed noise (nats/token, sd)")]
+    parts = [f"<h1>{page.escape(_title(analysis))}</h1>", page.paragraph(" · ".join(meta), "meta"),
+             page.summary_box(summary(analysis.fit_chinchilla, analysis.fit_precision, analysis.relation)), page.facts(key_figures)]
+    for state, count in bad.items():
+        if count:
+            named = [str(name) for name, s in zip(records["run_id"], states, strict=True) if s == state]
+            shown = ", ".join(named[:8]) + (f" and {count - 8} more" if count > 8 else "")
+            parts.append(f'<p class="note alert">{count} run{"s" * (count > 1)} {state}: {page.escape(shown)}. '
+                         "They are in no fit and in no figure of final losses.</p>")
+    parts += [page.paragraph(f"No {name} fit: {why}.", "note") for name, why in analysis.why.items()]
+    parts += [page.paragraph(f"Note: {note}.", "note") for note in (*analysis.notes, *_unconverged(analysis))]
+    return parts
+
+
+def _unconverged(analysis: Analysis) -> list[str]:
+    return [f"the fit of {fit.label} did not converge, its constants are not to be used"
+            for fit in (analysis.fit_chinchilla, analysis.fit_precision) if fit and not fit.converged]
+
+
+def _tables(analysis: Analysis) -> list[str]:
+    """Constants, candidates, held-out runs, gaps, method and runs."""
+    parts = []
+    for comparison in filter(None, (analysis.precision, analysis.chinchilla)):
+        fit = comparison.best
+        parts += [f"<h2>Fitted constants: {page.escape(fit.label)}</h2>", f"<p><code>{page.escape(fit.law.about)}</code></p>",
+                  constants_table(fit, analysis), page.paragraph(f"Choice: {comparison.reason()}. " + " ".join(
+                      f"{note[0].upper()}{note[1:]}." for note in fit.metrics["notes"]), "note"), candidate_table(comparison)]
+    scored = next((fit for fit in (analysis.fit_precision, analysis.fit_chinchilla) if fit and fit.metrics["held_out"]), None)
+    if scored:
+        parts += ["<h2>Held-out predictions</h2>", *held_out_table(scored, analysis)]
+    if analysis.gaps or analysis.noise:
+        parts += ["<h2>Seed noise and matched gaps</h2>", *gap_table(analysis)]
+    listing = run_table(analysis)
+    num_runs = len(analysis.relation)
+    parts += ["<h2>Runs</h2>", listing if num_runs <= MAX_LISTED else page.details(f"All {num_runs} runs", listing)]
+    return [*parts, "<h2>How these numbers were made</h2>", *method_notes(analysis)]

@@ -1,0 +1,99 @@
+"""Which figures a set of runs can carry, with their captions. The drawing itself is in `plots`."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from scaling import page
+from scaling.analysis import Analysis
+from scaling.result import MAX_CONDITION, Fit
+from scaling.statistics import columns_of, paired_gaps
+from scaling.summary import noise_level
+from scaling.table import curves
+
+MADE_OF = "Final validation loss of each run"
+
+
+def figures(analysis: Analysis, source) -> list[str]:
+    """Numbered HTML figures. source: where the analysis came from; a folder may hold training curves."""
+    from scaling import plots  # matplotlib takes most of a second to import; tables, fits and the CLI do without it
+
+    made: list[str] = []
+
+    def add(name: str, figure, title: str, caption: str, narrow: bool = False) -> None:
+        made.append(page.figure(plots.to_svg(figure, name), len(made) + 1, title, caption, narrow))
+
+    with plots.style():
+        if analysis.runs:
+            _of_losses(analysis, add, plots)
+        _of_training(analysis, source, add, plots)
+    return ["<h2>Figures</h2>", *made] if made else [page.paragraph("No run has finished with a finite loss: there is nothing to draw.")]
+
+
+def drawable(fit: Fit | None) -> Fit | None:
+    """The fit when its curve may be shown: it converged, the design identifies it, and it is a curve over one width."""
+    return fit if fit is not None and fit.converged and fit.metrics["condition_number"] <= MAX_CONDITION and fit.one_knob else None
+
+
+def predictions(analysis: Analysis) -> dict[str, float]:
+    """run_id -> loss by the precision fit, or by Chinchilla for the unquantized runs where there is none; nats per token."""
+    fit = analysis.fit_precision or analysis.fit_chinchilla
+    runs = [run for run in analysis.runs if analysis.fit_precision or not run.quantized]
+    if fit is None or not fit.converged or fit.metrics["condition_number"] > MAX_CONDITION:
+        return {}
+    inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}
+    inputs |= {name: np.array([run.widths[name] for run in runs]) for name in fit.law.inputs if name not in inputs}
+    losses = fit.law.predict(fit.params, **inputs)
+    return {run.run_id: float(loss) for run, loss in zip(runs, losses, strict=True) if np.isfinite(loss)}
+
+
+def held_out(analysis: Analysis) -> set[str]:
+    """run_ids that no fit has seen: those of the largest size, when it is held out and something was fitted."""
+    if analysis.holdout is None or (analysis.fit_precision or analysis.fit_chinchilla) is None:
+        return set()
+    largest = max(run.n_params for run in analysis.runs)
+    return {run.run_id for run in analysis.runs if run.n_params == largest}
+
+
+def _of_losses(analysis: Analysis, add, plots) -> None:
+    """Loss against bits, the gaps, loss against tokens, fit against data."""
+    runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out(analysis)
+    lines = "Lines: the fitted precision law." if fit else "Points are joined: no law over one width is identified here."
+    hollow = " Hollow points were held out of the fit." if held else ""
+    add("Loss against bits", plots.loss_against_bits(runs, fit, held), "Loss against bits, per size.",
+        f"{MADE_OF}, one panel per token budget, against the width of the quantized operands; unquantized runs stand apart. {lines}{hollow}")
+    sizes = {n: paired_gaps(list(runs), n) for n in sorted({run.n_params for run in runs})}
+    sizes = {n: gaps for n, gaps in sizes.items() if any(gap.mean > 0 for gap in gaps)}
+    if sizes:
+        limit, name = noise_level(analysis.noise)
+        add("Loss gap against bits", plots.gap_against_bits(runs, sizes, fit, limit, name), "The cost of low precision.",
+            f"Loss minus that of the {analysis.reference} run of the same size, tokens and seed, averaged over the pairs of a size "
+            "(small marks: single pairs). Zero or less has no place on a logarithmic axis; it is in the table of gaps."
+            + (" Lines: the fitted law; band: its interval at the largest size." if fit else ""), True)
+    add("Loss against tokens", plots.loss_against_tokens(runs, fit, held), "Loss against tokens, per precision.",
+        f"{MADE_OF}, one panel per size. {lines}{hollow}")
+    predicted = predictions(analysis)
+    if predicted:
+        add("Fit against data", plots.fit_against_data([run for run in runs if run.run_id in predicted], predicted, held), "Fit against data.",
+            "Left: observed against predicted loss, with the line of equality. Right: relative residuals against compute, where a trend "
+            f"means that the law is wrong.{hollow}")
+
+
+def _of_training(analysis: Analysis, source, add, plots) -> None:
+    """Training curves, when the source is a folder that has them."""
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir() or next(Path(source).rglob("metrics.jsonl"), None) is None:
+        return
+    rows = columns_of(curves(source).filter("loss IS NOT NULL AND tokens > 0").project("run_id, tokens, loss"))
+    order, starts = np.unique(np.array(rows["run_id"], dtype=object).astype(str), return_index=True)
+    tokens, loss = np.array(rows["tokens"], dtype=np.float64), np.array(rows["loss"], dtype=np.float64)
+    bounds = dict(zip(order[np.argsort(starts)], np.split(np.arange(tokens.size), np.sort(starts)[1:]), strict=True))
+    lines = {run_id: (tokens[part], loss[part]) for run_id, part in bounds.items()}
+    table = columns_of(analysis.relation.project("run_id, status, n_params, precision"))
+    ended = {str(run_id): (float(n), str(precision)) for run_id, status, n, precision in zip(*table.values(), strict=True)
+             if status == "diverged" and n is not None}
+    if lines and (analysis.runs or ended):
+        add("Training curves", plots.training_curves(lines, analysis.runs, ended), "Training curves.",
+            "Training loss of the longest run of each precision and size." + (" Dashed red: runs that diverged, up to where they ended."
+                                                                              if ended else ""))
