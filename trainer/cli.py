@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -140,18 +142,16 @@ def _sweep_names(folders) -> list[str]:
     return sorted(path.stem for folder in folders for path in (folder / "sweep").glob("*.yaml"))
 
 
-def _sweep_overrides(name: str, extra_dir: str | None) -> list[str]:
-    """The `runs` of configs/sweep/NAME.yaml: overrides, of which some sweep."""
-    from pathlib import Path
-
+def _sweep_lines(name: str, extra_dir: str | None) -> list[list[str]]:
+    """The `runs` of configs/sweep/NAME.yaml: a line is a product of overrides, as on the command line; the sweep is their union."""
     folders = [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
     for folder in folders:
         path = folder / "sweep" / f"{name}.yaml"
         if path.exists():
             content = OmegaConf.to_container(OmegaConf.load(path))
             if not isinstance(content, dict) or set(content) != {"runs"} or not all(isinstance(line, str) for line in content["runs"]):
-                raise ValueError(f"{path} must hold `runs:` with a list of overrides such as 'model=10k,25k', and nothing else")
-            return content["runs"]
+                raise ValueError(f"{path} must hold `runs:` with a list of lines such as 'model=10k,25k seed=0,1', and nothing else")
+            return [shlex.split(line) for line in content["runs"]]
     raise ValueError(f"sweep={name} is not known; accepted: {', '.join(_sweep_names(folders))}, or overrides with several values")
 
 
@@ -168,11 +168,14 @@ def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[l
         else:
             own.append(override)
     keys = {line.partition("=")[0] for line in own}
-    named = [] if name is None else [line for line in _sweep_overrides(name, extra_dir) if line.partition("=")[0] not in keys]
+    lines = [[]] if name is None else _sweep_lines(name, extra_dir)
     label = f"sweep={name or 'adhoc'}"
+    configs = []
     with hydra_ready(extra_dir) as extra:
         composer = Composer(extra)
-        configs = [composer.freeze([label, *combination]) for combination in expand(axes(named + own))]
+        for line in lines:
+            kept = [override for override in line if override.partition("=")[0] not in keys]
+            configs += [composer.freeze([label, *combination]) for combination in expand(axes(kept + own))]
     return configs, launch
 
 

@@ -59,7 +59,7 @@ class PrecisionSchema:
 @dataclass
 class OptimizerSchema:
     name: str = MISSING
-    lr: float = 0.004
+    lr: float = 0.016
     lr_rule: str = "mup"  # "mup": hidden and head learning rates times base_width / d_model; "constant"
     base_width: int = 32
     beta1: float = 0.9
