@@ -313,16 +313,17 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path, capsys):
 # --- cost ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_small_state_costs_milliseconds(tmp_path):
+def test_a_small_state_costs_a_fraction_of_an_array_per_leaf(tmp_path, monkeypatch):
     params = {f"layer{i}": {name: _array("float32", (32, 43)) for name in "qkvogud"} for i in range(3)}
     state = {"params": params, "mu": params, "nu": params, "key": jax.random.key(0), "step": jnp.int32(0)}
-    took = {"save": [], "restore": []}
+    took = {"packed": [], "alone": []}
     for step in range(6):
-        start = time.perf_counter()
-        checkpoint.save(tmp_path, step, state)
-        middle = time.perf_counter()
-        checkpoint.restore(tmp_path, state)
-        took["save"].append(middle - start)
-        took["restore"].append(time.perf_counter() - middle)
-    # About 20 and 12 ms on a quiet machine; one Orbax array per leaf takes 80 and 45.
-    assert min(took["save"]) < 0.06 and min(took["restore"]) < 0.06
+        for way, below in (("packed", checkpoint._PACK_BELOW), ("alone", 1)):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "_PACK_BELOW", below)
+                start = time.perf_counter()
+                checkpoint.save(tmp_path / way, step, state)
+                checkpoint.restore(tmp_path / way, state)
+                took[way].append(time.perf_counter() - start)
+    # Save and restore together: about 45 and 150 ms with the machine's other work going on.
+    assert min(took["packed"]) < 0.6 * min(took["alone"])
