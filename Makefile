@@ -8,18 +8,18 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help demo test environment
 
-PYTHON ?= python3
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 READY := .venv/.ready
 
 # Prints the first interpreter that will do. (ensurepip: some systems package it apart, and then no environment can be made.)
 define FIND_PYTHON
-for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+for candidate in $(CANDIDATES); do \
     if "$$candidate" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
         echo "$$candidate"; exit 0; \
     fi; \
 done; \
-echo "make: no Python 3.11, 3.12 or 3.13 with venv found (tried $(PYTHON) python3 python3.13 python3.12 python3.11); install one (on Debian and Ubuntu with its -venv package), or set PYTHON=" >&2; \
+echo "make: no Python 3.11, 3.12 or 3.13 with venv found (tried: $(CANDIDATES)); install one, on Debian and Ubuntu with its -venv package, or set PYTHON=" >&2; \
 exit 1
 endef
 
