@@ -8,15 +8,16 @@
 Widths are numbers that may be traced: one compiled program serves every width, and `vmap` over formats works.
 """
 
-from formats.blocks import Granularity, Rule, Scaled, block, scaled, split
+from formats.blocks import Granularity, Scaled, block, scaled, split
 from formats.catalogue import describe, get, names, register, table
 from formats.elements import Element, identity, integer, minifloat
 from formats.gaussian import gaussian_mse
 from formats.noise import random_bits
 from formats.quantize import quantize
-from formats.rounding import round_to
+from formats.rounding import Overflow, Rounding, round_to
+from formats.scales import Rule
 
 Format = Element | Scaled
 
-__all__ = ["Element", "Format", "Granularity", "Rule", "Scaled", "block", "describe", "gaussian_mse", "get", "identity",
+__all__ = ["Element", "Format", "Granularity", "Overflow", "Rounding", "Rule", "Scaled", "block", "describe", "gaussian_mse", "get", "identity",
            "integer", "minifloat", "names", "quantize", "random_bits", "register", "round_to", "scaled", "split", "table"]

@@ -77,15 +77,3 @@ def largest(man_bits):
     man_bits = xp.asarray(man_bits, np.int32)
     one = xp.asarray(1, np.int32)
     return np.int32(254 << 23) | (((one << man_bits) - 1) << (23 - man_bits))
-
-
-def times_power_of_two(magnitude, exponent, man_bits):
-    """Pattern of magnitude * 2**exponent, saturated at `largest(man_bits)`; magnitude is a pattern of at most
-    man_bits mantissa bits, zero or normal, infinity stays infinity. Exact, or truncated below the float32 grid."""
-    xp = jnp if is_traced(magnitude, exponent, man_bits) else np
-    field = (magnitude >> 23) + exponent
-    significand = (magnitude & np.int32(0x7FFFFF)) | SMALLEST_NORMAL
-    subnormal = significand >> xp.clip(1 - field, 0, 31)
-    normal = (magnitude & np.int32(0x7FFFFF)) | (xp.clip(field, 1, 254) << 23)
-    scaled = xp.where(field < 1, subnormal, xp.where(field > 254, largest(man_bits), normal))
-    return xp.where((magnitude == 0) | (magnitude == INFINITY), magnitude, scaled)

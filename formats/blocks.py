@@ -1,8 +1,8 @@
 """Formats whose values share scales: one per tensor, per channel, per token, or per block of consecutive values.
 
 A block is a set of values with one scale; its amax is its largest magnitude. Special blocks, the same for every rule:
-- only zeros and float32 subnormals: values 0; scale 1 under "exact", 2**-127 (E8M0 code 0, as OCP libraries do) under
-  the power-of-two rules, which still keep subnormals where the element reaches them;
+- only zeros and float32 subnormals: scale 1 and values 0 under "exact" (rounded as they are, at scale 1); scale 2**-127
+  (E8M0 code 0, as OCP libraries do) under the power-of-two rules, which keep what the element's grid then reaches;
 - a NaN or an infinity anywhere: the scale is NaN and so is the whole block, so that it shows;
 - the float32 identity as element: the scale is exactly 1 and every value is unchanged, NaN and inf included.
 
@@ -23,11 +23,10 @@ from jax import lax
 
 from formats import bits as fb
 from formats.elements import Element, power_of_two
+from formats.layout import View
 from formats.noise import random_bits as hash_bits
 from formats.rounding import Overflow, Rounding, as_float32, parse, round_pattern, round_to
-
-
-_LANES = 8
+from formats.scales import Rule, exact_scale, hides, shared_exponent
 
 
 class Granularity(enum.Enum):
@@ -37,18 +36,6 @@ class Granularity(enum.Enum):
     CHANNEL = "channel"
     TOKEN = "token"
     BLOCK = "block"
-
-
-class Rule(enum.Enum):
-    """From amax to scale, m = largest value of the element. exact: amax / m. The others are powers of two, as exponents:
-    floor: floor(log2 amax) - floor(log2 m); ceil: ceil(log2 amax) - floor(log2 m); rceil: ceil(log2(amax / m));
-    even: as floor, of amax rounded (half up) to the element's mantissa bits."""
-
-    EXACT = "exact"
-    FLOOR = "floor"
-    CEIL = "ceil"
-    RCEIL = "rceil"
-    EVEN = "even"
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +68,8 @@ def scaled(element: Element, granularity="tensor", *, axis: int = -1, block: int
     if block is not None and (not isinstance(block, int) or block < 1):
         raise ValueError(f"block={block!r} must be a positive integer")
     if rule is not Rule.EXACT:
-        if scale_format not in ("float32", "float8_e8m0fnu"):
-            raise ValueError(f"rule={rule.value!r} makes power-of-two scales: scale_format must be float8_e8m0fnu")
+        if scale_format not in ("float32", "float8_e8m0fnu", power_of_two()):
+            raise ValueError(f"scale_format={scale_format!r} with rule={rule.value!r} must be 'float8_e8m0fnu'")
         scale_element = power_of_two()
     return Scaled(element, scale_element, granularity, axis, block, rule)
 
@@ -99,6 +86,8 @@ def _element(key: str, value) -> Element:
         value = get(value)
     if not isinstance(value, Element):
         raise ValueError(f"{key}={value!r} must be an element format such as 'float8_e4m3fn' or formats.minifloat(4, 3)")
+    if not fb.is_traced(value.min_magnitude) and value.min_magnitude > 0 and key == "element":
+        raise ValueError("element='float8_e8m0fnu' cannot have a scale: it has no zero")
     return value
 
 
@@ -113,17 +102,20 @@ def split(x, fmt: Element | Scaled, *, rounding="nearest_even", overflow="satura
     along `axis`. A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
     Not differentiable: the result is a constant to autodiff.
     """
-    v, view = _View.of(x, fmt)
-    noise = _noise(x, view, rounding, key, random_bits)
+    v, view = _view(x, fmt)
+    noise = _noise(view, rounding, key, random_bits)
     if isinstance(fmt, Element):
         return round_to(v, fmt, rounding=rounding, overflow=overflow, random_bits=noise), jnp.float32(1.0)
-    amax = _amax(v, view, reduce_max, amax)
+    if amax is None:
+        amax = view.amax(v) if reduce_max is None else reduce_max(view.amax(v))
+    else:
+        amax = view.per_scale(as_float32(amax))
     if fmt.rule is Rule.EXACT:
         values, scale = _exact(v, fmt, amax, rounding, overflow, noise)
     else:
         y, exponent = _in_place(v, fmt, amax, rounding, overflow, noise)
         exponent = jnp.maximum(exponent, -126)
-        scale = jnp.where(_shows(amax, fmt), jnp.float32(jnp.nan), fb.to_value(fb.power_of_two(exponent)))
+        scale = jnp.where(hides(amax, fmt.element), jnp.float32(jnp.nan), fb.to_value(fb.power_of_two(exponent)))
         # 2**-127 would be flushed: two factors
         inverse = fb.to_value(fb.power_of_two(jnp.maximum(-exponent, -126)))
         values = y * inverse * jnp.where(exponent == 127, jnp.float32(0.5), jnp.float32(1.0))
@@ -135,62 +127,33 @@ def apply(x, fmt: Element | Scaled, *, rounding="nearest_even", overflow="satura
 
     rounding="stochastic" takes either key (hashed with the element's index in x) or random_bits (uint32 like x).
     """
-    v, view = _View.of(x, fmt)
-    noise = _noise(x, view, rounding, key, random_bits)
+    v, view = _view(x, fmt)
+    noise = _noise(view, rounding, key, random_bits)
     if isinstance(fmt, Element):
         y = round_to(v, fmt, rounding=rounding, overflow=overflow, random_bits=noise)
     elif fmt.rule is Rule.EXACT:
-        values, scale = _exact(v, fmt, _amax(v, view), rounding, overflow, noise)
+        values, scale = _exact(v, fmt, view.amax(v), rounding, overflow, noise)
         y = jnp.where(fmt.element.unbounded, v, values * scale)
     else:
-        y, _ = _in_place(v, fmt, _amax(v, view), rounding, overflow, noise)
+        y, _ = _in_place(v, fmt, view.amax(v), rounding, overflow, noise)
     return view.restore(y).astype(jnp.asarray(x).dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """An array with each scale's values along `axes` (None: all of them): x itself, or x cut into blocks."""
-
-    shape: tuple[int, ...]
-    axes: tuple[int, ...] | None
-    block: int | None
-
-    @staticmethod
-    def of(x, fmt) -> tuple[jax.Array, _View]:
-        """x as float32 in its view, and the view. ValueError if x has no dimension `axis`."""
-        v = lax.stop_gradient(as_float32(x))
-        if isinstance(fmt, Element) or fmt.granularity is Granularity.TENSOR:
-            return v, _View(v.shape, None, None)
-        if not -v.ndim <= fmt.axis < v.ndim:
-            raise ValueError(f"axis={fmt.axis} of the format is out of range for x of shape {v.shape}")
-        axis = fmt.axis % v.ndim
-        if fmt.granularity is not Granularity.BLOCK:
-            return v, _View(v.shape, (axis,), None)
-        view = _View(v.shape, (axis + 1,), fmt.block)
-        return view.cut(v), view
-
-    def cut(self, x):
-        """x of `shape` as [..., blocks, block, ...], the last block filled up with zeros; or x itself."""
-        if self.block is None:
-            return x
-        axis = self.axes[0] - 1
-        fill = -self.shape[axis] % self.block
-        if fill:
-            x = jnp.pad(x, [(0, fill if dim == axis else 0) for dim in range(x.ndim)])
-        return x.reshape(*x.shape[:axis], -1, self.block, *x.shape[axis + 1:])
-
-    def restore(self, v):
-        """The inverse of `cut`, after broadcasting v to the cut shape."""
-        if self.block is None:
-            return v
-        axis, length = self.axes[0] - 1, self.shape[self.axes[0] - 1]
-        blocks = -(-length // self.block)
-        cut = (*self.shape[:axis], blocks, self.block, *self.shape[axis + 1:])
-        flat = jnp.broadcast_to(v, cut).reshape(*self.shape[:axis], blocks * self.block, *self.shape[axis + 1:])
-        return lax.slice_in_dim(flat, 0, length, axis=axis)
+def _view(x, fmt) -> tuple[jax.Array, View]:
+    """x as float32, cut into blocks where fmt has them, and how to undo it. ValueError if x has no dimension `axis`."""
+    v = lax.stop_gradient(as_float32(x))
+    if isinstance(fmt, Element) or fmt.granularity is Granularity.TENSOR:
+        return v, View(v.shape, None, None)
+    if not -v.ndim <= fmt.axis < v.ndim:
+        raise ValueError(f"axis={fmt.axis} of the format must be a dimension of x, which has shape {v.shape}")
+    axis = fmt.axis % v.ndim
+    if fmt.granularity is not Granularity.BLOCK:
+        return v, View(v.shape, axis, None)
+    view = View(v.shape, axis + 1, fmt.block)
+    return view.cut(v), view
 
 
-def _noise(x, view: _View, rounding, key, random_bits):
+def _noise(view: View, rounding, key, random_bits):
     """uint32 random bits in the view of x, or None where rounding is deterministic. ValueError for a bad pairing."""
     rounding = parse(Rounding, rounding)
     if key is not None and random_bits is not None:
@@ -208,77 +171,21 @@ def _noise(x, view: _View, rounding, key, random_bits):
     return view.cut(random_bits)
 
 
-def _amax(v, view: _View, reduce_max=None, given=None):
-    """Largest magnitude of each scale's values, as size-1 dimensions of v; NaN if one is NaN."""
-    if given is not None:
-        given = as_float32(given)
-        return jnp.expand_dims(given, view.axes) if view.block is not None else given
-    if view.block is None:
-        amax = jnp.max(jnp.abs(v), axis=view.axes, keepdims=view.axes is not None, initial=0.0)
-    else:
-        amax = _block_amax(v, view.axes[0])
-    return amax if reduce_max is None else reduce_max(amax)
-
-
-def _block_amax(v, axis: int):
-    """amax along a short axis. In integers, and along the last axis in two stages kept apart by a barrier: XLA on CPU
-    vectorises that (0.5 copies of the array), but neither a float maximum of adjacent values (1.4) nor one stage (1.5)."""
-    magnitude = fb.to_pattern(v) & fb.MAGNITUDE
-    if axis == v.ndim - 1 and v.shape[axis] % _LANES == 0:
-        magnitude = jnp.max(magnitude.reshape(*v.shape[:-1], -1, _LANES), axis=-2)
-        magnitude = lax.optimization_barrier(magnitude)
-    return fb.to_value(lax.optimization_barrier(jnp.max(magnitude, axis=axis, keepdims=True)))
-
-
-def _shows(amax, fmt: Scaled):
-    """bool: the block holds a NaN or infinity that its format would hide, so all of it becomes NaN."""
-    return ~jnp.isfinite(amax) & ~fmt.element.unbounded
-
-
 def _exact(v, fmt: Scaled, amax, rounding, overflow, noise):
-    """(values, scale), scale = amax / max_value in float32, rounded to scale_element."""
-    # XLA turns a / (shared b) into a * (1 / b), an ulp off; a select keeps b from being shared, and the division true
-    max_value = jnp.where(jnp.isnan(amax), amax, fmt.element.max_value)
-    scale = jnp.maximum(amax / max_value, jnp.float32(2.0**-126))
-    # a scale that rounds to zero would lose the block: take the smallest there is
-    smallest = fb.to_value(jnp.maximum(fb.power_of_two(fmt.scale_element.quantum_exp), fb.SMALLEST_NORMAL))
-    scale = jnp.maximum(round_to(scale, fmt.scale_element), smallest)
-    # compared in integers: a subnormal amax may read as zero or not, depending on the backend
-    empty = fb.to_pattern(amax) < fb.SMALLEST_NORMAL
-    scale = jnp.where(empty | fmt.element.unbounded, jnp.float32(1.0), scale)
-    scale = jnp.where(_shows(amax, fmt), jnp.float32(jnp.nan), scale)
-    # the reciprocal spelled out, since XLA would take it anyway wherever a scale is shared; the barrier keeps it from being
-    # computed once per value
+    """(values, scale) of v in its view: values = v / scale rounded."""
+    scale = exact_scale(amax, fmt.element, fmt.scale_element)
+    # The reciprocal is spelled out, since XLA would take it anyway wherever a scale is shared; the barrier keeps it from
+    # being computed once per value.
     scale, inverse = lax.optimization_barrier((scale, 1.0 / scale))
     values = round_to(v * inverse, fmt.element, rounding=rounding, overflow=overflow, random_bits=noise)
-    # v / 1 would flush subnormals
+    # v * 1 would flush subnormals
     return jnp.where(fmt.element.unbounded, v, values), scale
 
 
 def _in_place(v, fmt: Scaled, amax, rounding, overflow, noise):
     """(y, exponent): v rounded on the element's grid times 2**exponent, by moving the grid rather than v."""
-    # NaN | anything is NaN
-    exponent, hidden = lax.optimization_barrier(
-        (shared_exponent(amax, fmt.element, fmt.rule), jnp.where(_shows(amax, fmt), fb.NAN, np.int32(0))))
+    hidden = jnp.where(hides(amax, fmt.element), fb.NAN, np.int32(0))  # NaN | anything is NaN
+    exponent, hidden = lax.optimization_barrier((shared_exponent(amax, fmt.element, fmt.rule), hidden))
     y_bits = round_pattern(fb.to_pattern(v), fmt.element, parse(Rounding, rounding), parse(Overflow, overflow), noise,
                            exponent)
     return fb.to_value(y_bits | hidden), exponent
-
-
-def shared_exponent(amax, element: Element, rule: Rule):
-    """int32 exponent of a block's power-of-two scale, -127 .. 127 (E8M0), by integer arithmetic on amax's pattern.
-
-    Never floor(log2 amax): float32 log2 is one too large an ulp below a power of two. 0 for the float32 identity.
-    """
-    bits, top = fb.to_pattern(amax), fb.to_pattern(element.max_value)
-    if rule is Rule.EVEN:
-        bits = bits + ((np.int32(1) << (23 - element.man_bits)) >> 1)
-    exponent = (bits >> 23) - (top >> 23)
-    mantissa = bits & np.int32(0x7FFFFF)
-    if rule is Rule.CEIL:
-        exponent = exponent + (mantissa > 0).astype(jnp.int32)
-    elif rule is Rule.RCEIL:
-        exponent = exponent + (mantissa > (top & np.int32(0x7FFFFF))).astype(jnp.int32)
-    # subnormals are one with zero, whatever the backend made of them in the maximum
-    exponent = jnp.where(bits < fb.SMALLEST_NORMAL, -127, exponent)
-    return jnp.where(element.unbounded, 0, jnp.clip(exponent, -127, 127))

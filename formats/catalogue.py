@@ -7,13 +7,13 @@ import re
 import ml_dtypes
 import numpy as np
 
-from formats import bits as fb
-from formats.blocks import Granularity, Rule, Scaled, block
+from formats.blocks import Granularity, Scaled, block
 from formats.elements import Element, identity, integer, minifloat, power_of_two
+from formats.scales import Rule
 
 _FORMATS: dict[str, Element | Scaled] = {}
 _FLOAT = re.compile(r"float(\d+)_e(\d)m(\d+)(?:b(-?\d+))?(fnuz|fn)?")
-_INTEGER = re.compile(r"(u?)int(\d+)(_full)?")
+_INTEGER = re.compile(r"(u?)int(\d+)(_full)?(?:_f(-?\d+))?")
 
 
 def register(name: str, fmt: Element | Scaled) -> None:
@@ -31,13 +31,13 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Element | Scaled:
-    """The format called `name`. Besides `names()`: intN, uintN (N 2..16; "int8_full" reaches -128), and
-    floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M. ValueError, with advice, for any other name."""
+    """The format called `name`. Besides `names()`: intN, uintN (N 2..16; "int8_full" reaches -128, "int8_f6"
+    has 6 fraction bits), and floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M. ValueError, with advice, for any other name."""
     if name in _FORMATS:
         return _FORMATS[name]
     whole = _INTEGER.fullmatch(str(name))
     if whole and 2 <= int(whole[2]) <= 16:
-        return integer(int(whole[2]), signed=not whole[1], symmetric=not whole[3])
+        return integer(int(whole[2]), signed=not whole[1], symmetric=not whole[3], fraction_bits=int(whole[4] or 0))
     real = _FLOAT.fullmatch(str(name))
     if real and int(real[1]) == 1 + int(real[2]) + int(real[3]):
         return minifloat(int(real[2]), int(real[3]), real[5] or "ieee", None if real[4] is None else int(real[4]))

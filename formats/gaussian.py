@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formats.blocks import Granularity, Rule, Scaled, apply
+from formats.blocks import Granularity, Scaled, apply
 from formats.catalogue import get
 from formats.elements import Element
+from formats.scales import Rule
 
 _ROWS, _COLUMNS = 64, 1024
 

@@ -56,6 +56,11 @@ def random_bits(key, shape, offset=0, *, start=None, global_shape=None):
     return h ^ (h >> 16)
 
 
+def _word(number):
+    """uint32 of a Python integer of any size or of an integer array, modulo 2**32."""
+    return jnp.uint32(number % 2**32) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32)
+
+
 def _indices(shape, offset, start, global_shape):
     """uint32 global row-major index of every element."""
     if start is None and jnp.ndim(offset) == len(shape) > 0:
@@ -66,10 +71,10 @@ def _indices(shape, offset, start, global_shape):
     global_shape = shape if global_shape is None else tuple(global_shape)
     if not len(start) == len(global_shape) == len(shape):
         raise ValueError(f"start {start} and global_shape {global_shape} need one entry for each of {len(shape)} dimensions")
-    index = jnp.asarray(offset).astype(jnp.uint32)
+    index = _word(offset)
     stride = 1
     for dim in reversed(range(len(shape))):
-        position = lax.broadcasted_iota(jnp.uint32, shape, dim) + jnp.asarray(start[dim]).astype(jnp.uint32)
+        position = lax.broadcasted_iota(jnp.uint32, shape, dim) + _word(start[dim])
         index = index + position * np.uint32(stride % 2**32)
         stride *= global_shape[dim]
     return index

@@ -9,7 +9,7 @@ import jax
 from formats.blocks import Scaled, apply
 from formats.catalogue import get
 from formats.elements import Element
-from formats.rounding import parse
+from formats.rounding import Overflow, Rounding, parse
 
 
 class Gradient(enum.Enum):
@@ -31,8 +31,13 @@ def quantize(x, format: Element | Scaled | str, *, rounding="nearest_even", over
     fmt = get(format) if isinstance(format, str) else format
     if not isinstance(fmt, (Element, Scaled)):
         raise ValueError(f"format={fmt!r} must be a catalogue name, a formats.Element or a formats.Scaled")
-    y = apply(x, fmt, rounding=rounding, overflow=overflow, key=key, random_bits=random_bits)
+    y = _apply(x, fmt, rounding=parse(Rounding, rounding), overflow=parse(Overflow, overflow), key=key,
+               random_bits=random_bits)
     return _pass_through(x, y) if gradient is Gradient.STRAIGHT_THROUGH else y
+
+
+# One program a call also outside jit, where forty separate operations would each move the array. Widths stay arguments.
+_apply = jax.jit(apply, static_argnames=("rounding", "overflow"), inline=True)
 
 
 @jax.custom_jvp

@@ -90,11 +90,13 @@ def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overfl
     if random_bits is not None:
         random_bits = lax.bitcast_convert_type(random_bits, jnp.int32)
     rounded = _round_extended(extended, x_bits, element, rounding, random_bits)
-    limit = jnp.where(x_bits >= 0, fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE)
+    high, low = fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE
+    limit = jnp.where(x_bits >= 0, _extended(high), _extended(low))
     clipped = jnp.minimum(rounded, limit)
+    above_zero = _reaches_quantum(extended, x_bits, element.quantum_exp, rounding, random_bits)
     if exponent is not None:
         clipped = jnp.minimum(clipped + scale, fb.largest(element.man_bits))
-    above_zero = _reaches_quantum(extended, x_bits, element.quantum_exp, rounding, random_bits)
+        above_zero = above_zero & (limit > _ZERO)  # a limit of zero cannot be scaled
     smallest = fb.to_pattern(element.min_magnitude)
     y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(clipped), smallest)
     y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
@@ -117,7 +119,7 @@ _LARGEST = np.int32(0x7F7FFFFF)
 
 def _extended(magnitude):
     """Extended pattern of a float32 pattern (zero: below everything)."""
-    lifted = fb.to_pattern(magnitude.astype(jnp.float32)) - _LIFT
+    lifted = fb.to_pattern(jnp.asarray(magnitude).astype(jnp.float32)) - _LIFT
     return jnp.where(magnitude < fb.SMALLEST_NORMAL, lifted, magnitude)
 
 

@@ -1,0 +1,68 @@
+"""From the largest magnitude of a block to its scale.
+
+A block with no normal float32 (zeros, subnormals) has scale 1 under "exact" and the smallest power of two, 2**-127, under
+the other rules; a block with a NaN or an infinity has scale NaN; for the float32 identity the scale is 1 whatever it holds.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import jax.numpy as jnp
+import numpy as np
+
+from formats import bits as fb
+from formats.elements import Element
+from formats.rounding import round_to
+
+
+class Rule(enum.Enum):
+    """From amax to scale, m = largest value of the element. exact: amax / m. The others are powers of two, as exponents:
+    floor: floor(log2 amax) - floor(log2 m); ceil: ceil(log2 amax) - floor(log2 m); rceil: ceil(log2(amax / m));
+    even: as floor, of amax rounded (half up) to the element's mantissa bits."""
+
+    EXACT = "exact"
+    FLOOR = "floor"
+    CEIL = "ceil"
+    RCEIL = "rceil"
+    EVEN = "even"
+
+
+def hides(amax, element: Element):
+    """bool: the block holds a NaN or an infinity, and its format would hide it; then the whole block is NaN."""
+    return ~jnp.isfinite(amax) & ~element.unbounded
+
+
+def exact_scale(amax, element: Element, scale_element: Element):
+    """float32 amax / max_value, rounded to scale_element (to nearest, never to zero), within 2**-126 .. 2**126.
+
+    The bounds keep scale and reciprocal normal in float32. Beyond them (amax above 2**126 with a largest value below 4)
+    values saturate.
+    """
+    # XLA turns a / (shared b) into a * (1 / b), an ulp off; a select keeps b from being shared, and the division true
+    max_value = jnp.where(jnp.isnan(amax), amax, element.max_value)
+    smallest = fb.to_value(jnp.maximum(fb.power_of_two(scale_element.quantum_exp), fb.SMALLEST_NORMAL))
+    scale = jnp.clip(round_to(amax / max_value, scale_element), smallest, np.float32(2.0**126))
+    # compared in integers: whether a subnormal amax reads as zero depends on the backend
+    empty = fb.to_pattern(amax) < fb.SMALLEST_NORMAL
+    scale = jnp.where(empty | element.unbounded, np.float32(1.0), scale)
+    return jnp.where(hides(amax, element), np.float32(np.nan), scale)
+
+
+def shared_exponent(amax, element: Element, rule: Rule):
+    """int32 exponent of a block's power-of-two scale, -127 .. 127 (E8M0), by integer arithmetic on amax's pattern.
+
+    Never floor(log2 amax): float32 log2 is one too large an ulp below a power of two. 0 for the float32 identity.
+    """
+    bits, top = fb.to_pattern(amax), fb.to_pattern(element.max_value)
+    if rule is Rule.EVEN:
+        bits = bits + ((np.int32(1) << (23 - element.man_bits)) >> 1)
+    exponent = (bits >> 23) - (top >> 23)
+    mantissa = bits & np.int32(0x7FFFFF)
+    if rule is Rule.CEIL:
+        exponent = exponent + (mantissa > 0).astype(jnp.int32)
+    elif rule is Rule.RCEIL:
+        exponent = exponent + (mantissa > (top & np.int32(0x7FFFFF))).astype(jnp.int32)
+    # subnormals are one with zero, whatever the backend made of them in the maximum
+    exponent = jnp.where(bits < fb.SMALLEST_NORMAL, -127, exponent)
+    return jnp.where(element.unbounded, 0, jnp.clip(exponent, -127, 127))
