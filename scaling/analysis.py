@@ -64,9 +64,13 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
     if runs and holdout is None:
         notes.append(f"fewer than {MIN_SIZES_TO_HOLD_OUT} sizes: nothing is held out")
+    baseline = UNQUANTIZED
+    if len({run.precision for run in runs}) == 1 and runs[0].quantized:
+        notes.append(f"every run is {runs[0].precision}: chinchilla is fitted to these")
+        baseline = None
     fits, why = {}, {}
-    for name, laws, extra in (("chinchilla", CHINCHILLA, UNQUANTIZED), ("precision", PRECISION, None)):
-        refusal = _refusal(name, runs)
+    for name, laws, extra in (("chinchilla", CHINCHILLA, baseline), ("precision", PRECISION, None)):
+        refusal = _refusal(name, runs, baseline)
         try:
             if refusal:
                 raise ValueError(refusal)
@@ -86,13 +90,15 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelati
     return relation.project(", ".join(["*", *absent]))
 
 
-def _refusal(name: str, runs: list[Run]) -> str:
+def _refusal(name: str, runs: list[Run], baseline: str | None) -> str:
     """Why a law has nothing to fit here, or nothing."""
     if not runs:
         return "no finished run with a finite loss"
     if name == "precision" and not any(run.quantized for run in runs):
         return "no quantized run: there is no precision to fit"
-    if name == "chinchilla" and all(run.quantized for run in runs):
+    if name == "precision" and len({(run.bits, *run.widths.values()) for run in runs}) == 1:
+        return "one precision only: there is nothing to compare it with"
+    if name == "chinchilla" and baseline and all(run.quantized for run in runs):
         return "no unquantized run: there is no baseline to fit"
     return ""
 

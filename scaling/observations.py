@@ -129,8 +129,10 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
     if holdout and (held.all() or not held.any()):
         raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
                          "it must leave rows to fit and rows to test")
-    return Observations(law.complete(columns) | {n: np.full(loss.shape, np.inf) for n in law.inputs if n not in columns},
-                        loss, held, mapping, dropped)
+    filled = {name: columns.get(name, np.full(loss.shape, np.inf)) for name in law.inputs}
+    # SQL gives rows in any order (window functions do shuffle them); sums must not depend on it.
+    order = np.lexsort((*filled.values(), loss))
+    return Observations({name: values[order] for name, values in filled.items()}, loss[order], held[order], mapping, dropped)
 
 
 def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool) -> None:
@@ -139,5 +141,5 @@ def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_a
              ("negative", values < 0))
     for kind, bad in kinds:
         if bad.any():
-            raise ValueError(f"{name} ({expression}) is {kind} in {int(bad.sum())} of {values.size} rows (first: row "
-                             f"{int(np.argmax(bad)) + 1}); law {law.name} needs positive numbers, so filter them with where")
+            raise ValueError(f"{name} ({expression}) is {kind} in {int(bad.sum())} of {values.size} rows; law {law.name} needs positive "
+                             "finite numbers, so filter these out with where")

@@ -24,7 +24,7 @@ p { margin: 8px 0 12px; max-width: 78ch; }
 .facts b { display: block; font-size: 20px; font-weight: 600; letter-spacing: -0.01em; }
 .facts span { color: var(--soft); font-size: 12.5px; }
 .note { font-size: 13.5px; color: var(--soft); }
-.alert { border-left: 3px solid var(--bad); padding: 6px 16px; margin: 14px 0; background: #fdf4f3; }
+.alert { color: var(--ink); max-width: none; border-left: 3px solid var(--bad); padding: 6px 16px; margin: 14px 0; background: #fdf4f3; }
 figure { margin: 22px 0 30px; }
 figure svg { width: 100%; height: auto; display: block; }
 figure.narrow svg { max-width: 720px; }

@@ -164,6 +164,7 @@ def gap_against_bits(runs: Sequence[Run], gaps_by_size: dict[float, list[Gap]], 
     axis.annotate(level_name, (0.01, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", color="#aa3333",
                   fontsize=8)
     axis.set_yscale("log")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], level / 20.0))
     axis.set_xticks(scale.finite, [f"{bits:g}" for bits in scale.finite])
     axis.set_xlabel("width of quantized operands (bits)")
     axis.set_ylabel("loss above the reference (nats/token)")

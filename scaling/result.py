@@ -16,6 +16,7 @@ from scaling.problem import constants
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
+MAX_AMPLITUDE_SE = 1.0  # an amplitude trades off with its exponent (correlation 0.9 even in centred logs) and matters by its logarithm
 VERSION = 1
 
 
@@ -198,7 +199,8 @@ class Fit:
             return f"not identified by this design ({why}; {name} ended on its bound)"
         if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
             return f"not identified by this design ({why})"
-        if not relative <= MAX_RELATIVE_SE:
+        amplitude = name in self.law.amplitudes
+        if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
         return ""
 

@@ -6,6 +6,8 @@ takes a table takes any of them.
 """
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -35,6 +37,7 @@ CURVE_COLUMNS: dict[str, str] = {"step": "BIGINT", "tokens": "BIGINT", "loss": "
 
 _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", ".json": "read_json", ".jsonl": "read_json",
             ".ndjson": "read_json"}
+_COUNTER = itertools.count()
 Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelation | Mapping[str, object]"
 
 
@@ -137,16 +140,13 @@ def _from_rows(rows: list[dict], types: dict[str, str]) -> duckdb.DuckDBPyRelati
         # Text keeps integers beyond 2^53 and the difference between NULL and NaN; DuckDB casts it to the column's type.
         arrays[name] = np.array([None if v is None else str(v) for v in values], dtype=object)
     select = ", ".join(f"CAST({_quote(name)} AS {kind}) AS {_quote(name)}" for name, kind in types.items())
-    connection = duckdb.connect()
     if not rows:
         empty = ", ".join(f"CAST(NULL AS {kind}) AS {_quote(name)}" for name, kind in types.items())
-        return connection.sql(f"SELECT {empty} WHERE false")
-    connection.register("rows_as_text", arrays)
+        return _connection().sql(f"SELECT {empty} WHERE false")
     try:
-        connection.execute(f"CREATE TABLE runs AS SELECT {select} FROM rows_as_text")
+        return _stored(arrays, select)
     except duckdb.ConversionException as error:
         raise ValueError(f"run table: {str(error).splitlines()[0]}") from None
-    return connection.table("runs")
 
 
 def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
@@ -154,21 +154,34 @@ def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
     lengths = {name: values.shape for name, values in columns.items()}
     if not columns or any(len(shape) != 1 for shape in lengths.values()) or len(set(lengths.values())) != 1:
         raise ValueError(f"table: columns must be one-dimensional and equally long; got {lengths or 'no columns'}")
-    connection = duckdb.connect()
-    connection.register("arrays", columns)
-    connection.execute("CREATE TABLE runs AS SELECT * FROM arrays")
-    return connection.table("runs")
+    return _stored(columns, "*")
 
 
 def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known are {', '.join(_READERS)}, or a run folder")
-    connection = duckdb.connect()
-    reader = getattr(connection, _READERS[path.suffix.lower()])
+    reader = getattr(_connection(), _READERS[path.suffix.lower()])
     try:
         return reader(str(path))
     except duckdb.Error as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+@functools.cache
+def _connection() -> duckdb.DuckDBPyConnection:
+    """The in-memory database that holds tables made here. One for the process: before DuckDB 2, a relation dies with its connection."""
+    return duckdb.connect()
+
+
+def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelation:
+    """`select` over the arrays as a table of its own, so that nothing refers to the caller's arrays any more."""
+    name = f"table_{next(_COUNTER)}"
+    _connection().register("arrays_", arrays)
+    try:
+        _connection().execute(f"CREATE TABLE {name} AS SELECT {select} FROM arrays_")
+    finally:
+        _connection().unregister("arrays_")
+    return _connection().table(name)
 
 
 def _quote(name: str) -> str:

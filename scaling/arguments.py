@@ -1,0 +1,109 @@
+"""Command lines of `bitlaw table|fit|compare|predict|report`: parsers that refuse in one line, and the name=value lists they take."""
+from __future__ import annotations
+
+import argparse
+import re
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors of one line instead of an exit."""
+
+    def error(self, message: str):
+        raise ValueError(f"{self.prog.split()[-1]}: {message} (`{self.prog} --help` lists what is accepted)")
+
+
+def parser(verb: str) -> Parser:
+    """The parser of a verb. ValueError for a verb that is not of this part."""
+    if verb not in _BUILDERS:
+        raise ValueError(f"{verb}: unknown; scaling has {', '.join(_BUILDERS)}")
+    about, build = _BUILDERS[verb]
+    made = Parser(prog=f"bitlaw {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    build(made)
+    return made
+
+
+def _table(p: Parser) -> None:
+    p.add_argument("sources", nargs="+", metavar="DIR", help="folders of runs")
+    p.add_argument("--out", required=True, metavar="FILE", help="FILE.parquet or FILE.csv")
+
+
+def _rows(p: Parser) -> None:
+    p.add_argument("table", metavar="TABLE", help="folder of runs, or .csv, .parquet, .json")
+    p.add_argument("--columns", type=assignments, default={}, metavar="N=SQL,...",
+                   help='SQL expression of each input, e.g. N=n_params,D=\'"Training FLOP"/6/"Model Size"\'')
+    p.add_argument("--where", metavar="SQL", help='rows to use; window functions may be used: "row_number() OVER (ORDER BY loss DESC) > 5"')
+    p.add_argument("--holdout", metavar="SQL", help='rows to predict and not to fit, e.g. "N = max(N) OVER ()"')
+    p.add_argument("--loss", default="huber", help="huber (default) or least_squares")
+    p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
+    p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+
+def _fit(p: Parser) -> None:
+    _rows(p)
+    p.add_argument("--law", required=True, metavar="NAME", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain")
+    p.add_argument("--tie", type=assignments, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
+    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help="hold parameters at values")
+    p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
+    p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
+
+
+def _compare(p: Parser) -> None:
+    _rows(p)
+    p.add_argument("--laws", required=True, metavar="A,B,...", help="laws, with variants if wanted: chinchilla,kumar:tied,kumar")
+
+
+def _predict(p: Parser) -> None:
+    p.add_argument("fit", metavar="FIT.json")
+    p.add_argument("inputs", nargs="+", metavar="NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4")
+
+
+def _report(p: Parser) -> None:
+    p.add_argument("table", metavar="DIR", help="folder of runs, or a run table")
+    p.add_argument("--out", required=True, metavar="FILE.html")
+    p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
+
+
+_BUILDERS = {
+    "table": ("Writes the run table of folders of runs.", _table),
+    "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
+    "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
+    "predict": ("Predicts the loss of a run, with its interval.", _predict),
+    "report": ("Writes one self-contained HTML page about a folder of runs.", _report),
+}
+
+
+def assignments(text: str) -> dict[str, str]:
+    """'N=a,D=f(b, c)' -> {"N": "a", "D": "f(b, c)"}: commas and signs inside brackets and quotes belong to the expression."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "([":
+            depth += 1
+        elif character in ")]":
+            depth -= 1
+        elif character == "," and not depth:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    result = {}
+    for part in parts:
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not value or not re.fullmatch(r"\w+", name):
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is not NAME=VALUE")
+        result[name] = value
+    return result
+
+
+def numbers(pairs: dict[str, str], what: str) -> dict[str, float]:
+    """Values of NAME=VALUE pairs as floats. ValueError naming the pair that is not a number."""
+    result = {}
+    for name, value in pairs.items():
+        try:
+            result[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{what} {name}={value}: not a number") from None
+    return result

@@ -1,0 +1,234 @@
+"""`run(verb, argv)`: the verbs of the command line that belong to scaling. Results on stdout, errors as one line on stderr.
+
+Exit codes: 0 done; 1 a fit did not converge; 2 bad input.
+"""
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from scaling.analysis import Analysis, analyse
+from scaling.arguments import numbers, parser
+from scaling.compare import Comparison
+from scaling.compare import compare as compare_laws
+from scaling.fit import fit as fit_law
+from scaling.report import report as write_report
+from scaling.result import Fit, load
+from scaling.summary import summary
+from scaling.table import table, write_table
+
+
+def run(verb: str, argv: list[str]) -> int:
+    """Runs `bitlaw verb argv`. Returns the exit code."""
+    try:
+        arguments = parser(verb).parse_args(argv)
+        return VERBS[verb](arguments)
+    except ValueError as error:
+        print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except SystemExit as done:  # argparse leaves this way after printing --help
+        return int(done.code or 0)
+
+
+def conclude(folder: str | Path) -> int:
+    """What `bitlaw demo` does once its runs are there: fits, writes the run table, both fits and the report beside the runs, says where
+    they are, and ends with the three sentences. Returns the exit code: 1 when a fit did not converge."""
+    folder = Path(folder)
+    analysis = _analyse(folder, 200)
+    written = [write_table(analysis.relation, folder / "runs.parquet"), write_table(analysis.relation, folder / "runs.csv")]
+    for name, fitted in (("chinchilla", analysis.fit_chinchilla), ("precision", analysis.fit_precision)):
+        if fitted:
+            written.append(fitted.save(folder / f"fit-{name}.json"))
+    written.append(write_report(folder, folder / "report.html", analysis))
+    return _tell(analysis, written)
+
+
+def _table(arguments) -> int:
+    relation = table(arguments.sources)
+    out = write_table(relation, arguments.out)
+    states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
+    print(f"{out}: {sum(states.values())} runs ({', '.join(f'{number} {state}' for state, number in states.items())})")
+    return 0
+
+
+def _fit(arguments) -> int:
+    with _progress() as progress:
+        fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
+                         progress=progress, **_row_options(arguments))
+    if not fitted.converged:
+        return _not_converged(fitted)
+    _console().print(_constants(fitted))
+    for line in _facts(fitted):
+        print(line)
+    if arguments.out:
+        print(f"written: {fitted.save(arguments.out)}")
+    return 0
+
+
+def _compare(arguments) -> int:
+    laws = [name.strip() for name in arguments.laws.split(",") if name.strip()]
+    with _progress() as progress:
+        comparison = compare_laws(arguments.table, laws, progress=progress, **_row_options(arguments))
+    _console().print(_side_by_side(comparison))
+    for name, why in comparison.refused.items():
+        print(f"{name}: not fitted, {why}")
+    failed = [fitted for fitted in comparison.fits if not fitted.converged]
+    for fitted in failed:
+        _not_converged(fitted)
+    if len(failed) < len(comparison.fits):
+        print(f"{comparison.reason()}.")
+    return 1 if failed else 0
+
+
+def _predict(arguments) -> int:
+    fitted = load(arguments.fit)
+    pairs = {}
+    for text in arguments.inputs:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}")
+        pairs[name] = value
+    inputs = numbers(pairs, "input")
+    bad = next((name for name, value in inputs.items() if not value > 0), None)
+    if bad:
+        raise ValueError(f"input {bad}={pairs[bad]}: must be positive")
+    predicted = fitted.predict(**inputs)
+    print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
+          f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
+    if predicted.extrapolated > 1.0 + 1e-9:
+        print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
+              f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+    return 0
+
+
+def _report(arguments) -> int:
+    analysis = _analyse(arguments.table, arguments.bootstrap)
+    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis)])
+
+
+def _analyse(source, bootstrap: int) -> Analysis:
+    with _progress() as progress:
+        return analyse(source, bootstrap=bootstrap, progress=progress)
+
+
+def _tell(analysis: Analysis, written: list[Path]) -> int:
+    """Constants and conditioning of both fits, files, and the three sentences last. Exit code 1 when a fit did not converge."""
+    code = 0
+    for name, comparison in (("chinchilla", analysis.chinchilla), ("precision", analysis.precision)):
+        if comparison is None:
+            print(f"no {name} fit: {analysis.why[name]}")
+        elif not comparison.best.converged:
+            code = _not_converged(comparison.best)
+        else:
+            _console().print(_constants(comparison.best))
+            print(f"chosen: {comparison.reason()}")
+            for line in _facts(comparison.best):
+                print(line)
+            print()
+    for note in analysis.notes:
+        print(f"note: {note}")
+    for path in written:
+        print(f"written: {path}")
+    print()
+    for sentence in summary(analysis.fit_chinchilla, analysis.fit_precision, analysis.relation):
+        print(sentence)
+    return code
+
+
+def _not_converged(fitted: Fit) -> int:
+    m = fitted.metrics
+    print(f"bitlaw: {fitted.label} did not converge: objective {m['objective']:.6g}, gradient {m['gradient_norm']:.1e}, {m['starts_agree']} of "
+          f"{m['starts']} starts agree; its constants are not printed", file=sys.stderr)
+    return 1
+
+
+def _row_options(arguments) -> dict:
+    return {name: getattr(arguments, name) for name in ("columns", "where", "holdout", "loss", "delta", "bootstrap", "seed")}
+
+
+def _constants(fitted: Fit) -> Table:
+    """Parameters with intervals, or why they have none."""
+    made = Table(title=fitted.label, title_justify="left")
+    for name, justify in (("constant", "left"), ("value", "right"), (f"{fitted.level:.0%} interval", "left"), ("rel. s.e.", "right")):
+        made.add_column(name, justify=justify)
+    for name in fitted.params:
+        if name in fitted.ties:
+            made.add_row(name, f"= {fitted.ties[name]}", "", "")
+        elif name in fitted.fixed:
+            made.add_row(name, f"{fitted.params[name]:g}", "held fixed", "")
+        else:
+            estimate = fitted.estimate(name)
+            cells = (f"{estimate.value:.6g}", f"{estimate.low:.5g} to {estimate.high:.5g}", f"{estimate.relative_se:.1%}")
+            made.add_row(name, *(cells if estimate.identified else ("", estimate.reason, "")))
+    return made
+
+
+def _facts(fitted: Fit) -> list[str]:
+    """What the fit says about itself, a line each."""
+    m = fitted.metrics
+    dropped = "".join(f", {number} dropped ({reason})" for reason, number in m["dropped"].items())
+    rule = f"sum of Huber losses, delta {m['delta']:g}" if m["loss"] == "huber" else "sum of squares / 2"
+    lines = [fitted.law.about,
+             f"objective {m['objective']:.10g} ({rule} of ln loss), gradient {m['gradient_norm']:.1e}, {m['starts_agree']} of "
+             f"{m['starts']} starts agree",
+             f"condition number {m['condition_number']:.2e}, {m['rows']} rows fitted{dropped}, residual sd {m['residual_sd']:.3%}, BIC {m['bic']:.1f}"]
+    score = m["held_out"]
+    if score:
+        covered = "not predicted: not identified" if score["covered"] is None else f"{score['covered']:.0%} in their intervals"
+        lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} nats/token), mean "
+                     f"{score['bias']:+.3%}, {covered}")
+    return lines + [f"note: {note}" for note in m["notes"]]
+
+
+def _side_by_side(comparison: Comparison) -> Table:
+    """Laws as columns: scores first, then every parameter that any of them has."""
+    made = Table("", *(fitted.label for fitted in comparison.fits))
+    scores = {"free parameters": lambda f: f"{len(f.free)}", "BIC": lambda f: f"{f.metrics['bic']:.1f}",
+              "rms residual": lambda f: f"{f.metrics['rmse']:.3%}",
+              "held-out rms": lambda f: f"{f.metrics['held_out']['rmse']:.3%}" if f.metrics["held_out"] else "",
+              "held-out rms, nats/token": lambda f: f"{f.metrics['held_out']['rmse_nats']:.4f}" if f.metrics["held_out"] else "",
+              "condition number": lambda f: f"{f.metrics['condition_number']:.1e}",
+              "starts that agree": lambda f: f"{f.metrics['starts_agree']} of {f.metrics['starts']}"}
+    for name, score in scores.items():
+        made.add_row(name, *(score(fitted) for fitted in comparison.fits))
+    made.add_section()
+    for name in dict.fromkeys(name for fitted in comparison.fits for name in fitted.params):
+        made.add_row(name, *(_cell(fitted, name) for fitted in comparison.fits))
+    return made
+
+
+def _cell(fitted: Fit, name: str) -> str:
+    if name not in fitted.params or not fitted.converged:
+        return ""
+    if name in fitted.ties:
+        return f"= {fitted.ties[name]}"
+    if name in fitted.fixed:
+        return f"{fitted.params[name]:g} (fixed)"
+    return f"{fitted.params[name]:.6g}" if fitted.identified(name) else "not identified"
+
+
+def _console() -> Console:
+    """stdout; wide enough for whole tables when it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+@contextmanager
+def _progress():
+    """A callback (done, total) that draws a bar on a terminal's stderr and does nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("bootstrap"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("bootstrap", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "report": _report}
