@@ -138,7 +138,8 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
     lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
     clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
     optimizer = _optimizer(structure, state.params, hyper, lr)
-    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 counts with our float32 numbers
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
 
     def keep(new, old):
