@@ -7,6 +7,7 @@ import pathlib
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,7 +22,7 @@ def _wandb_records(path: pathlib.Path):
     from wandb.proto import wandb_internal_pb2
 
     raw = path.read_bytes()
-    assert raw[:4] == b":W&B"
+    assert raw[:4] == b":W&B"[: len(raw)]
     place, content = 7, b""
     while place + 7 <= len(raw):
         left = 32768 - place % 32768
@@ -29,6 +30,8 @@ def _wandb_records(path: pathlib.Path):
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", raw[place : place + 7])
+        if place + 7 + length > len(raw):
+            return
         content += raw[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -39,7 +42,17 @@ def _wandb_records(path: pathlib.Path):
 
 
 def _read_back(folder: pathlib.Path) -> dict:
-    """What an offline run directory holds: identity, config, history rows and the summary in the end."""
+    """What an offline run directory holds: identity, config, history rows and the summary in the end.
+
+    W&B's service writes it from a process of its own, somewhat after `finish` returned: waits for the closing record.
+    """
+    deadline = time.monotonic() + 60
+    while "exit_code" not in (found := _read_now(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _read_now(folder: pathlib.Path) -> dict:
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     found = {"history": [], "summary": {}}
     for record in _wandb_records(path):
