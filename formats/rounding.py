@@ -95,7 +95,8 @@ def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overfl
     clipped = jnp.minimum(rounded, limit)
     above_zero = _reaches_quantum(extended, x_bits, element.quantum_exp, rounding, random_bits)
     if exponent is not None:
-        clipped = jnp.minimum(clipped + scale, fb.largest(element.man_bits))
+        fits = jnp.clip(127 - element.quantum_exp - exponent, 0, element.man_bits)  # mantissa bits below 2**128
+        clipped = jnp.minimum(clipped + scale, fb.largest(fits))
         above_zero = above_zero & (limit > _ZERO)  # a limit of zero cannot be scaled
     smallest = fb.to_pattern(element.min_magnitude)
     y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(clipped), smallest)

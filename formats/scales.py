@@ -55,6 +55,7 @@ def shared_exponent(amax, element: Element, rule: Rule):
     Never floor(log2 amax): float32 log2 is one too large an ulp below a power of two. 0 for the float32 identity.
     """
     bits, top = fb.to_pattern(amax), fb.to_pattern(element.max_value)
+    subnormal = bits < fb.SMALLEST_NORMAL
     if rule is Rule.EVEN:
         bits = bits + ((np.int32(1) << (23 - element.man_bits)) >> 1)
     exponent = (bits >> 23) - (top >> 23)
@@ -64,5 +65,5 @@ def shared_exponent(amax, element: Element, rule: Rule):
     elif rule is Rule.RCEIL:
         exponent = exponent + (mantissa > (top & np.int32(0x7FFFFF))).astype(jnp.int32)
     # subnormals are one with zero, whatever the backend made of them in the maximum
-    exponent = jnp.where(bits < fb.SMALLEST_NORMAL, -127, exponent)
+    exponent = jnp.where(subnormal, -127, exponent)
     return jnp.where(element.unbounded, 0, jnp.clip(exponent, -127, 127))
