@@ -40,6 +40,11 @@ class Analysis:
     def fit_chinchilla(self) -> Fit | None:
         return self.chinchilla.best if self.chinchilla else None
 
+    def covered(self) -> list[Run]:
+        """The runs that the precision fit speaks of, or, where there is none, the Chinchilla fit: its baseline runs."""
+        baseline = [run for run in self.runs if not run.quantized]
+        return list(self.runs) if self.precision or not baseline else baseline
+
     @property
     def fit_precision(self) -> Fit | None:
         return self.precision.best if self.precision else None

@@ -16,11 +16,12 @@ from scaling.analysis import Analysis, analyse
 from scaling.arguments import numbers, parser
 from scaling.compare import Comparison
 from scaling.compare import compare as compare_laws
+from scaling.files import check_target
 from scaling.fit import fit as fit_law
 from scaling.report import report as write_report
 from scaling.result import Fit, load
 from scaling.summary import summary
-from scaling.table import table, write_table
+from scaling.table import TABLE_SUFFIXES, table, write_table
 
 
 def run(verb: str, argv: list[str]) -> int:
@@ -49,6 +50,7 @@ def conclude(folder: str | Path) -> int:
 
 
 def _table(arguments) -> int:
+    check_target(arguments.out, TABLE_SUFFIXES)
     relation = table(arguments.sources)
     out = write_table(relation, arguments.out)
     states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
@@ -57,6 +59,8 @@ def _table(arguments) -> int:
 
 
 def _fit(arguments) -> int:
+    if arguments.out:
+        check_target(arguments.out)
     with _progress() as progress:
         fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
                          progress=progress, **_row_options(arguments))
@@ -107,6 +111,7 @@ def _predict(arguments) -> int:
 
 
 def _report(arguments) -> int:
+    check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis)])
 

@@ -46,7 +46,7 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
     stages = [_project(relation, _mapped(mapping, relation.columns), "columns")]
-    filters = {"status is not done": "status = 'done'"} if "status" in stages[0].columns else {}
+    filters = {"status is not done": "status IS NULL OR status = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
         flagged = _project(stages[-1], f"*, {_boolean(condition)} AS keep_", reason)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scaling import page
 from scaling.analysis import Analysis, analyse
+from scaling.files import check_target, write_whole
 from scaling.report_figures import figures
 from scaling.report_tables import candidate_table, constants_table, gap_table, held_out_table, method_notes, run_table
 from scaling.statistics import columns_of
@@ -24,15 +25,11 @@ def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None)
 
     fits: an `analyse(source)` that has been made already. ValueError, one line, when the source is no run table or `out` cannot be.
     """
-    out = Path(out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"out={out}: {'is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}; name an .html file")
+    check_target(out)
     analysis = fits or analyse(source)
     body = [*_head(analysis), *figures(analysis, source), *_tables(analysis)]
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    partial.write_text(page.page(_title(analysis), body), encoding="utf-8")
-    partial.replace(out)
-    return out
+    text = page.page(_title(analysis), body)
+    return write_whole(out, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _title(analysis: Analysis) -> str:

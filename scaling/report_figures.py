@@ -38,9 +38,8 @@ def drawable(fit: Fit | None) -> Fit | None:
 
 
 def predictions(analysis: Analysis) -> dict[str, float]:
-    """run_id -> loss by the precision fit, or by Chinchilla for the unquantized runs where there is none; nats per token."""
-    fit = analysis.fit_precision or analysis.fit_chinchilla
-    runs = [run for run in analysis.runs if analysis.fit_precision or not run.quantized]
+    """run_id -> loss by the precision fit, or by Chinchilla for the runs of its baseline where there is none; nats per token."""
+    fit, runs = analysis.fit_precision or analysis.fit_chinchilla, analysis.covered()
     if fit is None or not fit.converged or fit.metrics["condition_number"] > MAX_CONDITION:
         return {}
     inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}

@@ -51,7 +51,7 @@ def candidate_table(comparison: Comparison) -> str:
 def held_out_table(fit: Fit, analysis: Analysis) -> list[str]:
     """Every held-out run: observed, predicted, interval, error."""
     largest = max(run.n_params for run in analysis.runs)
-    runs = [run for run in analysis.runs if run.n_params == largest and (analysis.fit_precision or not run.quantized)]
+    runs = [run for run in analysis.covered() if run.n_params == largest]
     runs.sort(key=lambda run: (run.tokens, run.bits, run.precision, run.seed))
     if fit.metrics["condition_number"] > MAX_CONDITION:
         return [page.paragraph(f"Not stated: the design does not identify the law (condition number {fit.metrics['condition_number']:.1e}).")]

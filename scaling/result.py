@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from scaling.files import write_whole
 from scaling.laws import Law, laws
 from scaling.problem import constants
 
@@ -150,19 +151,14 @@ class Fit:
         return len({self.ties.get(name, name) for name in first}) == 1
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Writes FIT.json by rename: everything that `load` needs to predict. Returns the path."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise ValueError(f"out={path}: the folder {path.parent} does not exist")
+        """Writes FIT.json, whole or not at all: everything that `load` needs to predict. Returns the path."""
         body = {"bitlaw_fit": VERSION, "law": self.law.name, "about": self.law.about, "cite": self.law.cite, "label": self.label,
                 "params": dict(self.params), "intervals": {k: list(v) for k, v in self.intervals.items()}, "level": self.level,
                 "metrics": dict(self.metrics), "free": list(self.free), "ties": dict(self.ties), "fixed": dict(self.fixed),
                 "coordinates": self.coordinates.tolist(), "scatter": self.scatter.tolist(), "draws": self.draws.tolist(),
                 "ranges": {k: list(v) for k, v in self.ranges.items()}}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        partial.write_text(json.dumps(_to_json(body), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return path
+        text = json.dumps(_to_json(body), indent=1) + "\n"
+        return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def _constants(self, coordinates: np.ndarray) -> dict[str, float]:
         return constants(self.law, self.free, self.ties, self.fixed, coordinates)

@@ -37,8 +37,9 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     for name, gap in everywhere.items():
         estimate = fit.estimate("loss_gap", N=n_params, **fit.at_width(gap.bits)) if fit else None
         if estimate is not None and estimate.identified:
-            also = f"; measured {measured[name].mean:+.3f}" if name in measured else ""
-            by_law.append(f"{name} {estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f}{also})")
+            form = _form(estimate.low, estimate.high)
+            also = f"; measured {measured[name].mean:{form}}" if name in measured else ""
+            by_law.append(f"{name} {estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}}{also})")
         else:
             by_pairs.append(_measured(gap))
     told = []
@@ -96,10 +97,16 @@ def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
             f"their {fit.level:.0%} prediction interval (±{score['half_width']:.3f}).")
 
 
+def _form(low: float, high: float) -> str:
+    """Format of a number of nats: as many decimals as its interval deserves."""
+    return "+.4f" if high - low < 5e-3 else "+.3f"
+
+
 def _measured(gap: Gap) -> str:
     if math.isnan(gap.low):
         return f"{gap.precision} {gap.mean:+.3f} (one pair, no interval)"
-    return f"{gap.precision} {gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}, {len(gap.values)} pairs)"
+    form = _form(gap.low, gap.high)
+    return f"{gap.precision} {gap.mean:{form}} ({gap.low:{form}} to {gap.high:{form}}, {len(gap.values)} pairs)"
 
 
 def _measured_bits(gaps: list[Gap], limit: float, within: str, reason: str) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from scaling.files import write_whole
+
 _ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
 _ROLE_FIELDS = {"format": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE", "man_bits": "DOUBLE",
                 "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
@@ -37,6 +39,7 @@ CURVE_COLUMNS: dict[str, str] = {"step": "BIGINT", "tokens": "BIGINT", "loss": "
 
 _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", ".json": "read_json", ".jsonl": "read_json",
             ".ndjson": "read_json"}
+TABLE_SUFFIXES = (".parquet", ".csv")
 _COUNTER = itertools.count()
 Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelation | Mapping[str, object]"
 
@@ -59,19 +62,9 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
 
 
 def write_table(relation: duckdb.DuckDBPyRelation, path: str | os.PathLike) -> Path:
-    """Writes `relation` to `path` (.parquet or .csv) by rename, so that no half-written file is ever seen. Returns the path."""
-    path = Path(path)
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"out={path}: cannot write {path.suffix or 'a file without suffix'}; use .parquet or .csv")
-    if not path.parent.is_dir():
-        raise ValueError(f"out={path}: the folder {path.parent} does not exist")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        (relation.write_parquet if path.suffix == ".parquet" else relation.write_csv)(str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    """Writes `relation` to `path` (.parquet or .csv), whole or not at all. Returns the path."""
+    write = relation.write_parquet if Path(path).suffix == ".parquet" else relation.write_csv
+    return write_whole(path, lambda partial: write(str(partial)), TABLE_SUFFIXES)
 
 
 def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:

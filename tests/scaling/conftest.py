@@ -1,0 +1,26 @@
+"""Shared data of the scaling tests: the Chinchilla points (skipped where they are absent) and a folder of simulated runs."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.scaling import fake_runs
+
+EPOCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "epoch-chinchilla" / "svg_extracted_data.csv"
+EPOCH_COLUMNS = {"N": '"Model Size"', "D": '"Training FLOP"/6/"Model Size"'}
+DROP_FIVE = "row_number() OVER (ORDER BY loss DESC) > 5"
+
+
+@pytest.fixture(scope="session")
+def epoch():
+    """Keyword arguments of `scaling.fit` for the published refit: 245 points without the five largest losses."""
+    if not EPOCH.is_file():
+        pytest.skip("the Chinchilla points of ../shared/data/epoch-chinchilla are not here")
+    return {"table": EPOCH, "columns": EPOCH_COLUMNS, "where": DROP_FIVE}
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory):
+    """A run folder of the demo's design with known truth; one run diverged, one failed."""
+    return fake_runs.write_runs(tmp_path_factory.mktemp("runs") / "demo", diverge=(0,), fail=(5,))

@@ -1,0 +1,113 @@
+"""The command line: exit codes, one-line refusals, and that what it prints is what was fitted."""
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import scaling
+from scaling.arguments import assignments
+from scaling.cli import conclude, run
+from tests.scaling import fake_runs
+from tests.scaling.conftest import DROP_FIVE
+
+LARGEST = "N = max(N) OVER ()"
+
+
+def test_table_fit_predict(tmp_path, demo_runs, capsys):
+    runs, fit = tmp_path / "runs.parquet", tmp_path / "FIT.json"
+    assert run("table", [str(demo_runs), "--out", str(runs)]) == 0
+    assert "48 runs (1 diverged, 46 done, 1 failed)" in capsys.readouterr().out
+    assert run("fit", [str(runs), "--law", "kumar:tied+plain", "--holdout", LARGEST, "--out", str(fit)]) == 0
+    out = capsys.readouterr().out
+    loaded = scaling.load(fit)
+    assert f"{loaded.params['gamma_w']:.6g}" in out and "= gamma_w" in out and "condition number" in out and "2 dropped (status" in out
+    assert run("predict", [str(fit), "N=1e5", "D=2e7", "weights_bits=4", "activations_bits=4"]) == 0
+    out = capsys.readouterr().out
+    loss = float(loaded.predict(N=1e5, D=2e7, weights_bits=4, activations_bits=4).loss)
+    assert out.startswith(f"loss {loss:.6g} nats/token, 95% interval") and "times beyond the fitted range" in out
+
+
+def test_epoch_from_the_command_line(epoch, capsys):
+    columns = ",".join(f"{name}={expression}" for name, expression in epoch["columns"].items())
+    assert run("fit", [str(epoch["table"]), "--law", "chinchilla", "--columns", columns, "--where", DROP_FIVE]) == 0
+    out = capsys.readouterr().out
+    for number in ("477.826", "2143.42", "1.81722", "0.347311", "0.367172", "0.001018274018", "240 rows fitted, 5 dropped"):
+        assert number in out
+
+
+def test_compare_puts_laws_side_by_side(demo_runs, capsys):
+    assert run("compare", [str(demo_runs), "--laws", "chinchilla,kumar:tied,kumar:plain", "--holdout", LARGEST]) == 0
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "kumar:plain" in line)
+    assert "chinchilla" in header and "kumar:tied" in header
+    assert re.search(r"held-out rms .*%.*%.*%", out) and "BIC" in out and "0 (fixed)" in out
+
+
+def test_report_ends_with_the_three_sentences(tmp_path, capsys):
+    out = tmp_path / "report.html"
+    few = fake_runs.write_runs(tmp_path / "few", sizes={"2k": 2_304})
+    assert run("report", [str(few), "--out", str(out), "--bootstrap", "20"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert out.is_file() and f"written: {out}" in lines
+    assert [line.split(":")[0] for line in lines[-3:]] == ["What low precision costs", "Which bits suffice", "How far off the prediction was"]
+
+
+def test_conclude_leaves_everything_beside_the_runs(tmp_path, capsys):
+    folder = fake_runs.write_runs(tmp_path / "demo")
+    assert conclude(folder) == 0
+    made = {path.name for path in folder.iterdir() if path.is_file()}
+    assert made == {"runs.parquet", "runs.csv", "fit-chinchilla.json", "fit-precision.json", "report.html"}
+    assert scaling.load(folder / "fit-precision.json").metrics["bootstrap"] == 200
+    out = capsys.readouterr().out
+    assert "condition number" in out and all(name in out for name in made)
+
+
+def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_runs, tmp_path, capsys):
+    monkeypatch.setattr("scaling.solve.minimise.__defaults__", (1,))
+    arguments = [str(demo_runs), "--law", "kumar", "--out", str(tmp_path / "FIT.json")]
+    assert run("fit", arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "did not converge" in captured.err and not (tmp_path / "FIT.json").exists()
+
+
+@pytest.mark.parametrize(("verb", "argv", "message"), [
+    ("fit", ["none.csv", "--law", "kumar"], "none.csv: no such file or folder"),
+    ("fit", ["RUNS", "--law", "kumarr"], "law 'kumarr': unknown; known laws are"),
+    ("fit", ["RUNS"], "fit: the following arguments are required: --law"),
+    ("fit", ["RUNS", "--law", "kumar", "--columns", "N"], "'N' is not NAME=VALUE"),
+    ("fit", ["RUNS", "--law", "kumar", "--columns", "N=size"], 'Referenced column "size" not found'),
+    ("fit", ["RUNS", "--law", "kumar", "--fix", "n_w=none"], "--fix n_w=none: not a number"),
+    ("fit", ["RUNS", "--law", "kumar", "--delta", "x"], "argument --delta: invalid float value: 'x'"),
+    ("fit", ["RUNS", "--law", "kumar", "--out", "no/FIT.json"], "out=no/FIT.json: the folder no does not exist"),
+    ("fit", ["RUNS", "--law", "kumar", "--hold", "N > 3"], "unrecognized arguments: --hold"),
+    ("compare", ["RUNS", "--laws", "chinchilla,foo"], "law 'foo': unknown"),
+    ("compare", ["RUNS", "--laws", ","], "laws: none given"),
+    ("predict", ["FIT.json", "N=1"], "FIT.json: no such file"),
+    ("report", ["none", "--out", "x.html"], "none: no such file or folder"),
+    ("table", ["none", "--out", "x.csv"], "none: no such file or folder"),
+    ("plan", [], "plan: unknown; scaling has table, fit, compare, predict, report"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(verb, [str(demo_runs) if word == "RUNS" else word for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pairs", [["N=x", "D=1"], ["N", "D=1"], ["N=1"], ["N=0", "D=1"], ["N=1", "D=1", "kv_bits=4"], ["N=1", "D=1", "Q=4"]])
+def test_predict_refuses_bad_inputs(pairs, tmp_path, capsys):
+    path = scaling.fit(fake_runs.rows(), "kumar:tied+plain").save(tmp_path / "FIT.json")
+    assert run("predict", [str(path), *pairs]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("bitlaw: ") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_help_exits_with_0(capsys):
+    assert run("fit", ["--help"]) == 0
+    assert "--holdout" in capsys.readouterr().out
+
+
+def test_commas_inside_expressions_do_not_split_them():
+    assert assignments('N=greatest(a, b),D="x,y"/6') == {"N": "greatest(a, b)", "D": '"x,y"/6'}

@@ -1,0 +1,57 @@
+"""Law-free statistics against scipy and hand computation."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import scaling
+from scaling.analysis import with_run_columns
+from scaling.statistics import finished_runs, mean_interval, paired_gaps, reference_precision, seed_noise
+from tests.scaling import fake_runs
+
+
+def runs_of(**columns):
+    return finished_runs(with_run_columns(scaling.table(columns)))
+
+
+def test_mean_interval_is_scipys():
+    values = [0.1, 0.3, 0.2, 0.25]
+    expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
+    assert mean_interval(values) == pytest.approx((np.mean(values), *expected))
+    assert math.isnan(mean_interval([1.0])[1])
+
+
+def test_pairs_match_in_size_tokens_and_seed():
+    runs = runs_of(n_params=[1, 1, 1, 1, 2], tokens=[9, 9, 9, 8, 9], seed=[0, 0, 1, 0, 0], weights_bits=[4, 32, 32, 32, 4],
+                   precision=["int4", "float32", "float32", "float32", "int4"], loss=[2.5, 2.0, 1.0, 1.5, 2.2])
+    (gap,) = paired_gaps(runs)
+    assert gap.values == (0.5,) and gap.bits == 4 and math.isnan(gap.low)
+    assert paired_gaps(runs, 2) == []
+
+
+def test_reference_is_float32_or_the_commonest_wide_one():
+    widths = {"n_params": [1, 1, 1], "tokens": [1, 1, 1], "loss": [1.0, 1.0, 1.0], "weights_bits": [16, 16, 4]}
+    assert reference_precision(runs_of(**widths, precision=["bfloat16", "bfloat16", "int4"])) == "bfloat16"
+    assert reference_precision(runs_of(**widths, precision=["bfloat16", "float32", "int4"])) == "float32"
+    assert reference_precision(runs_of(**widths | {"weights_bits": [4, 4, 4]}, precision=["int4"] * 3)) is None
+
+
+def test_quantized_gradients_count_as_quantized():
+    (run,) = runs_of(n_params=[1], tokens=[1], loss=[1.0], output_gradients_bits=[8], precision=["mixed"])
+    assert run.quantized and run.bits == 8 and run.widths == {"weights_bits": math.inf, "activations_bits": math.inf, "kv_bits": math.inf}
+
+
+def test_seed_noise_pools_groups():
+    table = fake_runs.rows(noise=0.01, seeds=4)
+    groups = (table["loss"].reshape(-1, 4) - table["loss"].reshape(-1, 4).mean(axis=1, keepdims=True)) ** 2
+    noise = seed_noise(runs_of(**table))
+    assert noise.dof == 3 * len(groups) and noise.groups == len(groups) and noise.sd == pytest.approx(math.sqrt(groups.sum() / noise.dof))
+    assert seed_noise(runs_of(**fake_runs.rows(seeds=1))) is None
+
+
+def test_runs_without_a_final_loss_are_left_out(demo_runs):
+    runs = finished_runs(scaling.table(demo_runs))
+    assert len(runs) == 46 and all(math.isfinite(run.loss) for run in runs)

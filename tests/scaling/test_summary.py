@@ -1,0 +1,84 @@
+"""The three sentences and the analysis behind them: right numbers where they are identified, none where they are not."""
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import scaling
+from tests.scaling import fake_runs
+
+TWO = {"sizes": {"2k": 2_304, "5k": 5_120}, "budgets": (600_000, 3_800_000)}
+
+
+def sentences(**design):
+    table = fake_runs.rows(**design)
+    analysis = scaling.analyse(table, bootstrap=0)
+    return analysis, scaling.summary(analysis.fit_chinchilla, analysis.fit_precision, table)
+
+
+def test_the_demo_gets_three_sentences_with_intervals():
+    analysis, (cost, bits, far) = sentences(noise=0.002)
+    for name in ("int3", "int4", "int6"):
+        value, low, high = map(float, re.search(rf"{name} (\+\S+) \((\S+) to (\S+);", cost).groups())
+        truth = fake_runs.true_loss(24_576, 1e6, fake_runs.BITS[name]) - fake_runs.true_loss(24_576, 1e6, 32)
+        assert low - 1e-4 <= truth <= high + 1e-4 and low < value < high
+    assert re.match(r"Which bits suffice: [67] bits.*0.01 nats per token \(a stated tolerance.*95% interval", bits)
+    assert re.match(r"How far off the prediction was: the 12 runs at 24,576 parameters, held out,.*of 12 fell in their 95% prediction", far)
+    assert analysis.fit_precision.label == "kumar:tied+plain" and analysis.fit_chinchilla.metrics["held_out"]["rows"] == 3
+    assert "BIC" in analysis.precision.reason()
+
+
+def test_seed_noise_is_the_tolerance_where_it_is_known():
+    _, (_, bits, _) = sentences(seeds=2)
+    assert "the noise between seeds, 48 degrees of freedom" in bits
+
+
+@pytest.mark.parametrize(("design", "cost", "bits", "far"), [
+    ({"bits": {"int4": 4.0}}, "cannot be told", "cannot be told", "the 3 runs at 24,576 parameters"),
+    ({"bits": {"float32": 32.0}}, "cannot be told", "cannot be told", "the 3 runs at 24,576 parameters"),
+    ({"sizes": {"2k": 2_304}}, "the design identifies no law for it", "no precision law was fitted", "no law could be fitted"),
+    (TWO, "by the fitted law", "bits", "nothing was held out"),
+])
+def test_poor_designs_get_no_number_they_do_not_identify(design, cost, bits, far):
+    _, told = sentences(**design)
+    assert len(told) == 3
+    for sentence, part in zip(told, (cost, bits, far), strict=True):
+        assert part in sentence and "nan" not in sentence
+
+
+def test_an_empty_folder_of_results_is_described():
+    table = fake_runs.rows() | {"status": ["diverged"] * 48}
+    analysis = scaling.analyse(table)
+    assert analysis.fit_precision is None and analysis.why["precision"] == "no finished run with a finite loss"
+    assert all("no finished runs" in sentence for sentence in scaling.summary(None, None, table))
+
+
+def test_data_sets_are_not_mixed():
+    table = fake_runs.rows()
+    other = {name: values[:4] for name, values in table.items()}
+    both = {name: [*values, *other[name]] for name, values in table.items()} | {"data": ["stdlib"] * 48 + ["mine"] * 4}
+    analysis = scaling.analyse(both, bootstrap=0)
+    assert len(analysis.runs) == 48 and analysis.fit_precision.metrics["rows"] == 36
+    assert "2 data sets in one folder: only the 48 runs on stdlib are analysed" in analysis.notes
+
+
+def test_variants_that_the_data_need_are_chosen():
+    """alpha = beta is dropped when the data say so: a truth with very different exponents."""
+    truth = fake_runs.TRUTH | {"alpha": 0.25, "beta": 0.6, "A": 12.0, "B": 4000.0}
+    analysis, _ = sentences(truth=truth, noise=0.001)
+    assert analysis.fit_precision.label == "kumar:plain" and "tied" not in analysis.fit_chinchilla.label
+
+
+def test_a_table_without_losses_is_refused():
+    with pytest.raises(ValueError, match="a run table needs n_params, tokens, loss; this one has a"):
+        scaling.analyse({"a": [1]})
+
+
+def test_comparison_refuses_names_and_keeps_the_rest():
+    table = fake_runs.rows(bits={"float32": 32.0})
+    with pytest.raises(ValueError, match="law 'foo': unknown"):
+        scaling.compare(table, ["chinchilla", "foo"])
+    rows = {name: values[:4] for name, values in table.items()}
+    comparison = scaling.compare(rows, ["chinchilla:tied", "chinchilla"])
+    assert len(comparison.fits) == 1 and "4 rows cannot fit the 5" in comparison.refused["chinchilla"]
