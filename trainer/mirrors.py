@@ -84,9 +84,11 @@ class WandbMirror:
             reinit="create_new", silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True,
             disable_git=True, disable_code=True, x_save_requirements=False,
         )  # fmt: skip
+        mode = os.environ.get("WANDB_MODE", "offline")
+        resume = "allow" if mode == "online" else None  # offline it means nothing, and some versions say so each time
         return self._wandb.init(
-            id=run_id, name=run_id, group=sweep, job_type="train", config=dict(config), dir=str(folder), resume="allow",
-            mode=os.environ.get("WANDB_MODE", "offline"), project=os.environ.get("WANDB_PROJECT", "bitlaw"), settings=settings,
+            id=run_id, name=run_id, group=sweep, job_type="train", config=dict(config), dir=str(folder), resume=resume,
+            mode=mode, project=os.environ.get("WANDB_PROJECT", "bitlaw"), settings=settings,
         )  # fmt: skip
 
     def _flush(self) -> None:
