@@ -41,8 +41,8 @@ def get(name: str) -> Element | Scaled:
     real = _FLOAT.fullmatch(str(name))
     if real and int(real[1]) == 1 + int(real[2]) + int(real[3]):
         return minifloat(int(real[2]), int(real[3]), real[5] or "ieee", None if real[4] is None else int(real[4]))
-    if re.fullmatch(r"e\dm\d+", str(name)):
-        raise ValueError(f"format={name!r} does not say which one: {_advice(name)}")
+    if re.fullmatch(r"e\dm\d+", str(name).lower()):
+        raise ValueError(f"format={name!r} does not say which one: {_advice(name.lower())}")
     raise ValueError(f"format={name!r} is not known; accepted: {', '.join(names())}, intN, floatB_eEmM[fn|fnuz]")
 
 

@@ -1,10 +1,10 @@
 """The one rounding core: integer arithmetic on the float32 bit pattern, for every element, width, mode and block scale.
 
 A magnitude is handled as its "extended" pattern: the float32 pattern with the exponent field let run below zero, so that
-float32 subnormals are normalised like everything else and a power-of-two scale is one integer addition. Its low `shift`
-bits lie below the spacing of the element: rounding adds the mode's increment (0 .. 2**shift - 1) and clears them; a carry
-walks into the exponent by itself. Below the element's quantum the result is zero or the quantum. No float arithmetic:
-exact in subnormals of the target and of float32, also where the backend flushes them.
+float32 subnormals are normalised like everything else. Its low `shift` bits lie below the spacing of the element: rounding
+adds the mode's increment (0 .. 2**shift - 1) and clears them; a carry walks into the exponent by itself. Below the
+element's quantum the result is zero or the quantum. A power-of-two scale moves the grid, by one addition to its numbers.
+No float arithmetic: exact in subnormals of the target and of float32, also where the backend flushes them.
 """
 
 from __future__ import annotations
@@ -78,28 +78,22 @@ def round_to(x, element: Element, *, rounding="nearest_even", overflow="saturate
 
 
 def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overflow, random_bits=None, exponent=None):
-    """`round_to` on int32 float32-patterns; with exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
-    its range are those of the element times 2**exponent. Past the float32 range the result is the largest value that
-    fits. |x| * 2**-exponent must stay below 2**128."""
+    """`round_to` on int32 float32-patterns. With exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
+    its range are those of the element times 2**exponent; its largest value must then be below 2**128."""
     magnitude = x_bits & fb.MAGNITUDE
     extended = _extended(magnitude)
+    quantum_exp = element.quantum_exp
+    high, low = _extended(fb.to_pattern(element.max_value)), _extended(fb.to_pattern(element.min_value) & fb.MAGNITUDE)
     if exponent is not None:
-        scale = exponent << 23
-        # zero may stand no lower than the integers reach, and nothing higher (an amax may be given that is not the largest)
-        extended = jnp.clip(extended, _ZERO, _LARGEST + jnp.minimum(scale, 0)) - scale
+        quantum_exp = quantum_exp + exponent
+        high, low = (jnp.where(limit == _ZERO, _ZERO, limit + (exponent << 23)) for limit in (high, low))
     if random_bits is not None:
         random_bits = lax.bitcast_convert_type(random_bits, jnp.int32)
-    rounded = _round_extended(extended, x_bits, element, rounding, random_bits)
-    high, low = fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE
-    limit = jnp.where(x_bits >= 0, _extended(high), _extended(low))
-    clipped = jnp.minimum(rounded, limit)
-    above_zero = _reaches_quantum(extended, x_bits, element.quantum_exp, rounding, random_bits)
-    if exponent is not None:
-        fits = jnp.clip(127 - element.quantum_exp - exponent, 0, element.man_bits)  # mantissa bits below 2**128
-        clipped = jnp.minimum(clipped + scale, fb.largest(fits))
-        above_zero = above_zero & (limit > _ZERO)  # a limit of zero cannot be scaled
+    limit = jnp.where(x_bits >= 0, high, low)
+    rounded = _round_extended(extended, x_bits, element.man_bits, quantum_exp, rounding, random_bits)
+    above_zero = _reaches_quantum(extended, x_bits, quantum_exp, rounding, random_bits)
     smallest = fb.to_pattern(element.min_magnitude)
-    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(clipped), smallest)
+    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(jnp.minimum(rounded, limit)), smallest)
     y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is Overflow.IEEE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
@@ -112,20 +106,17 @@ def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overfl
 # Patterns of float(n) for n = pattern of a subnormal; their value is 2**149 times the subnormal's. An integer converts to a
 # float and back exactly and is never subnormal, so this conversion, alone among float operations, is safe.
 _LIFT = np.int32(149 << 23)
-
-
-_ZERO = np.int32(-60 << 23)  # below every other number, the smallest of which has field -22
-_LARGEST = np.int32(0x7F7FFFFF)
+_ZERO = -_LIFT  # what becomes of zero: far below every other number (the smallest has field -22)
 
 
 def _extended(magnitude):
-    """Extended pattern of a float32 pattern (zero: below everything)."""
+    """Extended pattern of a float32 pattern."""
     lifted = fb.to_pattern(jnp.asarray(magnitude).astype(jnp.float32)) - _LIFT
     return jnp.where(magnitude < fb.SMALLEST_NORMAL, lifted, magnitude)
 
 
 def _standard(extended):
-    """float32 pattern of an extended pattern: a multiple of 2**-149, or zero (or less than 2**-149, which becomes zero)."""
+    """float32 pattern of an extended pattern that is zero or a multiple of 2**-149."""
     subnormal = fb.to_value(extended + _LIFT).astype(jnp.int32)
     return jnp.where(extended < fb.SMALLEST_NORMAL, subnormal, extended)
 
@@ -139,10 +130,10 @@ def _leaves_range(x_bits, rounding: Rounding):
     return rounding is not Rounding.TOWARD_ZERO
 
 
-def _round_extended(extended, x_bits, element: Element, rounding: Rounding, random_bits):
+def _round_extended(extended, x_bits, man_bits, quantum_exp, rounding: Rounding, random_bits):
     """Extended pattern rounded on the element's grid, its range ignored (infinity stays); below the quantum, the quantum."""
-    lifted = jnp.maximum(extended, (element.quantum_exp + 127) << 23)
-    shift = jnp.maximum(23 - element.man_bits, element.quantum_exp + 150 - (lifted >> 23))
+    lifted = jnp.maximum(extended, (quantum_exp + 127) << 23)
+    shift = jnp.maximum(23 - man_bits, quantum_exp + 150 - (lifted >> 23))
     shift = shift & 31  # it is 0 .. 23; the mask tells the compiler
     mask = (np.int32(1) << shift) - 1
     odd = ((lifted | fb.SMALLEST_NORMAL) >> shift) & 1  # the last kept bit; the implicit one if that is all that is kept
@@ -190,5 +181,6 @@ def _reaches_quantum(extended, x_bits, quantum_exp, rounding: Rounding, random_b
         case Rounding.STOCHASTIC:
             # x / quantum in units of 2**-31, against 31 random bits
             significand = (extended & np.int32(0x7FFFFF)) | fb.SMALLEST_NORMAL
-            chance = (significand << 7) >> jnp.clip(quantum_exp + 126 - (extended >> 23), 0, 31)
+            away = jnp.minimum(quantum_exp + 126 - (extended >> 23), 31) & 31  # anything where x is not below the quantum
+            chance = (significand << 7) >> away
             return (extended >= quantum) | ((random_bits & fb.MAGNITUDE) < chance)

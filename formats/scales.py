@@ -50,7 +50,8 @@ def exact_scale(amax, element: Element, scale_element: Element):
 
 
 def shared_exponent(amax, element: Element, rule: Rule):
-    """int32 exponent of a block's power-of-two scale, -127 .. 127 (E8M0), by integer arithmetic on amax's pattern.
+    """int32 exponent of a block's power-of-two scale, -127 .. 127 (E8M0), by integer arithmetic on amax's pattern; no
+    higher than lets the largest value times the scale be a float32 (ceil, rceil and even could ask for one more).
 
     Never floor(log2 amax): float32 log2 is one too large an ulp below a power of two. 0 for the float32 identity.
     """
@@ -66,4 +67,5 @@ def shared_exponent(amax, element: Element, rule: Rule):
         exponent = exponent + (mantissa > (top & np.int32(0x7FFFFF))).astype(jnp.int32)
     # subnormals are one with zero, whatever the backend made of them in the maximum
     exponent = jnp.where(subnormal, -127, exponent)
-    return jnp.where(element.unbounded, 0, jnp.clip(exponent, -127, 127))
+    highest = jnp.minimum(254 - (top >> 23), 127)
+    return jnp.where(element.unbounded, 0, jnp.clip(exponent, -127, highest))

@@ -33,7 +33,7 @@ def exponent_of(amax: float, name: str, rule: str) -> int:
     fraction, exponent = math.frexp(amax)
     top_fraction, top = math.frexp(largest)
     shared = exponent - top + {"floor": 0, "even": 0, "ceil": fraction > 0.5, "rceil": fraction > top_fraction}[rule]
-    return max(-127, min(127, shared))
+    return max(-127, min(127, 128 - top, shared))  # the largest value times the scale stays a float32
 
 
 def power_of_two_blocks(x: np.ndarray, name: str, rule: str, rounding: str = "nearest_even") -> np.ndarray:
@@ -45,8 +45,7 @@ def power_of_two_blocks(x: np.ndarray, name: str, rule: str, rounding: str = "ne
             rows.append(np.full(row.shape, np.nan))
             continue
         shift = exponent_of(np.abs(row).max(), name, rule)
-        top = (2.0 - 2.0 ** -min(man_bits, 127 - quantum_exp - shift)) * 2.0**127  # last grid point below 2**128
-        high = min(largest * 2.0**shift, top)
+        high = largest * 2.0**shift
         rows.append(saturated(row, man_bits, max(quantum_exp + shift, -149), -high, high, rounding))
     return np.stack(rows)
 
