@@ -36,6 +36,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1.5p
 td { border-bottom: 1px solid var(--line); padding: 4px 18px 4px 0; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 th { white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 tr.bad td { color: var(--bad); }
 tr.chosen td { font-weight: 600; }

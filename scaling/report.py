@@ -76,8 +76,8 @@ def _tables(analysis: Analysis) -> list[str]:
     for comparison in filter(None, (analysis.precision, analysis.chinchilla)):
         fit = comparison.best
         parts += [f"<h2>Fitted constants: {page.escape(fit.label)}</h2>", f"<p><code>{page.escape(fit.law.about)}</code></p>",
-                  constants_table(fit, analysis), page.paragraph(f"Choice: {comparison.reason()}. " + " ".join(
-                      f"{note[0].upper()}{note[1:]}." for note in fit.metrics["notes"]), "note"), candidate_table(comparison)]
+                  constants_table(fit, analysis), page.paragraph(
+                      f"Choice: {'; '.join((comparison.reason(), *fit.metrics['notes']))}.", "note"), candidate_table(comparison)]
     scored = next((fit for fit in (analysis.fit_precision, analysis.fit_chinchilla) if fit and fit.metrics["held_out"]), None)
     if scored:
         parts += ["<h2>Held-out predictions</h2>", *held_out_table(scored, analysis)]

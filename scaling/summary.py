@@ -55,7 +55,7 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
 def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Noise | None) -> str:
     """The smallest width whose gap is within the noise between seeds, or within TOLERANCE where there are too few seeds."""
     limit, name = noise_level(noise)
-    within = f"{limit:.4g} nats per token ({name})"
+    within = f"{limit:.2g} nats per token ({name})"
     trained = sorted({run.bits for run in runs if run.quantized})
     if not trained or reference_precision(runs) is None:
         return "Which bits suffice: cannot be told, since there are no runs both with and without quantization."
