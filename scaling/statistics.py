@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtrit
@@ -72,9 +72,17 @@ def finished_runs(relation) -> list[Run]:
         law_widths = {name: math.inf if row[name] is None else float(row[name]) for name in WIDTHS}
         bits = min((float(width) for width in widths if width < UNQUANTIZED_BITS), default=math.inf)
         runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits, law_widths,
-                        str(row["precision"] or _name(bits)), int(row["seed"] or 0), float(row["loss"]),
+                        str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]),
                         (row["data"], row["lr"], row["schedule"])))
-    return runs
+    return _one_name_per_width(runs)
+
+
+def _one_name_per_width(runs: list[Run]) -> list[Run]:
+    """The runs with names such that one precision is one width: "int" at 4 and 32 bits becomes "int/4" and "int/unquantized"."""
+    widths = defaultdict(set)
+    for run in runs:
+        widths[run.precision].add(run.bits)
+    return [replace(run, precision=f"{run.precision}/{_width_name(run.bits)}") if len(widths[run.precision]) > 1 else run for run in runs]
 
 
 def columns_of(relation) -> dict[str, list]:
@@ -130,5 +138,5 @@ def _gap(precision: str, bits: float, values: list[float]) -> Gap:
     return Gap(precision, bits, *mean_interval(values), tuple(values))
 
 
-def _name(bits: float) -> str:
-    return f"{bits:g} bits" if math.isfinite(bits) else "unquantized"
+def _width_name(bits: float) -> str:
+    return f"{bits:g}" if math.isfinite(bits) else "unquantized"

@@ -19,8 +19,8 @@ import numpy as np
 from scaling.files import write_whole
 
 _ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
-_ROLE_FIELDS = {"format": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE", "man_bits": "DOUBLE",
-                "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
+_ROLE_FIELDS = {"format": "VARCHAR", "granularity": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE",
+                "man_bits": "DOUBLE", "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
 
 RUN_COLUMNS: dict[str, str] = {
     "run_id": "VARCHAR", "sweep": "VARCHAR", "status": "VARCHAR", "seed": "BIGINT", "trunk_id": "VARCHAR", "cooldown_steps": "BIGINT",
@@ -29,8 +29,8 @@ RUN_COLUMNS: dict[str, str] = {
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_FIELDS.items()},
     "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
     "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",
-    "tokens_per_s": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR", "code_version": "VARCHAR",
-    "data": "VARCHAR", "data_sha256": "VARCHAR",
+    "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
+    "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR",
 }
 """Columns that every run table has, absent ones NULL, and their SQL types (section 4 of the design)."""
 

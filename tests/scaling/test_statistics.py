@@ -55,3 +55,11 @@ def test_seed_noise_pools_groups():
 def test_runs_without_a_final_loss_are_left_out(demo_runs):
     runs = finished_runs(scaling.table(demo_runs))
     assert len(runs) == 46 and all(math.isfinite(run.loss) for run in runs)
+
+
+def test_one_name_at_several_widths_is_several_precisions():
+    """A sweep over the bits of one preset may call all of its runs `int`."""
+    table = fake_runs.rows(sizes={"2k": 2_304}) | {"precision": ["int"] * 12}
+    runs = runs_of(**table)
+    assert reference_precision(runs) == "int/unquantized"
+    assert [(gap.precision, gap.bits, len(gap.values)) for gap in paired_gaps(runs)] == [("int/3", 3.0, 3), ("int/4", 4.0, 3), ("int/6", 6.0, 3)]

@@ -97,3 +97,8 @@ def test_refusals_are_one_line(tmp_path, make, message):
     with pytest.raises(ValueError) as error:
         make(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_are_those_that_the_trainer_writes():
+    records = pytest.importorskip("trainer.records")
+    assert list(RUN_COLUMNS) == list(records.RECORD_COLUMNS)
