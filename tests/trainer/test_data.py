@@ -274,7 +274,7 @@ def test_processes_that_prepare_at_once_agree(cache):
     processes = [context.Process(target=_load_in_process, args=(barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    digests = {results.get(timeout=60) for _ in processes}
+    digests = {results.get(timeout=240) for _ in processes}
     for process in processes:
         process.join()
     assert digests == {td.load(_small()).sha256}
@@ -368,3 +368,11 @@ def test_the_command_refuses_in_one_line(cache, argv):
     with pytest.raises(ValueError) as caught:
         td.prepare(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_prepares_what_training_opens():
+    import yaml
+
+    written = yaml.safe_load((pathlib.Path(store.__file__).parents[2] / "configs/data/synthetic.yaml").read_text())
+    default = DataRequest("synthetic")
+    assert {key: getattr(default, key) for key in written if key != "defaults"} == {k: v for k, v in written.items() if k != "defaults"}

@@ -11,14 +11,14 @@ from trainer.data import registry
 
 @dataclasses.dataclass(frozen=True)
 class DataRequest:
-    """What `registry.load` reads, with the defaults of the command."""
+    """What `registry.load` reads, with the defaults of configs/data: what is prepared is what training then opens."""
 
     name: str
     paths: tuple[str, ...] = ()
     tokenizer: str | None = None
     validation_fraction: float = 0.05
-    vocab_size: int = 64
-    order: int = 1
+    vocab_size: int = 32
+    order: int = 2
     tokens: int = 4_000_000
     seed: int = 0
 
