@@ -73,11 +73,11 @@ def _dispatch(verb: str, argv: list[str]) -> int:
 
 
 def _demo(argv: list[str]) -> int:
-    """trainer, then scaling: the sweep `demo`, and the standard report on it."""
+    """trainer, then scaling: the sweep `demo`, then its run table, fits, report and three sentences."""
     _part("scaling")
     code = importlib.import_module("trainer.cli").run("sweep", ["sweep=demo", *argv])
     root = Path(next((a.partition("=")[2] for a in argv if a.startswith("runs_dir=")), "runs")) / "demo"
-    return code or importlib.import_module("scaling.cli").run("report", [str(root), "--out", str(root / "report.html")])
+    return code or importlib.import_module("scaling.cli").conclude(root)
 
 
 VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "formats")
