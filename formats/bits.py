@@ -77,3 +77,22 @@ def largest(man_bits):
     man_bits = xp.asarray(man_bits, np.int32)
     one = xp.asarray(1, np.int32)
     return np.int32(254 << 23) | (((one << man_bits) - 1) << (23 - man_bits))
+
+
+# Extended patterns let the exponent field run below zero, where subnormals are normalised. float(n) of a subnormal's
+# pattern n is 2**149 times the subnormal; such integers convert exactly and are never subnormal as floats.
+_LIFT = np.int32(149 << 23)
+EXTENDED_ZERO = -_LIFT  # far below every other number, the smallest of which has field -22
+_INTEGERS = np.float32(2.0**23)  # n + 2**23 has n in its mantissa, for n < 2**23
+
+
+def to_extended(magnitude):
+    """Extended pattern of an int32 pattern."""
+    lifted = to_pattern(jnp.asarray(magnitude).astype(jnp.float32)) - _LIFT
+    return jnp.where(magnitude < SMALLEST_NORMAL, lifted, magnitude)
+
+
+def from_extended(extended):
+    """Pattern of an extended pattern that is zero or a multiple of 2**-149."""
+    subnormal = to_pattern(to_value(extended + _LIFT) + _INTEGERS) - to_pattern(_INTEGERS)  # conversion to int costs more
+    return jnp.where(extended < SMALLEST_NORMAL, subnormal, extended)

@@ -42,11 +42,11 @@ class Granularity(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Scaled:
     """An element format with shared scales. Widths (element, scale_element) are leaves and may be traced; the rest is
-    structure. scale_element: what a scale is rounded to. axis: along which a scale is constant (channel, token) or
+    structure. scale_element: what a scale is rounded to, None for float32. axis: along which a scale is constant (channel, token) or
     blocks of `block` values lie (block)."""
 
     element: Element
-    scale_element: Element
+    scale_element: Element | None
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
     block: int | None = dataclasses.field(metadata={"static": True})
@@ -61,7 +61,8 @@ def scaled(element: Element, granularity="tensor", *, axis: int = -1, block: int
     one for every `block` consecutive values along `axis` (the last block of a row may be short). rule: see `Rule`; the
     power-of-two rules have float8_e8m0fnu scales whatever scale_format. ValueError for what does not fit together.
     """
-    element, scale_element = _element("element", element), _element("scale_format", scale_format)
+    element = _element("element", element)
+    scale_element = None if scale_format == "float32" else _element("scale_format", scale_format)
     granularity, rule = parse(Granularity, granularity), parse(Rule, rule)
     if (granularity is Granularity.BLOCK) != (block is not None):
         raise ValueError(f"block={block} with granularity={granularity.value!r}: a block size goes with 'block' alone")
@@ -149,7 +150,7 @@ def _view(x, fmt) -> tuple[jax.Array, View]:
     axis = fmt.axis % v.ndim
     if fmt.granularity is not Granularity.BLOCK:
         return v, View(v.shape, axis, None)
-    view = View(v.shape, axis + 1, fmt.block)
+    view = View(v.shape, axis, fmt.block)
     return view.cut(v), view
 
 

@@ -66,15 +66,20 @@ def describe(fmt: Element | Scaled | str) -> dict:
     element = fmt.element if isinstance(fmt, Scaled) else fmt
     size = fmt.block if isinstance(fmt, Scaled) else None
     bits = int(element.bits)
-    shared = int(fmt.scale_element.bits) / size if size else 0.0
+    shared = _scale_bits(fmt) / size if size else 0.0
     return {"name": _name(fmt), "bits": bits, "bits_effective": bits + shared, "exp_bits": int(element.exp_bits),
             "man_bits": int(element.man_bits), "block": size}
+
+
+def _scale_bits(fmt: Scaled) -> int:
+    return 32 if fmt.scale_element is None else int(fmt.scale_element.bits)
 
 
 def _concrete(fmt):
     """A hashable stand-in: type, structure and numbers, whatever arrays hold them."""
     if isinstance(fmt, Scaled):
-        return (_concrete(fmt.element), _concrete(fmt.scale_element), fmt.granularity, fmt.axis, fmt.block, fmt.rule)
+        scale = fmt.scale_element and _concrete(fmt.scale_element)
+        return (_concrete(fmt.element), scale, fmt.granularity, fmt.axis, fmt.block, fmt.rule)
     fields = fmt.__dataclass_fields__
     return tuple(np.asarray(getattr(fmt, field)).item() for field in fields)
 
@@ -86,7 +91,7 @@ def _name(fmt) -> str:
     if isinstance(fmt, Element):
         return _element_name(fmt)
     size = str(fmt.block) if fmt.granularity is Granularity.BLOCK else ""
-    scale = f"_{_name(fmt.scale_element)}" if fmt.rule is Rule.EXACT and not fmt.scale_element.unbounded else ""
+    scale = f"_{_name(fmt.scale_element)}" if fmt.rule is Rule.EXACT and fmt.scale_element is not None else ""
     return f"{_name(fmt.element)}_{fmt.granularity.value}{size}_{fmt.rule.value}{scale}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,51 +15,58 @@ _LANES = 8
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """An array of `shape` in which each scale belongs to the values along `axis` (None: to all of them).
+    """An array of `shape` in which each scale belongs to the values along dimension `dim` (None: to all of them).
 
-    With a block size, the array is seen cut, as [..., blocks, block, ...]: then `axis` counts in the cut array.
+    With a block size the array is seen cut: as [..., blocks, block, ...], or, along the last dimension, as
+    [all blocks, block], which XLA on CPU vectorises better. Then a scale belongs to a block.
     """
 
     shape: tuple[int, ...]
-    axis: int | None
+    dim: int | None
     block: int | None
 
     def cut(self, x):
-        """x of `shape` as [..., blocks, block, ...], the last block of a row filled up with zeros; or x itself."""
+        """x of `shape` cut into blocks, the last of a row filled up with zeros; without a block size, x."""
         if self.block is None:
             return x
-        dim, length, blocks = self._cut_dimension()
-        fill = blocks * self.block - length
+        fill = self._blocks * self.block - self.shape[self.dim]
         if fill:
-            x = jnp.pad(x, [(0, fill if d == dim else 0) for d in range(x.ndim)])
-        return x.reshape(self._cut_shape())
+            x = jnp.pad(x, [(0, fill if dim == self.dim else 0) for dim in range(x.ndim)])
+        return x.reshape(self._cut_shape)
 
     def restore(self, v):
         """The inverse of `cut`, after broadcasting v to the cut shape."""
         if self.block is None:
             return v
-        dim, length, blocks = self._cut_dimension()
-        flat_shape = (*self.shape[:dim], blocks * self.block, *self.shape[dim + 1:])
-        flat = jnp.broadcast_to(v, self._cut_shape()).reshape(flat_shape)
-        return lax.slice_in_dim(flat, 0, length, axis=dim)
+        filled = (*self.shape[: self.dim], self._blocks * self.block, *self.shape[self.dim + 1 :])
+        filled = jnp.broadcast_to(v, self._cut_shape).reshape(filled)
+        return lax.slice_in_dim(filled, 0, self.shape[self.dim], axis=self.dim)
 
     def per_scale(self, given):
-        """An array with one number a block along the cut dimension, as it broadcasts against the cut array."""
-        return given if self.block is None else jnp.expand_dims(given, self.axis)
+        """One number per scale, along `dim` one per block, as it broadcasts against the cut array."""
+        if self.block is None:
+            return given
+        return given.reshape(tuple(1 if axis == self._axis else n for axis, n in enumerate(self._cut_shape)))
 
     def amax(self, v):
-        """Largest magnitude of each scale's values, float32, keeping `axis` as 1 (a scalar for None); NaN if one is NaN."""
+        """Largest magnitude of each scale's values in the cut array, broadcasting against it; NaN if one is NaN."""
         if self.block is not None:
-            return _block_amax(v, self.axis)
-        return jnp.max(jnp.abs(v), axis=self.axis, keepdims=self.axis is not None, initial=0.0)
+            return _block_amax(v, self._axis)
+        return jnp.max(jnp.abs(v), axis=self.dim, keepdims=self.dim is not None, initial=0.0)
 
-    def _cut_dimension(self):
-        dim = self.axis - 1
-        return dim, self.shape[dim], -(-self.shape[dim] // self.block)
+    @property
+    def _blocks(self) -> int:
+        return -(-self.shape[self.dim] // self.block)
 
-    def _cut_shape(self):
-        dim, _, blocks = self._cut_dimension()
-        return (*self.shape[:dim], blocks, self.block, *self.shape[dim + 1:])
+    @property
+    def _axis(self) -> int:
+        """Dimension of the cut array that runs inside a block."""
+        return 1 if self.dim == len(self.shape) - 1 else self.dim + 1
+
+    @property
+    def _cut_shape(self) -> tuple[int, ...]:
+        before, after = self.shape[: self.dim], self.shape[self.dim + 1 :]
+        return (*before, self._blocks, self.block, *after) if after else (math.prod(before) * self._blocks, self.block)
 
 
 def _block_amax(v, axis: int):
@@ -66,6 +74,6 @@ def _block_amax(v, axis: int):
     vectorises that (0.5 copies of the array), but neither a float maximum of adjacent values (1.4) nor one stage (1.5)."""
     magnitude = fb.to_pattern(v) & fb.MAGNITUDE
     if axis == v.ndim - 1 and v.shape[axis] % _LANES == 0:
-        stages = (*v.shape[:-1], v.shape[-1] // _LANES, _LANES)
-        magnitude = lax.optimization_barrier(jnp.max(magnitude.reshape(stages), axis=-2))
+        stages = (v.shape[0], v.shape[1] // _LANES, _LANES)
+        magnitude = lax.optimization_barrier(jnp.max(magnitude.reshape(stages), axis=1))
     return fb.to_value(jnp.max(magnitude, axis=axis, keepdims=True))

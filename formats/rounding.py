@@ -1,15 +1,16 @@
 """The one rounding core: integer arithmetic on the float32 bit pattern, for every element, width, mode and block scale.
 
-A magnitude is handled as its "extended" pattern: the float32 pattern with the exponent field let run below zero, so that
-float32 subnormals are normalised like everything else. Its low `shift` bits lie below the spacing of the element: rounding
-adds the mode's increment (0 .. 2**shift - 1) and clears them; a carry walks into the exponent by itself. Below the
-element's quantum the result is zero or the quantum. A power-of-two scale moves the grid, by one addition to its numbers.
-No float arithmetic: exact in subnormals of the target and of float32, also where the backend flushes them.
+The low `shift` bits of a magnitude's pattern lie below the spacing of the element: rounding adds the mode's increment
+(0 .. 2**shift - 1) and clears them; a carry walks into the exponent by itself. Below the element's quantum the result is
+zero or the quantum. A power-of-two scale moves the grid, not the values; then patterns are "extended": the exponent field
+runs below zero, float32 subnormals are normalised like everything else, and moving is one addition. No float arithmetic:
+exact in subnormals of the target and of float32, also where the backend flushes them.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,23 +78,59 @@ def round_to(x, element: Element, *, rounding="nearest_even", overflow="saturate
     return fb.to_value(y_bits).astype(jnp.asarray(x).dtype)
 
 
+class _Grid(NamedTuple):
+    """An element as patterns: its quantum, half of that, its largest positive and negative magnitudes."""
+
+    man_bits: jax.Array
+    quantum_exp: jax.Array
+    quantum: jax.Array
+    half: jax.Array
+    high: jax.Array
+    low: jax.Array
+    extended: bool  # whether patterns are extended ones
+
+    @staticmethod
+    def of(element: Element) -> _Grid:
+        quantum = fb.power_of_two(element.quantum_exp)
+        half = jnp.where(element.quantum_exp > -126, quantum - fb.SMALLEST_NORMAL, quantum >> 1)  # 0 for half of 2**-149
+        return _Grid(element.man_bits, element.quantum_exp, quantum, half, *_limits(element), extended=False)
+
+    @staticmethod
+    def moved(element: Element, exponent) -> _Grid:
+        quantum_exp = element.quantum_exp + exponent
+        quantum = (quantum_exp + 127) << 23
+        high, low = (jnp.where(limit == 0, fb.EXTENDED_ZERO, fb.to_extended(limit) + (exponent << 23))
+                     for limit in _limits(element))
+        return _Grid(element.man_bits, quantum_exp, quantum, quantum - fb.SMALLEST_NORMAL, high, low, extended=True)
+
+    def field(self, pattern):
+        return pattern >> 23 if self.extended else jnp.maximum(pattern >> 23, 1)
+
+    def leading(self, pattern):
+        """Position of the leading bit: 23, or less in a float32 subnormal, which matters to targets with normals there."""
+        # that of float(pattern), which is never subnormal
+        return 23 if self.extended else jnp.minimum(fb.to_pattern(pattern.astype(jnp.float32)) >> 23, 150) - 127
+
+
+def _limits(element: Element):
+    return fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE
+
+
 def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overflow, random_bits=None, exponent=None):
     """`round_to` on int32 float32-patterns. With exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
     its range are those of the element times 2**exponent; its largest value must then be below 2**128."""
-    magnitude = x_bits & fb.MAGNITUDE
-    extended = _extended(magnitude)
-    quantum_exp = element.quantum_exp
-    high, low = _extended(fb.to_pattern(element.max_value)), _extended(fb.to_pattern(element.min_value) & fb.MAGNITUDE)
-    if exponent is not None:
-        quantum_exp = quantum_exp + exponent
-        high, low = (jnp.where(limit == _ZERO, _ZERO, limit + (exponent << 23)) for limit in (high, low))
     if random_bits is not None:
         random_bits = lax.bitcast_convert_type(random_bits, jnp.int32)
-    limit = jnp.where(x_bits >= 0, high, low)
-    rounded = _round_extended(extended, x_bits, element.man_bits, quantum_exp, rounding, random_bits)
-    above_zero = _reaches_quantum(extended, x_bits, quantum_exp, rounding, random_bits)
+    magnitude = x_bits & fb.MAGNITUDE
+    grid = _Grid.of(element) if exponent is None else _Grid.moved(element, exponent)
+    pattern = magnitude if exponent is None else fb.to_extended(magnitude)
+    limit = jnp.where(x_bits >= 0, grid.high, grid.low)
+    rounded = _round_from_quantum(pattern, x_bits, grid, rounding, random_bits)
+    clipped = jnp.minimum(rounded, limit)
+    clipped = clipped if exponent is None else fb.from_extended(clipped)
     smallest = fb.to_pattern(element.min_magnitude)
-    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, _standard(jnp.minimum(rounded, limit)), smallest)
+    above_zero = _reaches_quantum(pattern, x_bits, grid, rounding, random_bits)
+    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, clipped, smallest)
     y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is Overflow.IEEE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
@@ -101,24 +138,6 @@ def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overfl
         y_bits = jnp.where(beyond, (x_bits & fb.SIGN) | special, y_bits)
         y_bits = jnp.where((x_bits <= 0) & (smallest > 0), fb.NAN, y_bits)
     return jnp.where(magnitude > fb.INFINITY, x_bits, y_bits)
-
-
-# Patterns of float(n) for n = pattern of a subnormal; their value is 2**149 times the subnormal's. An integer converts to a
-# float and back exactly and is never subnormal, so this conversion, alone among float operations, is safe.
-_LIFT = np.int32(149 << 23)
-_ZERO = -_LIFT  # what becomes of zero: far below every other number (the smallest has field -22)
-
-
-def _extended(magnitude):
-    """Extended pattern of a float32 pattern."""
-    lifted = fb.to_pattern(jnp.asarray(magnitude).astype(jnp.float32)) - _LIFT
-    return jnp.where(magnitude < fb.SMALLEST_NORMAL, lifted, magnitude)
-
-
-def _standard(extended):
-    """float32 pattern of an extended pattern that is zero or a multiple of 2**-149."""
-    subnormal = fb.to_value(extended + _LIFT).astype(jnp.int32)
-    return jnp.where(extended < fb.SMALLEST_NORMAL, subnormal, extended)
 
 
 def _leaves_range(x_bits, rounding: Rounding):
@@ -130,10 +149,10 @@ def _leaves_range(x_bits, rounding: Rounding):
     return rounding is not Rounding.TOWARD_ZERO
 
 
-def _round_extended(extended, x_bits, man_bits, quantum_exp, rounding: Rounding, random_bits):
-    """Extended pattern rounded on the element's grid, its range ignored (infinity stays); below the quantum, the quantum."""
-    lifted = jnp.maximum(extended, (quantum_exp + 127) << 23)
-    shift = jnp.maximum(23 - man_bits, quantum_exp + 150 - (lifted >> 23))
+def _round_from_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bits):
+    """Pattern rounded on the grid, its range ignored (infinity stays); the quantum for all below it."""
+    lifted = jnp.maximum(pattern, grid.quantum)
+    shift = jnp.maximum(grid.leading(lifted) - grid.man_bits, grid.quantum_exp + 150 - grid.field(lifted))
     shift = shift & 31  # it is 0 .. 23; the mask tells the compiler
     mask = (np.int32(1) << shift) - 1
     odd = ((lifted | fb.SMALLEST_NORMAL) >> shift) & 1  # the last kept bit; the implicit one if that is all that is kept
@@ -161,26 +180,26 @@ def _increment(rounding: Rounding, x_bits, mask, odd, random_bits):
             return random_bits & mask
 
 
-def _reaches_quantum(extended, x_bits, quantum_exp, rounding: Rounding, random_bits):
+def _reaches_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bits):
     """bool: False where x goes to zero: True at or above the quantum, the mode's choice below it, False for zero."""
-    quantum = (quantum_exp + 127) << 23
-    half = quantum - fb.SMALLEST_NORMAL
+    nonzero = x_bits & fb.MAGNITUDE != 0
     match rounding:
         case Rounding.NEAREST_EVEN | Rounding.NEAREST_ZERO:
-            return extended > half
+            return pattern > grid.half
         case Rounding.NEAREST_AWAY:
-            return extended >= half
+            return (pattern >= grid.half) & nonzero
         case Rounding.TOWARD_ZERO:
-            return extended >= quantum
+            return pattern >= grid.quantum
         case Rounding.TOWARD_POSITIVE:
-            return jnp.where(x_bits >= 0, x_bits > 0, extended >= quantum)
+            return jnp.where(x_bits >= 0, nonzero, pattern >= grid.quantum)
         case Rounding.TOWARD_NEGATIVE:
-            return jnp.where(x_bits >= 0, extended >= quantum, x_bits != fb.SIGN)
+            return jnp.where(x_bits >= 0, pattern >= grid.quantum, nonzero)
         case Rounding.TO_ODD:
-            return (x_bits & fb.MAGNITUDE) > 0
+            return nonzero
         case Rounding.STOCHASTIC:
-            # x / quantum in units of 2**-31, against 31 random bits
-            significand = (extended & np.int32(0x7FFFFF)) | fb.SMALLEST_NORMAL
-            away = jnp.minimum(quantum_exp + 126 - (extended >> 23), 31) & 31  # anything where x is not below the quantum
-            chance = (significand << 7) >> away
-            return (extended >= quantum) | ((random_bits & fb.MAGNITUDE) < chance)
+            # significand / 2**dropped against as many random bits; against 31 where more than that are dropped
+            field = grid.field(pattern)
+            significand = pattern - ((field - 1) << 23)
+            dropped = grid.quantum_exp + 150 - field
+            draw = (random_bits & fb.MAGNITUDE) >> jnp.clip(31 - dropped, 0, 31)
+            return (pattern >= grid.quantum) | (draw < significand >> jnp.clip(dropped - 31, 0, 31))

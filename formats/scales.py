@@ -33,20 +33,24 @@ def hides(amax, element: Element):
     return ~jnp.isfinite(amax) & ~element.unbounded
 
 
-def exact_scale(amax, element: Element, scale_element: Element):
+def exact_scale(amax, element: Element, scale_element: Element | None):
     """float32 amax / max_value, rounded to scale_element (to nearest, never to zero), within 2**-126 .. 2**126.
 
     The bounds keep scale and reciprocal normal in float32. Beyond them (amax above 2**126 with a largest value below 4)
     values saturate.
     """
-    # XLA turns a / (shared b) into a * (1 / b), an ulp off; a select keeps b from being shared, and the division true
-    max_value = jnp.where(jnp.isnan(amax), amax, element.max_value)
-    smallest = fb.to_value(jnp.maximum(fb.power_of_two(scale_element.quantum_exp), fb.SMALLEST_NORMAL))
-    scale = jnp.clip(round_to(amax / max_value, scale_element), smallest, np.float32(2.0**126))
     # compared in integers: whether a subnormal amax reads as zero depends on the backend
-    empty = fb.to_pattern(amax) < fb.SMALLEST_NORMAL
-    scale = jnp.where(empty | element.unbounded, np.float32(1.0), scale)
-    return jnp.where(hides(amax, element), np.float32(np.nan), scale)
+    one = (fb.to_pattern(amax) < fb.SMALLEST_NORMAL) | element.unbounded
+    # Selects before the division: XLA turns a / (shared b) into a * (1 / b), an ulp off, but does not know this b for shared;
+    # and it computes what follows a division once per value instead of once per scale.
+    amax = jnp.where(hides(amax, element), np.float32(np.nan), jnp.where(one, np.float32(1.0), amax))
+    scale = amax / jnp.where(one, np.float32(1.0), element.max_value)
+    smallest = np.float32(2.0**-126)
+    if scale_element is not None:
+        scale = round_to(scale, scale_element)
+        smallest = fb.to_value(jnp.maximum(fb.power_of_two(scale_element.quantum_exp), fb.SMALLEST_NORMAL))
+        scale, smallest = jnp.where(one, np.float32(1.0), scale), jnp.where(one, np.float32(1.0), smallest)
+    return jnp.clip(scale, smallest, np.float32(2.0**126))
 
 
 def shared_exponent(amax, element: Element, rule: Rule):
