@@ -30,9 +30,8 @@ class Outcome:
     tokens: int = 0
 
 
-def _open_member(run: PlannedRun, stack: contextlib.ExitStack) -> Member:
-    """The run's folder claimed and described, its mirror started."""
-    stack.enter_context(run.folder.claim())
+def _open_member(run: PlannedRun) -> Member:
+    """The run's folder described, its mirror started."""
     config = dataclasses.asdict(run.config)
     about = {"run_id": run.run_id, "trunk_id": run.trunk_id, "data_sha256": run.dataset.sha256, "numerics_version": NUMERICS_VERSION,
              "code_version": describe.code_version()}
@@ -62,25 +61,29 @@ def _run(cohort: Cohort, outcome: Outcome, view: Watch) -> None:
         view.advance(progress, per_token)
 
     try:
-        with contextlib.ExitStack() as stack:
-            members = [_open_member(run, stack) for run in cohort.runs]
-            view.cohort(first.config.model.name, len(members), layout.name)
-            run_cohort(members, program, first.dataset, on_progress)
+        members = [_open_member(run) for run in cohort.runs]
+        view.cohort(first.config.model.name, len(members), layout.name)
+        run_cohort(members, program, first.dataset, on_progress)
     finally:
         outcome.compiles += program.compiles
         outcome.compile_seconds += program.compile_seconds
 
 
-def _record_failure(run: PlannedRun, reason: str) -> None:
-    """record.json with status failed, and the traceback beside it."""
-    run.folder.path.mkdir(parents=True, exist_ok=True)
-    (run.folder.path / "error.txt").write_text(reason)
-    run.folder.finish({"run_id": run.run_id, "sweep": run.config.options.sweep, "status": "failed", "seed": run.config.seed,
-                       "trunk_id": run.trunk_id, "precision": describe.precision_name(run.config.precision)})
+def _record_failures(cohort: Cohort, outcome: Outcome) -> None:
+    """For every run that did not get to its end: record.json with status failed, and the traceback beside it."""
+    for run in cohort.runs:
+        if not run.done:
+            (run.folder.path / "error.txt").write_text(traceback.format_exc())
+            run.folder.finish({"run_id": run.run_id, "sweep": run.config.options.sweep, "status": "failed", "seed": run.config.seed,
+                               "trunk_id": run.trunk_id, "precision": describe.precision_name(run.config.precision)})
+            outcome.failed.append(run.run_id)
 
 
 def execute(plan: Plan, quiet: bool = False) -> Outcome:
-    """Train everything in the plan that is not done. A cohort that fails is recorded run by run and does not stop the others."""
+    """Train everything in the plan that is not done. A cohort that fails is recorded run by run and does not stop the others.
+
+    ValueError when another living process trains one of the runs.
+    """
     outcome = Outcome()
     began = time.perf_counter()
     for run in plan.runs[:1]:
@@ -88,13 +91,13 @@ def execute(plan: Plan, quiet: bool = False) -> Outcome:
     write_plan(plan)
     with watch(plan, quiet) as view:
         for cohort in plan.cohorts:
-            try:
-                _run(cohort, outcome, view)
-            except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+            with contextlib.ExitStack() as claims:
                 for run in cohort.runs:
-                    if not run.done:
-                        _record_failure(run, traceback.format_exc())
-                        outcome.failed.append(run.run_id)
-                view.failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", len(outcome.failed))
+                    claims.enter_context(run.folder.claim())
+                try:
+                    _run(cohort, outcome, view)
+                except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+                    _record_failures(cohort, outcome)
+                    view.failure(f"{type(error).__name__}: {error}", len(outcome.failed))
     outcome.seconds = time.perf_counter() - began
     return outcome

@@ -45,7 +45,7 @@ class Watch:
 
     def failure(self, reason: str, count: int) -> None:
         """A cohort failed."""
-        self._console.print(f"{self._label} failed ({reason}); {count} runs recorded as failed, see error.txt in their folders", highlight=False)
+        self._console.print(f"{self._label} failed ({' '.join(reason.split())[:300]}); {count} runs recorded as failed, see error.txt in their folders", highlight=False)
 
     def _show(self) -> None:
         if self._bar is None:
