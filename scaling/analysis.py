@@ -16,6 +16,8 @@ CHINCHILLA = ("chinchilla:tied", "chinchilla")
 PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
+DONE = "coalesce(status, 'done') = 'done'"
+MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
 UNQUANTIZED = " AND ".join(f"coalesce({role}_bits, 32) >= {UNQUANTIZED_BITS:g}" for role in ("weights", "activations", "output_gradients"))
 
 
@@ -59,13 +61,17 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     """
     relation = with_run_columns(table(source))
     runs = finished_runs(relation)
-    notes, where = [], "loss IS NOT NULL AND isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL"
+    usable, notes = relation, []
+    lost = len(relation.filter(f"{DONE} AND NOT {MEASURED}"))
+    if lost:
+        notes.append(f"{lost} finished run(s) without size, tokens or a finite loss are left out")
+        usable = usable.filter(f"NOT {DONE} OR {MEASURED}")
     data = [run.group[0] for run in runs]
     if len(set(data)) > 1:
         common = max(dict.fromkeys(data), key=data.count)
         notes.append(f"{len(set(data))} data sets in one folder: only the {data.count(common)} runs on {common} are analysed")
         runs = [run for run in runs if run.group[0] == common]
-        where += f" AND data = '{common.replace(chr(39), chr(39) * 2)}'" if common else " AND data IS NULL"
+        usable = usable.filter(f"data = '{common.replace(chr(39), chr(39) * 2)}'" if common else "data IS NULL")
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
     if runs and holdout is None:
         notes.append(f"fewer than {MIN_SIZES_TO_HOLD_OUT} sizes: nothing is held out")
@@ -79,7 +85,7 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
         try:
             if refusal:
                 raise ValueError(refusal)
-            fits[name] = _choose(relation, laws, where + (f" AND {extra}" if extra else ""), holdout, bootstrap, progress)
+            fits[name] = _choose(usable.filter(extra) if extra else usable, laws, holdout, bootstrap, progress)
         except ValueError as error:
             why[name] = str(error)
     return Analysis(relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, holdout, seed_noise(runs),
@@ -108,11 +114,11 @@ def _refusal(name: str, runs: list[Run], baseline: str | None) -> str:
     return ""
 
 
-def _choose(relation, laws: tuple[str, ...], where: str, holdout: str | None, bootstrap: int, progress) -> Comparison:
+def _choose(relation, laws: tuple[str, ...], holdout: str | None, bootstrap: int, progress) -> Comparison:
     """Compares the variants without a bootstrap, which only the chosen one then gets."""
-    candidates = compare(relation, laws, where=where, holdout=holdout)
+    candidates = compare(relation, laws, holdout=holdout)
     best = candidates.best
     if not bootstrap:
         return candidates
-    final = fit(relation, best.label, where=where, holdout=holdout, bootstrap=bootstrap, progress=progress)
+    final = fit(relation, best.label, holdout=holdout, bootstrap=bootstrap, progress=progress)
     return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

@@ -34,14 +34,14 @@ class Comparison:
     def reason(self) -> str:
         """One sentence: what was chosen among what, and whether the held-out error agrees."""
         best = self.best
-        others = [fitted for fitted in self.fits if fitted is not best]
+        others = [fitted for fitted in self.fits if fitted is not best and fitted.converged]
         if not others:
-            return f"{best.label} is the only candidate"
+            return f"{best.label} is the only candidate that could be fitted"
         nearest = min(others, key=lambda fitted: fitted.metrics["bic"])
         margin = nearest.metrics["bic"] - best.metrics["bic"]
-        text = (f"{best.label} has the lowest BIC of {len(self.fits)} candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
-                f"{best.label} is the simplest of {len(self.fits)} candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
-        scored = [fitted for fitted in self.fits if fitted.metrics["held_out"]]
+        text = (f"{best.label} has the lowest BIC of {len(others) + 1} candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
+                f"{best.label} is the simplest of {len(others) + 1} candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
+        scored = [fitted for fitted in (best, *others) if fitted.metrics["held_out"]]
         if scored:
             kindest = min(scored, key=lambda fitted: fitted.metrics["held_out"]["rmse"])
             text += "; the held-out error agrees" if kindest is best else (

@@ -56,8 +56,13 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
     best = int(np.argmin(objective))
     agree = int(np.sum(objective <= objective[best] * (1.0 + 1e-6) + 1e-300))
-    gradient, decrease = stationarity(problem, z_SF[best], delta)
-    return Solution(z_SF[best], float(objective[best]), gradient, decrease, rounds, len(starts), agree)
+    z, lowest = z_SF[best], float(objective[best])
+    if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
+        ones = np.ones((1, problem.log_loss.size))
+        (z,), (lowest,), more = minimise(problem, z[None], ones, delta, rounds=10 * MAX_ROUNDS)
+        rounds += more
+    gradient, decrease = stationarity(problem, z, delta)
+    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree)
 
 
 def low_discrepancy(count: int, dims: int) -> np.ndarray:
@@ -114,7 +119,7 @@ def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, 
 
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, delta: float,
-             rounds: int = MAX_ROUNDS) -> tuple[np.ndarray, np.ndarray, int]:
+             rounds: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt on iteratively reweighted squares, all starts at once. -> [S, F], objective [S], rounds used.
 
     weights_SR: row weights, [S, R] or [1, R] (a bootstrap resample is a row of counts). A start leaves the batch when three rounds in
@@ -126,7 +131,7 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, de
     objective = (weights_SR * huber(problem.residuals(z_SF), delta)).sum(axis=1)
     damping, stalled = np.full(len(z_SF), 1e-2), np.zeros(len(z_SF), dtype=int)
     active = np.flatnonzero(np.isfinite(objective))
-    used = 0
+    used, rounds = 0, MAX_ROUNDS if rounds is None else rounds
     while active.size and used < rounds:
         used += 1
         z, w = z_SF[active], weights_SR[active]
@@ -161,10 +166,14 @@ def _normal_equations(problem: Problem, z_SF, weights_SR, delta, low, high) -> t
 
 
 def stationarity(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[float, float]:
-    """(largest |projected gradient|, expected relative decrease by one more undamped step) at z_F."""
+    """(largest |projected gradient|, expected relative decrease by one more undamped step) at z_F.
+
+    Directions that the design does not see (1e-10 of the largest curvature) are left out: along them rounding noise promises any
+    decrease. The condition number tells of them.
+    """
     low, high = problem.bounds()
     weights = np.ones((1, problem.log_loss.size))
     gradient, hessian = _normal_equations(problem, z_F[None], weights, delta, low, high)
     objective = huber(problem.residuals(z_F[None]), delta).sum()
-    gain = 0.5 * float(gradient[0] @ np.linalg.lstsq(hessian[0], gradient[0], rcond=1e-14)[0])
+    gain = 0.5 * float(gradient[0] @ np.linalg.lstsq(hessian[0], gradient[0], rcond=1e-10)[0])
     return float(np.abs(gradient).max()), gain / max(float(objective), 1e-300)

@@ -64,7 +64,7 @@ def test_conclude_leaves_everything_beside_the_runs(tmp_path, capsys):
 
 
 def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_runs, tmp_path, capsys):
-    monkeypatch.setattr("scaling.solve.minimise.__defaults__", (1,))
+    monkeypatch.setattr("scaling.solve.MAX_ROUNDS", 1)
     arguments = [str(demo_runs), "--law", "kumar", "--out", str(tmp_path / "FIT.json")]
     assert run("fit", arguments) == 1
     captured = capsys.readouterr()

@@ -231,5 +231,4 @@ def test_rows_that_are_not_done_are_dropped_and_counted():
 
 def test_unconverged_fits_say_so(monkeypatch):
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", 1)
-    monkeypatch.setattr("scaling.solve.minimise.__defaults__", (1,))
     assert not scaling.fit(fake_runs.rows(noise=0.05), "kumar").converged

@@ -82,3 +82,20 @@ def test_comparison_refuses_names_and_keeps_the_rest():
     rows = {name: values[:4] for name, values in table.items()}
     comparison = scaling.compare(rows, ["chinchilla:tied", "chinchilla"])
     assert len(comparison.fits) == 1 and "4 rows cannot fit the 5" in comparison.refused["chinchilla"]
+
+
+def test_done_runs_without_a_loss_are_counted():
+    table = fake_runs.rows()
+    table["loss"][:2] = float("nan")
+    analysis = scaling.analyse(table | {"status": ["done"] * 47 + ["diverged"]}, bootstrap=0)
+    assert "2 finished run(s) without size, tokens or a finite loss are left out" in analysis.notes
+    assert analysis.fit_precision.metrics["rows"] == 34 and analysis.fit_precision.metrics["dropped"] == {"status is not done": 1}
+
+
+def test_the_reason_speaks_of_converged_candidates_only():
+    """One quantized width and two sizes: some variants are singular, and the choice must still be told truly."""
+    table = fake_runs.rows(sizes={"2k": 2_304, "5k": 5_120}, budgets=(600_000, 3_800_000), bits={"int3": 3.0, "float32": 32.0})
+    comparison = scaling.compare(table, scaling.analysis.PRECISION)
+    best = comparison.best
+    assert best.converged and best.label in comparison.reason()
+    assert all(len(best.free) <= len(f.free) or f.metrics["bic"] > best.metrics["bic"] - 2 for f in comparison.fits if f.converged)
