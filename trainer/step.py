@@ -101,12 +101,14 @@ def _rows(data_axis: str | None) -> RowShards | None:
 
 
 def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, policy, key, data_axis=None):
-    """Mean loss and its gradients over the (global) batch; `accumulate` micro-batches are run one after another."""
+    """Mean loss and its gradients over the (global) batch; `accumulate` micro-batches are run one after another. Each part's loss
+    is its share of the mean, so that gradients inside have the size, and round as, in one large batch."""
     micro = structure.accumulate
+    num_parts = micro * (1 if data_axis is None else lax.axis_size(data_axis))
 
     def loss_fn(params, tokens_bT1, index):
         call = decoder.Call(policy, fold_in(key, index) if policy.stochastic else None, _rows(data_axis))
-        return jnp.mean(decoder.next_token_losses(graphdef, params, tokens_bT1, call))
+        return jnp.mean(decoder.next_token_losses(graphdef, params, tokens_bT1, call)) / num_parts
 
     value_and_grad = jax.value_and_grad(loss_fn)
     if micro == 1:
@@ -118,11 +120,10 @@ def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, p
             return jax.tree.map(jnp.add, total, value_and_grad(params, *xs)), None
 
         zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
-        total, _ = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
-        loss, grads = jax.tree.map(lambda x: x / micro, total)
+        (loss, grads), _ = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
     if data_axis is not None:  # one collective for everything
         flat, unravel = ravel_pytree((loss, grads))
-        loss, grads = unravel(lax.pmean(flat, data_axis))
+        loss, grads = unravel(lax.psum(flat, data_axis))
     return loss, grads
 
 

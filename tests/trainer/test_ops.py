@@ -74,18 +74,6 @@ def test_attention_does_not_see_the_future():
         assert np.all(np.any(after[:, position + 1 :] != before[:, position + 1 :], axis=(1, 2)))
 
 
-def test_rotary_scores_depend_on_distance_only():
-    """<rotate(q, i), rotate(k, j)> is a function of i - j: the reason for rotary positions."""
-    time, width = 12, 8
-    cos, sin = ops.rope_tables(time, width)
-    q, k = (jnp.float32(rng.standard_normal(width)) for _ in range(2))
-    turn = lambda x: np.asarray(ops._rotate(jnp.broadcast_to(x, (time, width)), cos, sin, 1), np.float64)  # noqa: E731
-    scores = turn(q) @ turn(k).T
-    for distance in range(-time + 1, time):
-        diagonal = np.diagonal(scores, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-5)
-
-
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_huge_logits_and_scores_stay_finite(size):
     """Softmax subtracts the maximum: large numbers give large losses, never inf - inf."""
