@@ -59,7 +59,7 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     z, lowest = z_SF[best], float(objective[best])
     if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
         ones = np.ones((1, problem.log_loss.size))
-        (z,), (lowest,), more = minimise(problem, z[None], ones, delta, rounds=10 * MAX_ROUNDS)
+        (z,), (lowest,), more = minimise(problem, z[None], ones, delta, rounds=5 * MAX_ROUNDS)
         rounds += more
     gradient, decrease = stationarity(problem, z, delta)
     return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree)

@@ -131,9 +131,9 @@ def test_an_optimum_outside_the_widths_trained_is_not_stated():
 
 
 def test_intervals_cover_the_truth():
-    """Nominal 95 % over 25 simulated designs: at least 20 (19 or fewer would happen once in 800 if coverage were right)."""
+    """Nominal 95 % over 20 simulated designs: at least 16 (15 or fewer would happen once in 400 if coverage were right)."""
     hits = {name: 0 for name in ("E", "alpha", "gamma_w", "run")}
-    for seed in range(25):
+    for seed in range(20):
         fit = scaling.fit(fake_runs.rows(rng_seed=seed), "kumar:tied+plain")
         for name in ("E", "alpha", "gamma_w"):
             low, high = fit.intervals[name]
@@ -141,7 +141,7 @@ def test_intervals_cover_the_truth():
         new = fake_runs.true_loss(5_120, 1e6, 4) * math.exp(0.004 * np.random.default_rng(1000 + seed).standard_normal())
         predicted = fit.predict(N=5_120, D=1e6, weights_bits=4, activations_bits=4)
         hits["run"] += bool(predicted.low < new < predicted.high)
-    assert all(count >= 20 for count in hits.values()), hits
+    assert all(count >= 16 for count in hits.values()), hits
 
 
 def test_known_entropy_can_be_held():
