@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ SWEEP_HELP = """usage: bitlaw sweep [--config-dir DIR] [sweep=NAME] [dry_run=tru
 def explain(error: Exception) -> str:
     """One line from an error of Hydra or OmegaConf: the key, the value, what would be accepted."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    fields = dict(line.split(": ", 1) for line in lines if line.startswith(("full_key: ", "reference_type: ", "object_type: ")))
+    fields = dict(re.split(r": |=", line, maxsplit=1) for line in lines if re.match(r"(full_key|object_type)(: |=)", line))
     text = lines[0] if lines else type(error).__name__
     if "Available options in" in str(error):
         start = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))

@@ -55,14 +55,15 @@ class Layout:
         return f"{self.inner}/{self.member_devices}x{self.data_devices}"
 
 
-def choose_layout(num_members: int, batch_size: int, num_devices: int | None = None) -> Layout:
-    """One run splits its batch over the devices; several runs are dealt out to them. `map` inside a CPU device, `vmap` elsewhere."""
+def choose_layout(num_members: int, sequences: int, num_devices: int | None = None) -> Layout:
+    """One run splits its batch over the devices; several runs are dealt out to them. `map` inside a CPU device, `vmap` elsewhere.
+    `sequences`: what has to be split evenly (the common divisor of micro-batch and validation windows)."""
     devices = jax.devices()
     num_devices = num_devices or len(devices)
     inner = "map" if devices[0].platform == "cpu" else "vmap"
     if num_members > 1:
         return Layout(min(num_devices, num_members), 1, inner)
-    data = max(n for n in range(1, num_devices + 1) if num_devices >= n and batch_size % n == 0)
+    data = max(n for n in range(1, num_devices + 1) if sequences % n == 0)
     return Layout(1, data, "map")
 
 

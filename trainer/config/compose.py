@@ -47,7 +47,7 @@ def parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise ValueError(f"{error.override!r} is not an override; accepted: key=value, +key=value, ~key ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{error.override!r} is not an override; accepted: key=value ({str(error).splitlines()[0]})") from None
 
 
 def axes(overrides: list[str]) -> list[list[str]]:

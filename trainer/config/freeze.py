@@ -1,20 +1,24 @@
 """freeze: composed Hydra config -> validated `TrainConfig`. Every refusal is one line: key, value, what would be accepted."""
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
+import typing
 
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import frozen
 from trainer.config.checks import in_range, one_of
 from trainer.config.precision import freeze_precision
+from trainer.config.schema import TrainSchema
 from trainer.mirrors import MIRRORS
 from trainer.data import registry as data_registry
 from trainer.optimizers import OPTIMIZERS
 from trainer.schedules import SCHEDULES
 
 LR_RULES = ("mup", "constant")
+MAX_STEPS = 2**31 - 1  # steps are int32
 
 
 def load_plugins(names) -> None:
@@ -29,6 +33,7 @@ def load_plugins(names) -> None:
 def freeze(config: DictConfig) -> frozen.TrainConfig:
     """The frozen config of one run. ValueError in one line for an unknown name or an impossible value."""
     c = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    _check_keys("", c, TrainSchema)
     load_plugins(c["plugins"])
     model = _model(c["model"])
     batch_tokens = in_range("batch_size", c["batch_size"], 1) * in_range("seq_len", c["seq_len"], 2)
@@ -51,6 +56,17 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
         divergence_margin=in_range("divergence_margin", c["divergence_margin"], 0.0),
         options=_options(c),
     )
+
+
+def _check_keys(prefix: str, content: dict, schema) -> None:
+    """Refuses what Hydra's `+key` and `~key` can do to a config: a key that no schema has, or one that is missing."""
+    known = typing.get_type_hints(schema)
+    for key in sorted(content.keys() ^ known.keys()):
+        problem = " is missing" if key in known else f"={content[key]} is not a key"
+        raise ValueError(f"{prefix}{key}{problem}; accepted keys: {', '.join(known)}")
+    for key, kind in known.items():
+        if dataclasses.is_dataclass(kind):
+            _check_keys(f"{prefix}{key}.", content[key], kind)
 
 
 def _model(m: dict) -> frozen.ModelSpec:
@@ -76,8 +92,8 @@ def _steps(c: dict, model: frozen.ModelSpec, batch_tokens: int) -> int:
     (key, value), = given.items()
     in_range(key, value, 1 if key == "steps" else 1e-9)
     tokens = {"steps": lambda: value * batch_tokens, "tokens": lambda: value, "tokens_per_param": lambda: value * _non_embedding_params(model)}[key]()
-    if math.isinf(tokens):
-        raise ValueError(f"{key}={value} is not possible; accepted: a finite number")
+    if tokens / batch_tokens > MAX_STEPS:
+        raise ValueError(f"{key}={value} is not possible; accepted: what makes at most {MAX_STEPS} steps of {batch_tokens} tokens")
     return max(1, round(tokens / batch_tokens))
 
 

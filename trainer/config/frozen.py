@@ -47,6 +47,10 @@ class RoleSpec:
     first: QuantizerSpec | None
     second: QuantizerSpec | None
 
+    @property
+    def both(self) -> tuple[QuantizerSpec | None, ...]:
+        return self.first, self.second
+
 
 @dataclass(frozen=True)
 class PrecisionSpec:

@@ -18,7 +18,11 @@ DOT_DTYPES = ("float32", "bfloat16")
 def freeze_precision(name: str, precision: dict) -> PrecisionSpec:
     """`precision`: the composed group as plain dicts, unset keys None. ValueError in one line for what cannot be."""
     one_of("precision.dot_dtype", precision["dot_dtype"], DOT_DTYPES)
-    return PrecisionSpec(name, precision["dot_dtype"], *(_role(role, precision[role]) for role in ROLES))
+    spec = PrecisionSpec(name, precision["dot_dtype"], *(_role(role, precision[role]) for role in ROLES))
+    if precision["bits"] is not None and not any(q is not None and q.format == "integer" for role in ROLES for q in getattr(spec, role).both):
+        raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
+                         "like, or precision.weights.format=integer with precision.weights.bits")
+    return spec
 
 
 def _role(role: str, keys: dict) -> RoleSpec:

@@ -9,7 +9,8 @@ import jax
 
 from trainer import build
 from trainer.config import TrainConfig, run_id, trunk_id
-from trainer.data import Dataset, load
+from trainer.config.checks import in_range
+from trainer.data import Dataset, load, num_windows
 from trainer.records import RunFolder
 from trainer.step import StepStructure
 
@@ -84,6 +85,7 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
         if config.data not in datasets:
             datasets[config.data] = load(config.data)
         dataset = datasets[config.data]
+        _check_data(config, dataset)
         name = run_id(config, dataset.sha256)
         folder = RunFolder(Path(config.options.runs_dir) / config.options.sweep / name)
         runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
@@ -94,6 +96,16 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
     cohorts = [Cohort(key[0], tuple(chunk)) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
     options = configs[0].options
     return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted(cohorts, key=Cohort.flops)))
+
+
+def _check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """ValueError if the data are too short for the config: known once they are loaded, said before anything compiles."""
+    for part in ("train", "validation"):
+        tokens = getattr(dataset, part).size
+        if tokens <= config.seq_len:
+            raise ValueError(f"seq_len={config.seq_len} is not possible; accepted: less than the {tokens} {part} tokens of data={dataset.name}")
+    available = num_windows(dataset.validation, config.seq_len)
+    in_range("eval.sequences", config.eval_sequences, 2, available, f"2 to {available}, the validation windows of {config.seq_len} tokens in data={dataset.name}")
 
 
 def _chunks(trunks: list[list[PlannedRun]], max_members: int):
@@ -116,7 +128,10 @@ def write_plan(plan: Plan) -> None:
     path = plan.root / "plan.json"
     known = json.loads(path.read_text())["run_ids"] if path.exists() else []
     ids = list(dict.fromkeys([*known, *(run.run_id for run in plan.runs)]))
-    plan.root.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"runs_dir={plan.root.parent} cannot be written ({error.strerror}); accepted: a folder that can") from error
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"sweep": plan.root.name, "run_ids": ids}, indent=1))
     temporary.replace(path)
