@@ -22,12 +22,13 @@ def test_model_names_are_non_embedding_parameters():
     """Every size has, to 12 %, the number of non-embedding parameters that its name says, and no two are alike."""
     units = {"": 1, "k": 1e3, "m": 1e6}
     found = {}
-    for path in (config_dir() / "model").glob("*.yaml"):
-        model = trainer.config(f"model={path.stem}", "steps=1").model
+    names = [path.stem for path in (config_dir() / "model").glob("*.yaml")]
+    for name, config in zip(names, _configs([[f"model={name}"] for name in names])):
+        model = config.model
         per_layer = 4 * model.d_model**2 + 3 * model.d_model * model.d_ff + 2 * model.d_model
-        found[path.stem] = model.num_layers * per_layer + model.d_model
-        number, unit = re.fullmatch(r"(\d+)([km]?)", path.stem).groups()
-        assert found[path.stem] == pytest.approx(int(number) * units[unit], rel=0.12), path.stem
+        found[name] = model.num_layers * per_layer + model.d_model
+        number, unit = re.fullmatch(r"(\d+)([km]?)", name).groups()
+        assert found[name] == pytest.approx(int(number) * units[unit], rel=0.12), name
     assert {"2k", "25k", "1m", "100m"} <= found.keys() and len(set(found.values())) == len(found)
 
 
@@ -90,34 +91,36 @@ def test_warm_up_gives_way_in_a_short_run():
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 SAME = ["runs_dir=elsewhere", "sweep=other", "log_every=3", "steps_per_dispatch=2", "host_devices=1", "checkpoint.every_steps=5", "eval.every_steps=5",
-        "logger=wandb", "model.name=mine", "precision=int4", "batch_size=16", "data.tokens=5000"]  # fmt: skip
+        "logger=wandb", "model.name=mine", "batch_size=16", "data.tokens=5000"]  # fmt: skip
 OTHER = ["seed=1", "steps=101", "optimizer.lr=0.01", "precision.bits=5", "precision.weights.bits=5", "model.d_ff=44", "model.remat=true", "batch_size=8",
          "accumulate=2", "seq_len=64", "schedule=cosine", "schedule.final_factor=0.1", "eval.sequences=8", "divergence_margin=3"]  # fmt: skip
 
 
-def _id(*overrides):
-    return run_id(trainer.config(*BASE, "precision=int", "precision.bits=4", *overrides), DIGEST)
+def _configs(overrides):
+    """A config for each list of overrides, composed in one go."""
+    with hydra_ready():
+        composer = Composer()
+        return [composer.freeze([*BASE, *own]) for own in overrides]
 
 
 def test_identity_is_what_numbers_depend_on():
     """Where and how a run is carried out, and what presets are called, is not in its id; everything else is, each with its own. Of
     the data the id holds the content's hash, and not how it was asked for."""
-    mine = _id()
-    assert [_id(same) if same != "precision=int4" else run_id(trainer.config(*BASE, same), DIGEST) for same in SAME] == [mine] * len(SAME)
-    others = [_id(other) for other in OTHER]
-    assert len({mine, *others}) == 1 + len(OTHER)
-    assert run_id(trainer.config(*BASE), DIGEST) != run_id(trainer.config(*BASE), "1" * 64)
+    int4 = ["precision=int", "precision.bits=4"]
+    mine, named, *rest = [run_id(c, DIGEST) for c in _configs([int4, ["precision=int4"], *([*int4, own] for own in SAME + OTHER)])]
+    assert {named, *rest[: len(SAME)]} == {mine}
+    assert len({mine, *rest[len(SAME) :]}) == 1 + len(OTHER)
+    config = trainer.config(*BASE)
+    assert run_id(config, DIGEST) != run_id(config, "1" * 64)
 
 
 def test_trunks():
     """WSD runs that differ in length or cool-down share a trunk; those that differ in anything else, and other schedules, do not."""
-    def trunk(*overrides):
-        return trunk_id(trainer.config(*BASE, *overrides), DIGEST)
-
-    mine = trunk()
-    assert all(trunk(same) == mine for same in ("steps=300", "schedule.cooldown_fraction=0.4", "schedule.final_factor=0.1"))
-    assert mine not in {trunk(other) for other in ("seed=1", "optimizer.lr=0.01", "schedule.warmup_steps=3", "batch_size=8", "precision=int4")}
-    assert trunk("schedule=cosine") != trunk("schedule=cosine", "steps=300")
+    same = [["steps=300"], ["schedule.cooldown_fraction=0.4"], ["schedule.final_factor=0.1"]]
+    other = [["seed=1"], ["optimizer.lr=0.01"], ["schedule.warmup_steps=3"], ["batch_size=8"], ["precision=int4"], ["schedule=cosine"],
+             ["schedule=cosine", "steps=300"]]  # fmt: skip
+    mine, *rest = [trunk_id(c, DIGEST) for c in _configs([[], *same, *other])]
+    assert set(rest[: len(same)]) == {mine} and len({mine, *rest[len(same) :]}) == 1 + len(other)
 
 
 # --- composition ------------------------------------------------------------------------------------------------------
