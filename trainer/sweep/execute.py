@@ -48,7 +48,7 @@ def _open_member(run: PlannedRun) -> Member:
 
 def _run(cohort: Cohort, outcome: Outcome, view: Watch) -> None:
     first = cohort.runs[0]
-    layout = choose_layout(len(cohort.runs), math.gcd(cohort.structure.batch_size // cohort.structure.accumulate, first.config.eval_sequences))
+    layout = choose_layout(cohort.planned, math.gcd(cohort.structure.batch_size // cohort.structure.accumulate, first.config.eval_sequences))
     per_token = cohort.structure.model.flops_per_token(cohort.structure.seq_len)
     program = Program(cohort.structure, layout)
 

@@ -38,10 +38,12 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Runs of one structure on one data set, to be trained in one program."""
+    """Runs of one structure on one data set that are still to be trained, in one program. `planned` counts the done ones too: the
+    layout follows from it, so that a resumed cohort computes the same bits as one that was never stopped."""
 
     structure: StepStructure
     runs: tuple[PlannedRun, ...]
+    planned: int
 
     def updates(self) -> int:
         """Optimizer updates to compute: a trunk once, and each branch's cool-down."""
@@ -91,11 +93,11 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
         runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
     groups: dict = {}
     for run in runs.values():
-        if not run.done:
-            groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
-    cohorts = [Cohort(key[0], tuple(chunk)) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
+        groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
+    chunks = [(key[0], chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
+    cohorts = [Cohort(structure, tuple(run for run in chunk if not run.done), len(chunk)) for structure, chunk in chunks]
     options = configs[0].options
-    return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted(cohorts, key=Cohort.flops)))
+    return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted((c for c in cohorts if c.runs), key=Cohort.flops)))
 
 
 def _check_data(config: TrainConfig, dataset: Dataset) -> None:
