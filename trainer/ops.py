@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 HIGHEST = lax.Precision.HIGHEST
@@ -72,17 +73,22 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def rope_tables(seq_len: int, head_dim: int, base: float = 10000.0) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, each [T, K/2] (Su et al. 2021, section 3.2.2, half-split layout)."""
-    frequency = base ** (-jnp.arange(head_dim // 2, dtype=jnp.float32) / (head_dim // 2))
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * frequency[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+def rope_tables(seq_len: int, head_dim: int, base: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of the rotary angles, each [T, K/2] (Su et al. 2021, section 3.2.2, half-split layout).
+
+    Constants of numpy: XLA:CPU would compute traced ones anew for every element that they multiply.
+    """
+    frequency = base ** (-np.arange(head_dim // 2) / (head_dim // 2))
+    angle = np.arange(seq_len)[:, None] * frequency[None, :]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
 def _rotate(x, cos, sin, dim):
-    """Rotate the two halves of `dim`; cos and sin broadcast against a half."""
-    first, second = jnp.split(x, 2, axis=dim)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=dim)
+    """Rotate the two halves of `dim`; cos and sin broadcast against a half. The halves change places by a reversal: XLA:CPU fuses
+    it, where it would make a concatenation element by element."""
+    halves = x.reshape(*x.shape[:dim], 2, x.shape[dim] // 2, *x.shape[dim + 1:])
+    turned = halves * np.stack([cos, cos], dim) + lax.rev(halves, (dim,)) * np.stack([-sin, sin], dim)
+    return turned.reshape(x.shape)
 
 
 def _bdot(a, b, contract_a, contract_b):
@@ -125,11 +131,12 @@ def rotary_attention(qkv_NX: jax.Array, batch: int, num_heads: int) -> jax.Array
     num_tokens, width = qkv_NX.shape[0], qkv_NX.shape[1] // 3
     seq_len, head_dim = num_tokens // batch, width // num_heads
     cos, sin = rope_tables(seq_len, head_dim)
-    qkv = qkv_NX.reshape(batch, seq_len, 3, num_heads, head_dim)
-    scale = head_dim**-0.5
-    q_BHTK = _rotate(qkv[:, :, 0].transpose(0, 2, 1, 3), cos[None, None] * scale, sin[None, None] * scale, 3)
-    k_BHKT = _rotate(qkv[:, :, 1].transpose(0, 2, 3, 1), cos.T[None, None], sin.T[None, None], 2)
-    out_BHTK = causal_attention(q_BHTK, k_BHKT, qkv[:, :, 2].transpose(0, 2, 3, 1))
+    # lax.split transposes to one concatenation; indexing would transpose to a padded sum of three.
+    q, k, v = (part[:, :, 0] for part in lax.split(qkv_NX.reshape(batch, seq_len, 3, num_heads, head_dim), (1, 1, 1), axis=2))
+    scale = np.float32(head_dim**-0.5)
+    q_BHTK = _rotate(q.transpose(0, 2, 1, 3), cos[None, None] * scale, sin[None, None] * scale, 3)
+    k_BHKT = _rotate(k.transpose(0, 2, 3, 1), cos.T[None, None], sin.T[None, None], 2)
+    out_BHTK = causal_attention(q_BHTK, k_BHKT, v.transpose(0, 2, 3, 1))
     return out_BHTK.transpose(0, 2, 1, 3).reshape(num_tokens, width)
 
 
