@@ -127,7 +127,7 @@ def test_trunks():
 
 OVERRIDES = [
     ["steps=5"],
-    ["model=5k", "precision=int", "precision.bits=3", "steps=5", "optimizer.lr=1e-3"],
+    ["model=6k", "precision=int", "precision.bits=3", "steps=5", "optimizer.lr=1e-3"],
     ["precision=mxfp4", "precision.weights.rounding=stochastic", "steps=5", "optimizer.clip_norm=null", "plugins=[os,sys]"],
     ["data=file", "data.paths=[a b.txt,'c,d']", "tokens=1e6", "eval.every_steps=10", "runs_dir='0012'"],
 ]
@@ -169,11 +169,11 @@ def test_swept_keys_multiply():
 def test_lines_of_a_sweep_are_added(tmp_path):
     """A sweep is the union of its lines; a key on the command line replaces that key in every line."""
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "two.yaml").write_text("runs:\n  - model=2k steps=3 seed=0,1\n  - model=5k steps=3,6 seed=7\n")
+    (tmp_path / "sweep" / "two.yaml").write_text("runs:\n  - model=2k steps=3 seed=0,1\n  - model=6k steps=3,6 seed=7\n")
     configs, _ = sweep_configs(["sweep=two"], str(tmp_path))
-    assert [(c.model.name, c.steps, c.seed) for c in configs] == [("2k", 3, 0), ("2k", 3, 1), ("5k", 3, 7), ("5k", 6, 7)]
+    assert [(c.model.name, c.steps, c.seed) for c in configs] == [("2k", 3, 0), ("2k", 3, 1), ("6k", 3, 7), ("6k", 6, 7)]
     configs, _ = sweep_configs(["sweep=two", "steps=9", "seed=5,6", "batch_size=8"], str(tmp_path))
-    assert [(c.model.name, c.steps, c.seed, c.batch_size) for c in configs] == [(m, 9, s, 8) for m in ("2k", "5k") for s in (5, 6)]
+    assert [(c.model.name, c.steps, c.seed, c.batch_size) for c in configs] == [(m, 9, s, 8) for m in ("2k", "6k") for s in (5, 6)]
     assert {c.options.sweep for c in configs} == {"two"}
 
 
