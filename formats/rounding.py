@@ -91,12 +91,14 @@ class _Grid(NamedTuple):
 
     @staticmethod
     def of(element: Element) -> _Grid:
+        """The element's own grid, in plain patterns."""
         quantum = fb.power_of_two(element.quantum_exp)
         half = jnp.where(element.quantum_exp > -126, quantum - fb.SMALLEST_NORMAL, quantum >> 1)  # 0 for half of 2**-149
         return _Grid(element.man_bits, element.quantum_exp, quantum, half, *_limits(element), extended=False)
 
     @staticmethod
     def moved(element: Element, exponent) -> _Grid:
+        """That grid times 2**exponent, in extended patterns: a few additions per block."""
         quantum_exp = element.quantum_exp + exponent
         quantum = (quantum_exp + 127) << 23
         high, low = (jnp.where(limit == 0, fb.EXTENDED_ZERO, fb.to_extended(limit) + (exponent << 23))
@@ -104,6 +106,7 @@ class _Grid(NamedTuple):
         return _Grid(element.man_bits, quantum_exp, quantum, quantum - fb.SMALLEST_NORMAL, high, low, extended=True)
 
     def field(self, pattern):
+        """Biased exponent of the significand's unit 2**23."""
         return pattern >> 23 if self.extended else jnp.maximum(pattern >> 23, 1)
 
     def leading(self, pattern):

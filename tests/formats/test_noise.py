@@ -65,6 +65,13 @@ def test_consecutive_seeds_give_independent_draws_at_one_index():
         assert abs((u[1:] * u[:-1]).mean() * 12) < 4.5 / np.sqrt(u.size)
 
 
+def test_both_words_of_a_key_count():
+    """2**18 random keys give as many streams; with 32 bits of state in all, about 8 pairs would be the same one."""
+    keys = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (2**18, 2), dtype=np.uint32))
+    first = np.asarray(jax.vmap(lambda key: noise.random_bits(key, (2,)))(keys)).astype(np.uint64)
+    assert np.unique(first[:, 0] << np.uint64(32) | first[:, 1]).size == 2**18
+
+
 def test_bits_belong_to_the_global_index():
     """Shards by offset, by corner, and by explicit index equal the slices of the whole; so does a sharded jit."""
     key, shape = jax.random.key(3), (16, 24, 8)

@@ -72,6 +72,20 @@ def test_power_of_two_rules_are_exact_down_to_float32_subnormals(name, rule):
     assert values_equal(got, want).all()
 
 
+def test_unsigned_elements_in_blocks_send_negative_values_to_zero_at_every_scale():
+    x = hard_rows(8)
+    got = np.asarray(formats.quantize(x, formats.block("uint4", 8)))
+    amax = np.abs(x.astype(np.float64)).max(axis=1)
+    for row, y, top in zip(x.astype(np.float64), got, amax):
+        if np.isfinite(top):
+            shift = max(-127, math.frexp(top)[1] - 4) if top >= 2.0**-126 else -127
+            want = saturated(row, 30, max(shift, -149), 0, 15 * 2.0**shift)
+            np.testing.assert_array_equal(y, want)
+            assert not np.signbit(y).any()
+        else:
+            assert np.isnan(y).all()
+
+
 @pytest.mark.parametrize("rounding", ["toward_zero", "nearest_away", "to_odd"])
 def test_other_roundings_inside_blocks(rounding):
     x = hard_rows(16)
