@@ -114,7 +114,9 @@ def _report(plan: Plan, outcome) -> int:
         print(f"{len(outcome.failed)} of {len(plan.runs)} runs failed; the same command tries them again", file=sys.stderr)
         return 1
     if len(plan.runs) > 1:
-        print(f"{len(plan.runs)} runs done ({plan.num_done} before), {outcome.compiles} compiles, {outcome.seconds:.0f} s; {plan.root}")
+        spent = "" if not outcome.compiles else (f" in {outcome.seconds:.0f} s: {outcome.training_seconds:.0f} training, {outcome.event_seconds:.0f} evaluation "
+                                                f"and checkpoints, {outcome.compile_seconds:.0f} for {outcome.compiles} compiles")
+        print(f"{len(plan.runs)} runs done, {plan.num_done} of them before{spent}; {plan.root}")
     return 0
 
 
