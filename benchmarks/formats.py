@@ -85,8 +85,8 @@ def report(seconds: dict) -> dict:
     """Ratios to the copy of the same run, against their limits."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
     least = {name: min(times) for name, times in seconds.items()}
-    ratios = {name: {"copies": round(median[name] / median["copy"], 2), "copies_of_minima": round(least[name] / least["copy"], 2)}
-              for name in seconds}
+    ratios = {name: {"copies": round(median[name] / median["copy"], 2),
+                     "copies_of_minima": round(least[name] / least["copy"], 2)} for name in seconds}
     static, traced = "e4m3fn nearest, static", "e4m3fn nearest, traced"
     ratios["traced / static"] = {"copies": round(median[traced] / median[static], 2),
                                  "copies_of_minima": round(least[traced] / least[static], 2)}

@@ -19,5 +19,6 @@ from formats.scales import Rule
 
 Format = Element | Scaled
 
-__all__ = ["Element", "Format", "Granularity", "Overflow", "Rounding", "Rule", "Scaled", "block", "describe", "gaussian_mse", "get", "identity",
-           "integer", "minifloat", "names", "quantize", "random_bits", "register", "round_to", "scaled", "split", "table"]
+__all__ = ["Element", "Format", "Granularity", "Overflow", "Rounding", "Rule", "Scaled", "block", "describe", "gaussian_mse",
+           "get", "identity", "integer", "minifloat", "names", "quantize", "random_bits", "register", "round_to", "scaled",
+           "split", "table"]

@@ -42,8 +42,8 @@ class Granularity(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Scaled:
     """An element format with shared scales. Widths (element, scale_element) are leaves and may be traced; the rest is
-    structure. scale_element: what a scale is rounded to, None for float32. axis: along which a scale is constant (channel, token) or
-    blocks of `block` values lie (block)."""
+    structure. scale_element: what a scale is rounded to, None for float32. axis: along which a scale is constant
+    (channel, token) or blocks of `block` values lie (block)."""
 
     element: Element
     scale_element: Element | None

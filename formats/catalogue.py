@@ -32,7 +32,8 @@ def names() -> list[str]:
 
 def get(name: str) -> Element | Scaled:
     """The format called `name`. Besides `names()`: intN, uintN (N 2..16; "int8_full" reaches -128, "int8_f6"
-    has 6 fraction bits), and floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M. ValueError, with advice, for any other name."""
+    has 6 fraction bits), and floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M. ValueError, with advice, for
+    any other name."""
     if name in _FORMATS:
         return _FORMATS[name]
     whole = _INTEGER.fullmatch(str(name))

@@ -70,8 +70,8 @@ class View:
 
 
 def _block_amax(v, axis: int):
-    """amax along a short axis. In integers, and along the last axis in two stages kept apart by a barrier: XLA on CPU
-    vectorises that (0.5 copies of the array), but neither a float maximum of adjacent values (1.4) nor one stage (1.5)."""
+    """amax along a short axis. In integers, and in two stages kept apart by a barrier where blocks are rows: XLA on CPU
+    vectorises that (0.5 copies of the array), but neither one stage (1.5) nor a float maximum (1.4)."""
     magnitude = fb.to_pattern(v) & fb.MAGNITUDE
     if axis == v.ndim - 1 and v.shape[axis] % _LANES == 0:
         stages = (v.shape[0], v.shape[1] // _LANES, _LANES)

@@ -70,7 +70,7 @@ def _indices(shape, offset, start, global_shape):
     start = (0,) * len(shape) if start is None else tuple(start)
     global_shape = shape if global_shape is None else tuple(global_shape)
     if not len(start) == len(global_shape) == len(shape):
-        raise ValueError(f"start {start} and global_shape {global_shape} need one entry for each of {len(shape)} dimensions")
+        raise ValueError(f"start {start} and global_shape {global_shape} need {len(shape)} entries each")
     index = _word(offset)
     stride = 1
     for dim in reversed(range(len(shape))):

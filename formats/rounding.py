@@ -109,8 +109,13 @@ class _Grid(NamedTuple):
         """Biased exponent of the significand's unit 2**23."""
         return pattern >> 23 if self.extended else jnp.maximum(pattern >> 23, 1)
 
+    @property
+    def headroom(self):
+        """Free bits above the significand of what lies below the quantum, in 31: more under a subnormal quantum."""
+        return 7 if self.extended else jnp.clip(-118 - self.quantum_exp, 7, 31)
+
     def leading(self, pattern):
-        """Position of the leading bit: 23, or less in a float32 subnormal, which matters to targets with normals there."""
+        """Position of the leading bit: 23, or less in a float32 subnormal (it matters to targets with normals there)."""
         # that of float(pattern), which is never subnormal
         return 23 if self.extended else jnp.minimum(fb.to_pattern(pattern.astype(jnp.float32)) >> 23, 150) - 127
 
@@ -200,9 +205,9 @@ def _reaches_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bi
         case Rounding.TO_ODD:
             return nonzero
         case Rounding.STOCHASTIC:
-            # significand / 2**dropped against as many random bits; against 31 where more than that are dropped
+            # x / quantum in units of 2**-31 against 31 random bits; anything where x is not below the quantum
             field = grid.field(pattern)
             significand = pattern - ((field - 1) << 23)
-            dropped = grid.quantum_exp + 150 - field
-            draw = (random_bits & fb.MAGNITUDE) >> jnp.clip(31 - dropped, 0, 31)
-            return (pattern >= grid.quantum) | (draw < significand >> jnp.clip(dropped - 31, 0, 31))
+            away = jnp.minimum(grid.quantum_exp + 119 + grid.headroom - field, 31) & 31
+            chance = (significand << grid.headroom) >> away
+            return (pattern >= grid.quantum) | ((random_bits & fb.MAGNITUDE) < chance)

@@ -1,7 +1,7 @@
 """From the largest magnitude of a block to its scale.
 
-A block with no normal float32 (zeros, subnormals) has scale 1 under "exact" and the smallest power of two, 2**-127, under
-the other rules; a block with a NaN or an infinity has scale NaN; for the float32 identity the scale is 1 whatever it holds.
+A block with no normal float32 (zeros, subnormals) has scale 1 under "exact" and the smallest power of two, 2**-127,
+under the other rules; a block with a NaN or an infinity has scale NaN; for the float32 identity the scale is always 1.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def exact_scale(amax, element: Element, scale_element: Element | None):
     """
     # compared in integers: whether a subnormal amax reads as zero depends on the backend
     one = (fb.to_pattern(amax) < fb.SMALLEST_NORMAL) | element.unbounded
-    # Selects before the division: XLA turns a / (shared b) into a * (1 / b), an ulp off, but does not know this b for shared;
-    # and it computes what follows a division once per value instead of once per scale.
+    # Selects before the division: XLA turns a / (shared b) into a * (1 / b), an ulp off, but does not see that this b is
+    # shared; and what follows a division it computes once per value instead of once per scale.
     amax = jnp.where(hides(amax, element), np.float32(np.nan), jnp.where(one, np.float32(1.0), amax))
     scale = amax / jnp.where(one, np.float32(1.0), element.max_value)
     smallest = np.float32(2.0**-126)

@@ -138,6 +138,18 @@ def test_stochastic_rounding_is_unbiased_everywhere(name):
     assert (np.abs(y.mean(axis=0) - points) <= 4 * np.sqrt(2) * error + 1e-12 * quantum).all()
 
 
+@pytest.mark.parametrize("exponent", [0, -126, -133])
+def test_stochastic_rounding_in_blocks_is_unbiased_among_float32_subnormals_too(exponent):
+    """ceil scales, so that nothing clips; mxfp4 at 2**-133 has its whole grid below the smallest normal float32."""
+    x = np.ldexp(np.float32([1.0, 0.7, -0.3, 0.12, 0.05, -0.02, 0.0, 0.25]), exponent)
+    fmt, draws = formats.block("float4_e2m1fn", 8, rule="ceil"), 2**15
+    y = formats.quantize(jnp.broadcast_to(x, (draws, 8)), fmt, rounding="stochastic", key=jax.random.key(8))
+    y = np.ldexp(np.asarray(y, np.float64), -exponent)
+    error = y.std(axis=0) / np.sqrt(draws)
+    assert (np.abs(y.mean(axis=0) - np.ldexp(x.astype(np.float64), -exponent)) <= 4.5 * error).all()
+    assert (error[1:6] > 0).all()
+
+
 def test_all_low_bit_patterns_give_exactly_the_dropped_fraction():
     """Truth table: over every pattern of the dropped bits, the number of roundings up is the fraction itself."""
     x = np.float32(1 + 5 / 32)  # e4m3 spacing at 1 is 1/8: 5/32 drops the fraction 1/4
