@@ -22,21 +22,33 @@ class Comparison:
 
     @property
     def best(self) -> Fit:
-        """The fewest free parameters among the converged fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
+        """The fewest free parameters among the supported fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
         Raftery 1995). The held-out rows do not choose, so that their error stays an honest test."""
-        converged = [fitted for fitted in self.fits if fitted.converged]
-        if not converged:
+        supported = self.supported
+        if not supported:
             raise ValueError("compare: no law could be fitted" + "".join(f"; {name}: {why}" for name, why in self.refused.items()))
-        lowest = min(fitted.metrics["bic"] for fitted in converged)
-        close = [fitted for fitted in converged if fitted.metrics["bic"] <= lowest + DECISIVE]
+        lowest = min(fitted.metrics["bic"] for fitted in supported)
+        close = [fitted for fitted in supported if fitted.metrics["bic"] <= lowest + DECISIVE]
         return min(close, key=lambda fitted: (len(fitted.free), fitted.metrics["bic"]))
+
+    @property
+    def supported(self) -> list[Fit]:
+        """The converged fits, less the variants of a law that free a parameter which then ends on its bound or within one standard
+        error of zero: a BIC bought with a parameter that could be anything is no evidence for it."""
+        converged = [fitted for fitted in self.fits if fitted.converged]
+        simplest: dict[str, Fit] = {}
+        for fitted in sorted(converged, key=lambda fitted: len(fitted.free)):
+            simplest.setdefault(fitted.law.name, fitted)
+        return [fitted for fitted in converged if all(_determined(fitted, name) for name in fitted.free if name not in simplest[fitted.law.name].free)]
 
     def reason(self) -> str:
         """One sentence: what was chosen among what, and whether the held-out error agrees."""
-        best = self.best
-        others = [fitted for fitted in self.fits if fitted is not best and fitted.converged]
+        best, supported = self.best, self.supported
+        others = [fitted for fitted in supported if fitted is not best]
+        freed = [fitted.label for fitted in self.fits if fitted.converged and not any(fitted is one for one in supported)]
+        passed_over = f"; passed over, since what they free is not determined by the data: {', '.join(freed)}" if freed else ""
         if not others:
-            return f"{best.label} is the only candidate that could be fitted"
+            return f"{best.label} is the only candidate that could be fitted" + passed_over
         nearest = min(others, key=lambda fitted: fitted.metrics["bic"])
         margin = nearest.metrics["bic"] - best.metrics["bic"]
         text = (f"{best.label} has the lowest BIC of {len(others) + 1} candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
@@ -47,7 +59,11 @@ class Comparison:
             text += "; the held-out error agrees" if kindest is best else (
                 f"; the held-out error would choose {kindest.label} ({kindest.metrics['held_out']['rmse']:.2%} against "
                 f"{best.metrics['held_out']['rmse']:.2%})")
-        return text
+        return text + passed_over
+
+
+def _determined(fitted: Fit, name: str) -> bool:
+    return name not in fitted.metrics["at_bound"] and fitted.estimate(name).relative_se < 1.0
 
 
 def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
