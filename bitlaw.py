@@ -80,6 +80,7 @@ def _demo(argv: list[str]) -> int:
     return code or importlib.import_module("scaling.cli").conclude(root)
 
 
+PLAIN = ("demo", "status", "formats")  # verbs whose line of USAGE says it all
 VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "formats")
 
 
@@ -92,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             raise ValueError(f"{argv[0]} is not a verb; accepted: {', '.join(VERBS)}")
+        if argv[0] in PLAIN and argv[1:] in (["-h"], ["--help"]):
+            print(next(f"usage: bitlaw {line.strip()}" for line in USAGE.splitlines() if line.split()[0] == argv[0]))
+            return 0
         return _dispatch(argv[0], argv[1:])
     except (ValueError, ImportError) as error:
         print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)

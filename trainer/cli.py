@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from trainer.api import train
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
 from trainer.config.schema import GROUPS, register_schemas
@@ -74,6 +74,8 @@ def run(verb: str, argv: list[str]) -> int:
         return {"train": _train, "sweep": _sweep}[verb](argv)
     except (OmegaConfBaseException, HydraException) as error:
         raise ValueError(explain(error)) from error
+    except YAMLError as error:  # its text names file and line
+        raise ValueError(f"not YAML: {error}") from error
 
 
 def _train(argv: list[str]) -> int:
@@ -129,13 +131,17 @@ def _multirun(argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `run`, which prints one line
     sys.argv = ["bitlaw train", *argv]
 
+    codes = []
+
     def job(composed) -> float | None:
-        record = train(freeze(composed))
-        print(f"{record['run_id']} {record['status']} loss {record['loss']}")
-        return record["loss"]
+        config = freeze(composed)
+        use_host_devices(config.options.host_devices)
+        plan = make_plan([config])
+        codes.append(_report(plan, execute(plan)))
+        return plan.runs[0].folder.record()["loss"]
 
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
-    return 0
+    return max(codes, default=0)
 
 
 # --- sweep ----------------------------------------------------------------------------------------------------------
@@ -152,10 +158,18 @@ def _sweep_lines(name: str, extra_dir: str | None) -> list[list[str]]:
         path = folder / "sweep" / f"{name}.yaml"
         if path.exists():
             content = OmegaConf.to_container(OmegaConf.load(path))
-            if not isinstance(content, dict) or set(content) != {"runs"} or not all(isinstance(line, str) for line in content["runs"]):
+            lines = content["runs"] if isinstance(content, dict) and set(content) == {"runs"} else None
+            if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
                 raise ValueError(f"{path} must hold `runs:` with a list of lines such as 'model=10k,25k seed=0,1', and nothing else")
-            return [shlex.split(line) for line in content["runs"]]
+            return [_words(path, line) for line in lines]
     raise ValueError(f"sweep={name} is not known; accepted: {', '.join(_sweep_names(folders))}, or overrides with several values")
+
+
+def _words(path: Path, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: {line!r} cannot be read ({error}); accepted: overrides as on the command line") from None
 
 
 def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[list[TrainConfig], dict[str, str]]:

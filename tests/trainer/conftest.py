@@ -1,12 +1,12 @@
 """What the trainer's tests share: eight devices whatever runs first, prepared data in a temporary folder, programs compiled once."""
 from __future__ import annotations
 
-import functools
 import importlib
 
 import jax
 import pytest
 
+from tests.trainer.tiny import shared_program
 from trainer import cohort
 
 execute = importlib.import_module("trainer.sweep.execute")  # the package's `execute` is the function
@@ -24,15 +24,10 @@ def _cache(tmp_path_factory):
     patch.undo()
 
 
-@functools.cache
-def _program(structure, layout):
-    return cohort.Program(structure, layout)
-
-
 @pytest.fixture
 def shared_programs(monkeypatch):
     """Sweeps of all tests that ask for this use one compiled program for each structure and layout."""
-    monkeypatch.setattr(execute, "Program", _program)
+    monkeypatch.setattr(execute, "Program", shared_program)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import trainer
 from trainer import build, checkpoint, step
 from trainer.cli import sweep_configs
+from trainer.cohort import Program
 from trainer.records import RunFolder
 from trainer.sweep import execute, make_plan
 
@@ -17,6 +18,8 @@ from trainer.sweep import execute, make_plan
 TINY = ["model=2k", "model.num_layers=1", "model.d_model=8", "model.num_heads=2", "model.d_ff=12", "data=synthetic", "data.vocab_size=11",
         "data.order=1", "data.tokens=20000", "batch_size=4", "seq_len=8", "eval.sequences=8", "schedule.warmup_steps=2", "precision=int",
         "precision.weights.rounding=stochastic", "steps_per_dispatch=5", "log_every=1", "checkpoint.every_seconds=1000"]  # fmt: skip
+
+shared_program = functools.cache(Program)  # in the place of Program: one for each structure and layout, for all tests
 
 # Columns that tell of this launch and not of the run.
 OF_THE_LAUNCH = {"wall_s", "tokens_per_s", "mfu", "code_version", "sweep"}
