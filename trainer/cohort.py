@@ -48,6 +48,10 @@ class Layout:
     inner: str  # "map" or "vmap"
 
     @property
+    def num_devices(self) -> int:
+        return self.member_devices * self.data_devices
+
+    @property
     def name(self) -> str:
         """The `layout` of a run record: kind, members' devices x data devices."""
         if self.member_devices == 1 and self.inner == "map":
@@ -67,11 +71,22 @@ def choose_layout(num_members: int, sequences: int, num_devices: int | None = No
     return Layout(1, data, "map")
 
 
+def _spread(array: np.ndarray, dim: int, groups: int, devices: int) -> np.ndarray:
+    """Reorder `dim` so that, cut into `devices` contiguous shards of `groups` parts each, the g-th parts of all shards together are the
+    g-th of `groups` contiguous parts of the original: which values share a scale then does not depend on the number of devices.
+    Exchanging groups and devices undoes it."""
+    if groups == 1 or devices == 1:
+        return array
+    shape = array.shape
+    cut = array.reshape(*shape[:dim], groups, devices, -1, *shape[dim + 1:])
+    return np.swapaxes(cut, dim, dim + 1).reshape(shape)
+
+
 class Program:
     """The compiled functions of one structure in one layout. `compiles` counts them, `compile_seconds` adds their time."""
 
     def __init__(self, structure: steps.StepStructure, layout: Layout):
-        devices = np.array(jax.devices()[: layout.member_devices * layout.data_devices])
+        devices = np.array(jax.devices()[: layout.num_devices])
         self.structure, self.layout = structure, layout
         self.mesh = Mesh(devices.reshape(layout.member_devices, layout.data_devices), (MEMBER, DATA), axis_types=(AxisType.Auto,) * 2)
         self.graphdef, _ = decoder.blueprint(structure.model)
@@ -124,6 +139,7 @@ class Program:
             return state, metrics, state.diverged_step
 
         each = self._each(member)
+        tokens_MSBT1 = _spread(tokens_MSBT1, 2, self.structure.accumulate, self.layout.data_devices)
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
         return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
 
@@ -145,4 +161,8 @@ class Program:
             return self._each(member)((params, hyper, wanted))
 
         specs = (P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
-        return self._call("evaluate", local, specs, P(MEMBER, DATA), (params, hyper, windows_WT1, wanted_M))
+        devices = self.layout.data_devices
+        groups = steps.eval_groups(len(windows_WT1), devices)
+        spread = _spread(windows_WT1, 0, groups, devices)
+        losses_MW = self._call("evaluate", local, specs, P(MEMBER, DATA), (params, hyper, spread, wanted_M))
+        return _spread(np.asarray(losses_MW), 1, devices, groups)

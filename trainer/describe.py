@@ -12,7 +12,8 @@ import numpy as np
 
 import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
-from trainer.config.precision import build_format
+from trainer.config.precision import UNQUANTIZED_BITS, build_format
+from trainer.precision import ROLES
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
 PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -40,9 +41,14 @@ def _log_mse(spec: QuantizerSpec) -> float | None:
     return math.log(error) if error > 0 else None
 
 
+def _quantizes(spec: QuantizerSpec | None) -> bool:
+    """False for what leaves float32 as it is, such as the width that marks float32 members of a cohort of integers."""
+    return spec is not None and spec.bits != UNQUANTIZED_BITS
+
+
 def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict:
     """The columns of one tensor role."""
-    if spec is None:
+    if not _quantizes(spec):
         fmt = {"float32": formats.identity, "bfloat16": lambda: formats.get("bfloat16")}[dot_dtype]()
         own = {"granularity": None, "rounding": "nearest_even" if dot_dtype != "float32" else None, "source": None, "log_mse": None}
     else:
@@ -60,7 +66,7 @@ def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict
 def precision_columns(precision: PrecisionSpec) -> dict:
     """What was quantized to what, by role (as in the role's first product)."""
     columns = {}
-    for role in ("weights", "activations", "output_gradients"):
+    for role in ROLES:
         columns |= _role_columns(role, getattr(precision, role).first, precision.dot_dtype)
     columns |= {"kv_format": "float32", "kv_bits": 32, "master_weights_format": "float32", "master_weights_bits": 32}
     return columns
@@ -84,31 +90,34 @@ def mean_and_stderr(losses_W: np.ndarray) -> tuple[float, float]:
     return float(np.mean(losses_W, dtype=np.float64)), float(np.std(losses_W, ddof=1, dtype=np.float64) / math.sqrt(losses_W.size))
 
 
-def record(member, dataset, layout: str, losses_W: np.ndarray | None, model) -> dict:
-    """The run table's row of a finished run. `model`: its ModelConfig."""
-    config: TrainConfig = member.config
-    steps = member.step
-    tokens = steps * config.batch_tokens
-    loss, stderr = (None, None) if losses_W is None else mean_and_stderr(losses_W)
-    rate = tokens / member.wall_s if member.wall_s > 0 else None
-    per_token = model.flops_per_token(config.seq_len)
-    quantized = any(getattr(config.precision, role).first is not None for role in ("weights", "activations"))
+def config_columns(config: TrainConfig, dataset, model) -> dict:
+    """The columns that are known before a run begins. `model`: its ModelConfig."""
+    quantized = any(_quantizes(spec) for role in ROLES for spec in getattr(config.precision, role).both)
     return {
-        "run_id": member.run_id, "sweep": config.options.sweep, "seed": config.seed, "trunk_id": member.trunk_id,
-        "status": "done" if member.diverged_step is None else "diverged", "diverged_step": member.diverged_step,
+        "sweep": config.options.sweep, "seed": config.seed, "n_params": model.num_params, "n_params_total": model.num_params_total,
         "cooldown_steps": config.schedule.cooldown_steps if config.schedule.name == "wsd" else None,
-        "unique_tokens": min(tokens, int(dataset.train.size)), "n_params": model.num_params, "n_params_total": model.num_params_total,
-        "tokens": tokens, "flops": per_token * tokens, "loss": _finite(loss), "loss_std_err": _finite(stderr),
-        "loss_train": _finite(member.train_loss),
-        "bits_per_byte": None if loss is None else _finite(loss / math.log(2) / dataset.bytes_per_token),
         "precision": precision_name(config.precision), **precision_columns(config.precision),
         "quantized_fraction": model.matmul_params() / (model.matmul_params() + model.vocab_size * model.d_model) if quantized else 0.0,
         "dot_precision": "highest" if config.precision.dot_dtype == "float32" else config.precision.dot_dtype,
-        "execution": "emulated", "layout": layout, "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr,
-        "batch_tokens": config.batch_tokens, "steps": steps, "schedule": config.schedule.name,
+        "execution": "emulated", "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr, "batch_tokens": config.batch_tokens,
+        "schedule": config.schedule.name, "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
+        "jax_version": jax.__version__, "code_version": code_version(), "data": dataset.name, "data_sha256": dataset.sha256,
+    }
+
+
+def record(member, dataset, layout: str, losses_W: np.ndarray | None, model) -> dict:
+    """The run table's row of a run that is over, healthy or diverged. `model`: its ModelConfig."""
+    steps = member.step
+    tokens = steps * member.config.batch_tokens
+    loss, stderr = (None, None) if losses_W is None else mean_and_stderr(losses_W)
+    rate = tokens / member.wall_s if member.wall_s > 0 else None
+    per_token = model.flops_per_token(member.config.seq_len)
+    return config_columns(member.config, dataset, model) | {
+        "run_id": member.run_id, "trunk_id": member.trunk_id, "status": "done" if member.diverged_step is None else "diverged",
+        "diverged_step": member.diverged_step, "steps": steps, "tokens": tokens, "unique_tokens": min(tokens, int(dataset.train.size)),
+        "flops": per_token * tokens, "loss": loss, "loss_std_err": stderr, "loss_train": _finite(member.train_loss),
+        "bits_per_byte": None if loss is None else loss / math.log(2) / dataset.bytes_per_token, "layout": layout,
         "wall_s": round(member.wall_s, 3), "tokens_per_s": rate, "mfu": None if rate is None else mfu(per_token, rate),
-        "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(), "jax_version": jax.__version__,
-        "code_version": code_version(), "data": dataset.name, "data_sha256": dataset.sha256,
     }
 
 
@@ -117,6 +126,6 @@ def precision_name(precision: PrecisionSpec) -> str:
     w, a = precision.weights.first, precision.activations.first
     if precision.name == "int" and w is not None and a is not None and w.format == a.format == "integer":
         if w.bits == a.bits:
-            return "float32" if w.bits == 32 else f"int{w.bits}"
+            return precision.dot_dtype if w.bits == UNQUANTIZED_BITS else f"int{w.bits}"
         return f"int-w{w.bits}a{a.bits}"
     return precision.name

@@ -150,14 +150,15 @@ class CohortRun:
     def handle_events(self) -> list[dict]:
         """Branch, checkpoint, evaluate and finish the members that are due; returns the records written."""
         due = [m for m in self.members if self._needs_host(m)]
-        host = self._host_states()
-        for member in due:
-            self._branch(host, member)
-        self.states = self.program.put(host)
         losses = self._losses([m for m in due if m.due_eval or (m.ended and m.diverged_step is None)])
         for member in due:
             if member.due_eval:
                 member.log_eval(losses[member.slot])
+        host = self._host_states()
+        for member in due:
+            self._branch(host, member)
+        self.states = self.program.put(host)
+        for member in due:
             if member.due_checkpoint or (member.ended and member.saved_step != member.step):
                 self._save(host, member)
         return [record for m in due if m.ended for record in self._finish(m, losses)]
@@ -173,6 +174,8 @@ class CohortRun:
     def _finish(self, member: Member, losses) -> Iterator[dict]:
         """The records of a run that ended, and of those that wait for a branch point which it will never reach."""
         healthy = member.diverged_step is None
+        if healthy and not np.isfinite(losses[member.slot]).all():  # the last update did it
+            member.diverged_step, healthy = member.step, False
         yield member.finish(self.dataset, self.program.layout.name, losses[member.slot] if healthy else None, self.model)
         for child in self._children(member):
             if child.waiting:  # the trunk diverged before the branch: so does every run that shares it
@@ -181,10 +184,7 @@ class CohortRun:
 
 
 def _deal(members: list[Member], devices: int) -> list[int]:
-    """A slot for every member: the runs of each trunk, then the trunks, dealt to devices in turn so that loads are even.
-
-    Slots are contiguous per device.
-    """
+    """A slot for every member, longest runs first, dealt to the devices in turn so that loads are even. A device's slots are contiguous."""
     order = sorted(range(len(members)), key=lambda i: (-members[i].config.steps, members[i].run_id))
     per_device = -(-len(members) // devices)
     counts, slots = [0] * devices, [0] * len(members)

@@ -82,7 +82,7 @@ class Member:
                    "grad_norm": float(metrics.grad_norm[i]), "lr": float(metrics.lr[i]), "wall_s": round(self.wall_s, 3)}
             if diverged_step == step:
                 self.diverged_step = self.step = step
-                self._rows.append(row | {"diverged": True})
+                self._rows.append(row | {"step": step, "diverged": True})  # of an update that was not applied
                 return
             self.train_loss = row["loss"]
             if (step + 1) % self.config.options.log_every == 0 or step + 1 in (1, self.config.steps):
@@ -134,7 +134,7 @@ class Member:
 
     def finish(self, dataset: Dataset, layout: str, losses_W: np.ndarray | None, model: ModelConfig) -> dict:
         """Write record.json. `losses_W`: the final evaluation's loss per window, None for a diverged run."""
-        if losses_W is not None:
+        if losses_W is not None and not any("val_loss" in row and row["step"] == self.step for row in self.folder.metrics()):
             self.log_eval(losses_W)
         self.flush()
         record = describe.record(self, dataset, layout, losses_W, model)

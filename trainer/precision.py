@@ -34,11 +34,20 @@ def _static(**kwargs):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantizer:
-    """A format, and how values are rounded to it. The gradient is straight-through: the cotangent is never narrowed here."""
+    """A format, and how values are rounded to it. The gradient is straight-through: the cotangent is never narrowed here.
+
+    source: "current" with a format that has scales, "none" with an element format (whose own range is then all there is).
+    """
 
     format: formats.Element | formats.Scaled
     rounding: str = _static(default="nearest_even")
     source: str = _static(default="current")
+
+    def __post_init__(self):
+        expected = {formats.Scaled: Source.CURRENT.value, formats.Element: Source.NONE.value}.get(type(self.format), self.source)
+        if self.source != expected:
+            advice = "wrap it in formats.scaled(...) or say source='none'" if expected == "none" else "source='current' goes with it"
+            raise ValueError(f"source={self.source!r} with a format of type {type(self.format).__name__}: {advice}")
 
     @property
     def stochastic(self) -> bool:

@@ -22,7 +22,7 @@ from trainer.schedules import SCHEDULES, ScheduleNumbers
 
 # Parameters whose learning rate scales as 1/width under muP (Yang et al. 2022, table 3, Adam: hidden and output weights).
 HIDDEN_MATRICES = ("qkv", "attention_out", "gate_up", "down", "head")
-EVAL_BATCH = 32  # sequences per forward pass of an evaluation; part of the numerics, like every constant here
+EVAL_BATCH = 32  # windows per forward pass of an evaluation, over all devices
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepStructure:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hyper:
-    """Traced numbers of one run. `key`: uint32[2] from the seed. `divergence_margin`: nats above the first loss, float32."""
+    """Traced numbers of one run. `key`: uint32[2] from the seed. `divergence_margin`: nats above the best loss so far, float32."""
 
     optimizer: OptimizerNumbers
     schedule: ScheduleNumbers
@@ -57,7 +57,7 @@ class State:
     params: dict
     opt_state: Any
     step: jax.Array  # int32: updates done
-    first_loss: jax.Array  # float32: the loss of step 0, the reference of the divergence rule
+    best_loss: jax.Array  # float32: the lowest training loss so far, the reference of the divergence rule
     diverged_step: jax.Array  # int32
 
 
@@ -128,13 +128,12 @@ def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, p
 
 
 def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> tuple[State, Metrics]:
-    """One optimizer update. A loss or gradient that is not finite, or a loss above first_loss + divergence_margin, freezes the
+    """One optimizer update. A loss or gradient that is not finite, or a loss above best_loss + divergence_margin, freezes the
     run: the update is not applied and `diverged_step` says where."""
     key = fold_in(hyper.key, state.step)
     loss, grads = loss_and_gradients(structure, graphdef, state.params, tokens_BT1, hyper.policy, key, data_axis)
     grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-    first_loss = jnp.where(state.step == 0, loss, state.first_loss)
-    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= first_loss + hyper.divergence_margin)
+    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= state.best_loss + hyper.divergence_margin)
 
     lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
     clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -148,15 +147,21 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 
     after = State(
         keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
-        first_loss, jnp.where(healthy, state.diverged_step, state.step),
+        jnp.minimum(state.best_loss, loss), jnp.where(healthy, state.diverged_step, state.step),
     )
     return after, Metrics(loss, grad_norm, lr)
 
 
+def eval_groups(num_windows: int, num_devices: int) -> int:
+    """How many forward passes an evaluation takes: of EVAL_BATCH windows over all devices where that divides, else of fewer."""
+    return num_windows // (num_devices * math.gcd(max(EVAL_BATCH // num_devices, 1), num_windows // num_devices))
+
+
 def evaluate(graphdef, params, windows_WT1, policy: PrecisionPolicy, key, data_axis=None) -> jax.Array:
-    """Mean loss of every validation window, nats per token, [W]."""
-    size = math.gcd(EVAL_BATCH, windows_WT1.shape[0])
-    parts = windows_WT1.reshape(-1, size, windows_WT1.shape[-1])
+    """Mean loss of every validation window of this device, nats per token, [W]."""
+    num_devices = 1 if data_axis is None else lax.axis_size(data_axis)
+    groups = eval_groups(windows_WT1.shape[0] * num_devices, num_devices)
+    parts = windows_WT1.reshape(groups, -1, windows_WT1.shape[-1])
     call = decoder.Call(policy, key if policy.stochastic else None, _rows(data_axis))
     losses = lax.map(lambda tokens: jnp.mean(decoder.next_token_losses(graphdef, params, tokens, call), axis=-1), parts)
     return losses.reshape(-1)

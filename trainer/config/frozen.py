@@ -96,7 +96,8 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out and where it is written; no number depends on these."""
+    """How a run is carried out and where it is written. Not part of its identity: only host_devices touches its numbers, through the
+    layout, within float rounding."""
 
     runs_dir: str
     sweep: str

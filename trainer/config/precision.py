@@ -22,7 +22,17 @@ def freeze_precision(name: str, precision: dict) -> PrecisionSpec:
     if precision["bits"] is not None and not any(q is not None and q.format == "integer" for role in ROLES for q in getattr(spec, role).both):
         raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
                          "like, or precision.weights.format=integer with precision.weights.bits")
+    for role in ROLES:
+        for q in getattr(spec, role).both:
+            if spec.dot_dtype == "bfloat16" and q is not None and q.bits != UNQUANTIZED_BITS and not _fits_bfloat16(q):
+                raise ValueError(f"precision.dot_dtype=bfloat16 would round {role} again; accepted with their format: float32")
     return spec
+
+
+def _fits_bfloat16(spec: QuantizerSpec) -> bool:
+    """True if every value of the element is a bfloat16: 8 significant bits."""
+    about = formats.describe(build_format(spec))
+    return about["exp_bits"] <= 8 and about["man_bits"] <= (7 if about["exp_bits"] else 8)
 
 
 def _role(role: str, keys: dict) -> RoleSpec:

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 import traceback
 from dataclasses import dataclass, field
 
 from trainer import describe, mirrors
-from trainer.cohort import Program, choose_layout
+from trainer.cohort import Layout, Program
 from trainer.config.frozen import NUMERICS_VERSION
 from trainer.loop import Progress, run_cohort
 from trainer.member import Member
@@ -31,26 +30,24 @@ class Outcome:
     tokens: int = 0
 
 
-def _open_member(run: PlannedRun) -> Member:
+def _open_member(run: PlannedRun, layout: Layout) -> Member:
     """The run's folder described, its mirror started."""
     config = dataclasses.asdict(run.config)
-    about = {"run_id": run.run_id, "trunk_id": run.trunk_id, "data_sha256": run.dataset.sha256, "numerics_version": NUMERICS_VERSION,
-             "code_version": describe.code_version()}
     for stale in ("error.txt", "record.json"):  # of a failed try
         (run.folder.path / stale).unlink(missing_ok=True)
-    if run.folder.config() is None:
-        run.folder.write_config({**about, "config": config})
-    options = run.config.options
-    mirror = mirrors.make(options.logger)
-    mirror.start(run.run_id, options.sweep, config, run.folder.path)
+    if run.begun_layout != layout:
+        run.folder.write_config({"run_id": run.run_id, "trunk_id": run.trunk_id, "data_sha256": run.dataset.sha256,
+                                 "numerics_version": NUMERICS_VERSION, "code_version": describe.code_version(),
+                                 "layout": dataclasses.asdict(layout), "config": config})
+    mirror = mirrors.make(run.config.options.logger)
+    mirror.start(run.run_id, run.config.options.sweep, config, run.folder.path)
     return Member(run.config, run.run_id, run.trunk_id, run.folder, mirror)
 
 
-def _run(cohort: Cohort, outcome: Outcome, view: Watch) -> None:
-    first = cohort.runs[0]
-    layout = choose_layout(cohort.planned, math.gcd(cohort.structure.batch_size // cohort.structure.accumulate, first.config.eval_sequences))
+def _train(cohort: Cohort, members: list[Member], program: Program, outcome: Outcome, view: Watch) -> None:
+    """Run a cohort to its end; what it took is added to the outcome also when it fails."""
     per_token = cohort.structure.model.flops_per_token(cohort.structure.seq_len)
-    program = Program(cohort.structure, layout)
+    compiles, compile_seconds = program.compiles, program.compile_seconds
 
     def on_progress(progress: Progress) -> None:
         outcome.tokens += progress.tokens
@@ -62,22 +59,46 @@ def _run(cohort: Cohort, outcome: Outcome, view: Watch) -> None:
         view.advance(progress, per_token)
 
     try:
-        members = [_open_member(run) for run in cohort.runs]
-        view.cohort(first.config.model.name, len(members), layout.name)
-        run_cohort(members, program, first.dataset, on_progress)
+        run_cohort(members, program, cohort.runs[0].dataset, on_progress)
     finally:
-        outcome.compiles += program.compiles
-        outcome.compile_seconds += program.compile_seconds
+        outcome.compiles += program.compiles - compiles
+        outcome.compile_seconds += program.compile_seconds - compile_seconds
 
 
-def _record_failures(cohort: Cohort, outcome: Outcome) -> None:
+def _record_failures(cohort: Cohort, members: list[Member], outcome: Outcome) -> int:
     """For every run that did not get to its end: record.json with status failed, and the traceback beside it."""
-    for run in cohort.runs:
-        if not run.done:
-            (run.folder.path / "error.txt").write_text(traceback.format_exc())
-            run.folder.finish({"run_id": run.run_id, "sweep": run.config.options.sweep, "status": "failed", "seed": run.config.seed,
-                               "trunk_id": run.trunk_id, "precision": describe.precision_name(run.config.precision)})
-            outcome.failed.append(run.run_id)
+    mirrored = {member.run_id: member.mirror for member in members}
+    unfinished = [run for run in cohort.runs if not run.done]
+    for run in unfinished:
+        (run.folder.path / "error.txt").write_text(traceback.format_exc())
+        record = describe.config_columns(run.config, run.dataset, cohort.structure.model) | {
+            "run_id": run.run_id, "trunk_id": run.trunk_id, "status": "failed"}
+        run.folder.finish(record)
+        if run.run_id in mirrored:
+            mirrored[run.run_id].finish(record)
+        outcome.failed.append(run.run_id)
+    return len(unfinished)
+
+
+def _run(cohort: Cohort, programs: dict, outcome: Outcome, view: Watch) -> None:
+    """One cohort: claim its runs, train them, record what failed."""
+    with contextlib.ExitStack() as claims:
+        for run in cohort.runs:
+            claims.enter_context(run.folder.claim())
+        # Another launcher may have finished some of them since the plan was made.
+        cohort = dataclasses.replace(cohort, runs=tuple(run for run in cohort.runs if not run.done))
+        if not cohort.runs:
+            return
+        members: list[Member] = []
+        layout = cohort.layout
+        view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), layout.name)
+        try:
+            members.extend(_open_member(run, layout) for run in cohort.runs)
+            if (cohort.structure, layout) not in programs:
+                programs[cohort.structure, layout] = Program(cohort.structure, layout)
+            _train(cohort, members, programs[cohort.structure, layout], outcome, view)
+        except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+            view.failure(f"{type(error).__name__}: {error}", _record_failures(cohort, members, outcome))
 
 
 def execute(plan: Plan, quiet: bool = False) -> Outcome:
@@ -90,15 +111,9 @@ def execute(plan: Plan, quiet: bool = False) -> Outcome:
     for run in plan.runs[:1]:
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
     write_plan(plan)
+    programs: dict = {}  # a structure that fills several cohorts is compiled once
     with watch(plan, quiet) as view:
         for cohort in plan.cohorts:
-            with contextlib.ExitStack() as claims:
-                for run in cohort.runs:
-                    claims.enter_context(run.folder.claim())
-                try:
-                    _run(cohort, outcome, view)
-                except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
-                    _record_failures(cohort, outcome)
-                    view.failure(f"{type(error).__name__}: {error}", len(outcome.failed))
+            _run(cohort, programs, outcome, view)
     outcome.seconds = time.perf_counter() - began
     return outcome

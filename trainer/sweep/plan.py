@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 
-from trainer import build
+from trainer import build, checkpoint
+from trainer.cohort import Layout, choose_layout
 from trainer.config import TrainConfig, run_id, trunk_id
 from trainer.config.checks import in_range
 from trainer.data import Dataset, load, num_windows
@@ -30,6 +32,12 @@ class PlannedRun:
         return build.step_structure(self.config, self.dataset.vocab_size)
 
     @property
+    def begun_layout(self) -> Layout | None:
+        """The layout that a run began in, as its config.json tells; None for one that is new or over."""
+        about = None if self.done else self.folder.config()
+        return Layout(**about["layout"]) if about else None
+
+    @property
     def done(self) -> bool:
         """True when the run has a record that stands: done or diverged. A failed run is tried again."""
         record = self.folder.record()
@@ -38,22 +46,35 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Runs of one structure on one data set that are still to be trained, in one program. `planned` counts the done ones too: the
-    layout follows from it, so that a resumed cohort computes the same bits as one that was never stopped."""
+    """Runs of one structure on one data set that are still to be trained, in one program. A run that has begun goes on in the
+    layout that it began in, and with the runs that began in it, so that it ends in the bits of one that was never stopped; for new
+    runs the layout follows from how many were `planned`, done ones included."""
 
     structure: StepStructure
     runs: tuple[PlannedRun, ...]
     planned: int
+    begun_layout: Layout | None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the cohort's members lie. A layout of more devices than there are is given up, since it cannot be had."""
+        if self.begun_layout is not None and self.begun_layout.num_devices <= jax.device_count():
+            return self.begun_layout
+        parts = math.gcd(self.structure.batch_size // self.structure.accumulate, self.runs[0].config.eval_sequences)
+        return choose_layout(self.planned, parts)
 
     def updates(self) -> int:
-        """Optimizer updates to compute: a trunk once, and each branch's cool-down."""
-        trunks: dict[str, list[TrainConfig]] = {}
+        """Optimizer updates left to compute: a trunk once, and each branch's cool-down, less what checkpoints hold."""
+        trunks: dict[str, list[PlannedRun]] = {}
         for run in self.runs:
-            trunks.setdefault(run.trunk_id, []).append(run.config)
+            trunks.setdefault(run.trunk_id, []).append(run)
         total = 0
-        for configs in trunks.values():
-            longest = max(configs, key=lambda c: c.steps)
-            total += longest.steps + sum(c.schedule.cooldown_steps for c in configs if c is not longest)
+        for group in trunks.values():
+            longest = max(group, key=lambda run: run.config.steps)
+            for run in group:
+                saved = checkpoint.steps(run.folder.checkpoints)
+                start = 0 if run is longest else run.config.steps - run.config.schedule.cooldown_steps
+                total += run.config.steps - max([start, *saved])
         return total
 
     def flops(self) -> float:
@@ -76,7 +97,7 @@ class Plan:
 def _structure_key(run: PlannedRun):
     """Equal for runs that one compiled program can train together."""
     policy = jax.tree.structure(build.hyper(run.config).policy)
-    return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options
+    return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options, run.begun_layout
 
 
 def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Plan:
@@ -94,8 +115,8 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
     groups: dict = {}
     for run in runs.values():
         groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
-    chunks = [(key[0], chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
-    cohorts = [Cohort(structure, tuple(run for run in chunk if not run.done), len(chunk)) for structure, chunk in chunks]
+    chunks = [(key, chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
+    cohorts = [Cohort(key[0], tuple(run for run in chunk if not run.done), len(chunk), key[-1]) for key, chunk in chunks]
     options = configs[0].options
     return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted((c for c in cohorts if c.runs), key=Cohort.flops)))
 
