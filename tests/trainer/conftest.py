@@ -9,6 +9,7 @@ import pytest
 from tests.trainer.tiny import shared_program
 from trainer import cohort
 
+plan = importlib.import_module("trainer.sweep.plan")
 execute = importlib.import_module("trainer.sweep.execute")  # the package's `execute` is the function
 
 # The command line asks for one device per core unless JAX is already running: let it run, with the eight of ../conftest.py.
@@ -33,4 +34,4 @@ def shared_programs(monkeypatch):
 @pytest.fixture
 def one_device(monkeypatch, shared_programs):
     """Every cohort, also of one run, runs member after member on one device: then all share a layout."""
-    monkeypatch.setattr(execute, "choose_layout", lambda *_: cohort.Layout(1, 1, "map"))
+    monkeypatch.setattr(plan, "choose_layout", lambda *_: cohort.Layout(1, 1, "map"))
