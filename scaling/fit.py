@@ -64,7 +64,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     merged = {tied: source for tied, source in merged.items() if tied not in fixed}
     free = tuple(name for name in law.names if name not in {*reduction.absent, *merged, *fixed})
     _refuse_design(law, columns, loss, free, fixed)
-    notes = list(reduction.notes) + _warnings(law, columns)
+    notes = list(reduction.notes) + _warnings(columns)
     return Problem(law, columns, np.log(loss), free, merged, fixed), notes
 
 
@@ -85,7 +85,7 @@ def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray
         raise ValueError(f"loss is {loss[0]:g} in every fitted row: nothing to fit")
 
 
-def _warnings(law: Law, columns: Mapping[str, np.ndarray]) -> list[str]:
+def _warnings(columns: Mapping[str, np.ndarray]) -> list[str]:
     """Remarks on a design that fits but misleads."""
     if not {"N", "D"} <= set(columns):
         return []

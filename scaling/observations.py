@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 
 from scaling.laws import Law
-from scaling.table import Source, table
+from scaling.table import Source, quote, table
 
 DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens"}
 """Where run tables keep what laws call N and D; other inputs have the same name in both."""
@@ -34,10 +34,6 @@ class Observations:
     def rows(self, keep: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(columns, loss) of the rows where `keep`."""
         return {name: values[keep] for name, values in self.columns.items()}, self.loss[keep]
-
-
-def quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, where: str | None = None,

@@ -132,9 +132,9 @@ def _from_rows(rows: list[dict], types: dict[str, str]) -> duckdb.DuckDBPyRelati
         values = [cell(row.get(name)) for row in rows]
         # Text keeps integers beyond 2^53 and the difference between NULL and NaN; DuckDB casts it to the column's type.
         arrays[name] = np.array([None if v is None else str(v) for v in values], dtype=object)
-    select = ", ".join(f"CAST({_quote(name)} AS {kind}) AS {_quote(name)}" for name, kind in types.items())
+    select = ", ".join(f"CAST({quote(name)} AS {kind}) AS {quote(name)}" for name, kind in types.items())
     if not rows:
-        empty = ", ".join(f"CAST(NULL AS {kind}) AS {_quote(name)}" for name, kind in types.items())
+        empty = ", ".join(f"CAST(NULL AS {kind}) AS {quote(name)}" for name, kind in types.items())
         return _connection().sql(f"SELECT {empty} WHERE false")
     try:
         return _stored(arrays, select)
@@ -177,5 +177,6 @@ def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelati
     return _connection().table(name)
 
 
-def _quote(name: str) -> str:
+def quote(name: str) -> str:
+    """`name` as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
