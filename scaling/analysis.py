@@ -9,7 +9,7 @@ import duckdb
 from scaling.compare import Comparison, compare
 from scaling.fit import fit
 from scaling.result import Fit
-from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
+from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, table
 
 CHINCHILLA = ("chinchilla:tied", "chinchilla")
@@ -18,15 +18,17 @@ MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
 DONE = "coalesce(status, 'done') = 'done'"
 MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
+CORPUS = "coalesce(CAST(data_sha256 AS VARCHAR), CAST(data AS VARCHAR))"  # as in finished_runs
 UNQUANTIZED = " AND ".join(f"coalesce({role}_bits, 32) >= {UNQUANTIZED_BITS:g}" for role in ("weights", "activations", "output_gradients"))
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """relation: the run table; runs: the done ones; chinchilla, precision: comparisons of the candidate laws, or None; why: law ->
-    why there is none; holdout: SQL of the held-out rows or None; noise: between seeds or None; gaps: paired, per precision;
-    reference: the precision that gaps are against; notes: remarks on what was left out."""
+    """whole: the run table; relation: its rows that are analysed, of one data set; runs: the done ones of these; chinchilla, precision:
+    comparisons of the candidate laws, or None; why: law -> why there is none; holdout: SQL of the held-out rows or None; noise: between
+    seeds or None; gaps: paired, per precision; reference: the precision that gaps are against; notes: remarks on what was left out."""
 
+    whole: duckdb.DuckDBPyRelation
     relation: duckdb.DuckDBPyRelation
     runs: tuple[Run, ...]
     chinchilla: Comparison | None
@@ -59,19 +61,8 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
     `source` is no run table at all. source: whatever `scaling.table` takes; absent columns count as NULL.
     """
-    relation = with_run_columns(table(source))
-    runs = finished_runs(relation)
-    usable, notes = relation, []
-    lost = len(relation.filter(f"{DONE} AND NOT {MEASURED}"))
-    if lost:
-        notes.append(f"{lost} finished run(s) without size, tokens or a finite loss are left out")
-        usable = usable.filter(f"NOT {DONE} OR {MEASURED}")
-    data = [run.group[0] for run in runs]
-    if len(set(data)) > 1:
-        common = max(dict.fromkeys(data), key=data.count)
-        notes.append(f"{len(set(data))} data sets in one folder: only the {data.count(common)} runs on {common} are analysed")
-        runs = [run for run in runs if run.group[0] == common]
-        usable = usable.filter(f"data = '{common.replace(chr(39), chr(39) * 2)}'" if common else "data IS NULL")
+    whole = with_run_columns(table(source))
+    relation, runs, notes = _analysed(whole)
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
     if runs and holdout is None:
         notes.append(f"fewer than {MIN_SIZES_TO_HOLD_OUT} sizes: nothing is held out")
@@ -85,11 +76,35 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
         try:
             if refusal:
                 raise ValueError(refusal)
-            fits[name] = _choose(usable.filter(extra) if extra else usable, laws, holdout, bootstrap, progress)
+            fits[name] = _choose(relation.filter(extra) if extra else relation, laws, holdout, bootstrap, progress)
         except ValueError as error:
             why[name] = str(error)
-    return Analysis(relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, holdout, seed_noise(runs),
+    return Analysis(whole, relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, holdout, seed_noise(runs),
                     tuple(paired_gaps(runs)), reference_precision(runs), tuple(notes))
+
+
+def _analysed(whole: duckdb.DuckDBPyRelation) -> tuple[duckdb.DuckDBPyRelation, list[Run], list[str]]:
+    """(rows, runs, notes): the rows that can be analysed together, their finished runs, and what was left out. A name is no identity:
+    "file" is another text on every machine, and "stdlib" with every Python, so data sets are told apart by their sha256."""
+    relation, runs, notes = whole, finished_runs(whole), []
+    lost = len(relation.filter(f"{DONE} AND NOT {MEASURED}"))
+    if lost:
+        notes.append(f"{lost} finished run(s) without size, tokens or a finite loss are left out")
+        relation = relation.filter(f"NOT {DONE} OR {MEASURED}")
+    corpora = [run.corpus for run in runs]
+    if len(set(corpora)) > 1:
+        common = max(dict.fromkeys(corpora), key=corpora.count)
+        name = next(run.data for run in runs if run.corpus == common) or "unnamed data"
+        told = name if common in (name, None) else f"{name} (sha256 {common[:12]})"
+        notes.append(f"{len(set(corpora))} data sets in one folder: only the {corpora.count(common)} runs on {told} are analysed")
+        literal = "NULL" if common is None else "'" + common.replace("'", "''") + "'"
+        relation = relation.filter(f"{CORPUS} IS NOT DISTINCT FROM {literal}")
+        runs = finished_runs(relation)  # again, since a precision is named by the widths that occur beside it
+    alike = len(indistinct(runs))
+    if alike:
+        notes.append(f"{alike} runs share size, tokens, precision, seed, data, batch and schedule with another run: they are in the fits, "
+                     "but in no matched pair and not in the noise between seeds")
+    return relation, runs, notes
 
 
 def with_run_columns(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:

@@ -41,7 +41,7 @@ def conclude(folder: str | Path) -> int:
     they are, and ends with the three sentences. Returns the exit code: 1 when a fit did not converge."""
     folder = Path(folder)
     analysis = _analyse(folder, 200)
-    written = [write_table(analysis.relation, folder / "runs.parquet"), write_table(analysis.relation, folder / "runs.csv")]
+    written = [write_table(analysis.whole, folder / "runs.parquet"), write_table(analysis.whole, folder / "runs.csv")]
     for name, fitted in (("chinchilla", analysis.fit_chinchilla), ("precision", analysis.fit_precision)):
         if fitted:
             written.append(fitted.save(folder / f"fit-{name}.json"))

@@ -33,13 +33,13 @@ def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None)
 
 
 def _title(analysis: Analysis) -> str:
-    sweeps = sorted({str(name) for name in columns_of(analysis.relation.project("sweep"))["sweep"] if name})
+    sweeps = sorted({str(name) for name in columns_of(analysis.whole.project("sweep"))["sweep"] if name})
     return "Loss and precision" + (f": {', '.join(sweeps[:3])}" + (" and others" if len(sweeps) > 3 else "") if sweeps else "")
 
 
 def _head(analysis: Analysis) -> list[str]:
     """Title, provenance, the three sentences, key figures, and whatever a reader must know before trusting them."""
-    records = columns_of(analysis.relation)
+    records = columns_of(analysis.whole)
     states = records["status"]
     distinct = {name: sorted({str(v) for v in records[name] if v is not None}) for name in ("data", "device", "jax_version", "code_version")}
     meta = [f"{len(states)} runs", *(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in distinct.items() if values)]
@@ -47,7 +47,7 @@ def _head(analysis: Analysis) -> list[str]:
     score = fit.metrics["held_out"] if fit else None
     sizes, budgets = {run.n_params for run in analysis.runs}, {run.tokens for run in analysis.runs}
     bad = {state: sum(s == state for s in states) for state in ("diverged", "failed")}
-    key_figures = [(f"{len(analysis.runs)} of {len(states)}", "runs finished"),
+    key_figures = [(f"{len(analysis.runs)} of {len(states)}", "runs analysed"),
                (f"{len(sizes)} × {len(budgets)} × {len({run.precision for run in analysis.runs})}", "sizes × budgets × precisions"),
                (f"{fit.metrics['condition_number']:.1e}" if fit else "–", "condition number of the fit"),
                (f"{score['rmse']:.1%}" if score else "–", "held-out error (rms, of the loss)"),
@@ -84,6 +84,6 @@ def _tables(analysis: Analysis) -> list[str]:
     if analysis.gaps or analysis.noise:
         parts += ["<h2>Seed noise and matched gaps</h2>", *gap_table(analysis)]
     listing = run_table(analysis)
-    num_runs = len(analysis.relation)
+    num_runs = len(analysis.whole)
     parts += ["<h2>Runs</h2>", listing if num_runs <= MAX_LISTED else page.details(f"All {num_runs} runs", listing)]
     return [*parts, "<h2>How these numbers were made</h2>", *method_notes(analysis)]

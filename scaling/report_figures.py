@@ -68,7 +68,7 @@ def _of_losses(analysis: Analysis, add, plots) -> None:
     if sizes:
         limit, name = noise_level(analysis.noise)
         add("Loss gap against bits", plots.gap_against_bits(runs, sizes, fit, limit, name), "The cost of low precision.",
-            f"Loss minus that of the {analysis.reference} run of the same size, tokens and seed, averaged over the pairs of a size "
+            f"Loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, averaged over the pairs of a size "
             "(small marks: single pairs). Zero or less has no place on a logarithmic axis; it is in the table of gaps."
             + (" Lines: the fitted law; band: its interval at the largest size." if fit else ""), True)
     add("Loss against tokens", plots.loss_against_tokens(runs, fit, held), "Loss against tokens, per precision.",

@@ -83,7 +83,7 @@ def gap_table(analysis: Analysis) -> list[str]:
              "one pair" if math.isnan(gap.low) else f"{gap.low:+.4f} to {gap.high:+.4f}", f"{min(gap.values):+.4f}", f"{max(gap.values):+.4f}")
             for gap in analysis.gaps]
     header = ("precision", "bits", "pairs", f"mean gap to {analysis.reference}", "95% interval of the mean", "smallest", "largest")
-    note = "Pairs match in size, tokens and seed; nats per token. The gap depends on size and tokens, so the mean is over this design."
+    note = "Pairs match in size, tokens, seed, data, batch, learning rate and schedule; nats per token. The gap depends on size and tokens, so the mean is over this design."
     return [*parts, page.table(header, rows, (1, 2, 3, 5, 6)), page.paragraph(note, "note")]
 
 
@@ -91,7 +91,7 @@ def run_table(analysis: Analysis) -> str:
     """Every run of the table, those that diverged or failed first."""
     wanted = ("run_id", "status", "n_params", "tokens", "precision", "seed", "loss", "loss_std_err", "bits_per_byte", "tokens_per_s", "wall_s",
               "diverged_step")
-    records = columns_of(analysis.relation.project(", ".join(wanted)))
+    records = columns_of(analysis.whole.project(", ".join(wanted)))
     rows = list(zip(*records.values(), strict=True))
     rows.sort(key=lambda row: (row[1] == "done", row[2] or 0, row[3] or 0, str(row[4]), row[5] or 0))
     cells, classes = [], []

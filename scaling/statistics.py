@@ -12,12 +12,14 @@ UNQUANTIZED_BITS = 16.0  # float32, bfloat16 and float16 runs count as reference
 
 
 WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
+GROUP = ("batch_tokens", "cooldown_steps", "lr_rule", "lr", "schedule")  # columns; other batches or schedules are other experiments
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run. n_params, tokens; bits: the narrowest width of weights, activations and output gradients (inf when none is
-    below 16); widths: bits columns as the laws take them; loss, nats/token; group: what else must match for two runs to be a pair."""
+    below 16); widths: bits columns as the laws take them; loss, nats/token; data: name of the data set; corpus: what tells data sets apart, their sha256 or, where
+    there is none, their name; group: what else must match for two runs to be a pair (GROUP)."""
 
     run_id: str
     n_params: float
@@ -27,11 +29,18 @@ class Run:
     precision: str
     seed: int
     loss: float
+    data: str | None
+    corpus: str | None
     group: tuple
 
     @property
     def quantized(self) -> bool:
         return self.bits < UNQUANTIZED_BITS
+
+    @property
+    def setting(self) -> tuple:
+        """All that a run shares with the runs it is compared with, precision and seed aside."""
+        return self.n_params, self.tokens, self.corpus, self.group
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Gap:
-    """Loss of a precision minus its reference, nats/token, over runs matched in size, tokens and seed. low, high: 95 % (Student) interval
+    """Loss of a precision minus its reference, nats/token, over runs matched in `Run.setting` and seed. low, high: 95 % (Student) interval
     of the mean, NaN for one pair; values: the pairs."""
 
     precision: str
@@ -58,8 +67,8 @@ class Gap:
 
 def finished_runs(relation) -> list[Run]:
     """The done runs of a run table (see `scaling.table`) that have a size, tokens and a finite loss. Order of the table."""
-    wanted = ("run_id", "status", "n_params", "tokens", *WIDTHS, "output_gradients_bits", "precision", "seed", "loss", "data", "lr",
-              "schedule")
+    wanted = ("run_id", "status", "n_params", "tokens", *WIDTHS, "output_gradients_bits", "precision", "seed", "loss",
+              "data_sha256", "data", *GROUP)
     arrays = columns_of(relation)
     runs = []
     for i in range(len(relation)):
@@ -70,10 +79,11 @@ def finished_runs(relation) -> list[Run]:
             continue
         widths = [row[name] for name in (*WIDTHS, "output_gradients_bits") if row[name] is not None]
         law_widths = {name: math.inf if row[name] is None else float(row[name]) for name in WIDTHS}
+        corpus = row["data"] if row["data_sha256"] is None else row["data_sha256"]
         bits = min((float(width) for width in widths if width < UNQUANTIZED_BITS), default=math.inf)
         runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits, law_widths,
-                        str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]),
-                        (row["data"], row["lr"], row["schedule"])))
+                        str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]), None if row["data"] is None else str(row["data"]),
+                        None if corpus is None else str(corpus), tuple(row[name] for name in GROUP)))
     return _one_name_per_width(runs)
 
 
@@ -91,11 +101,29 @@ def columns_of(relation) -> dict[str, list]:
     return {name: [row[i] for row in rows] for i, name in enumerate(relation.columns)}
 
 
-def seed_noise(runs: list[Run]) -> Noise | None:
-    """Pooled deviation between seeds over groups that share everything else; None when no group has two seeds."""
-    groups = defaultdict(dict)
+def indistinct(runs: list[Run]) -> list[Run]:
+    """The runs that share setting, precision and seed with a run of another run_id: they differ in something that no column here
+    names, so none of them can stand for that seed, and pairs and seed noise go without them."""
+    return [run for same in _by_identity(runs).values() if len(same) > 1 for run in same.values()]
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    return [run for same in _by_identity(runs).values() if len(same) == 1 for run in same.values()]
+
+
+def _by_identity(runs: list[Run]) -> dict[tuple, dict[str, Run]]:
+    """(setting, precision, seed) -> run_id -> run; a run that is in the table twice is there once."""
+    found = defaultdict(dict)
     for run in runs:
-        groups[run.n_params, run.tokens, run.precision, run.group][run.seed] = run.loss
+        found[run.setting, run.precision, run.seed][run.run_id] = run
+    return found
+
+
+def seed_noise(runs: list[Run]) -> Noise | None:
+    """Pooled deviation between seeds over groups that share everything else; None when no group has two seeds. Without `indistinct` runs."""
+    groups = defaultdict(dict)
+    for run in _distinct(runs):
+        groups[run.setting, run.precision][run.seed] = run.loss
     samples = [np.array(list(losses.values())) for losses in groups.values() if len(losses) > 1]
     if not samples:
         return None
@@ -112,13 +140,13 @@ def reference_precision(runs: list[Run]) -> str | None:
 
 
 def paired_gaps(runs: list[Run], n_params: float | None = None) -> list[Gap]:
-    """One Gap per quantized precision, narrowest first, over all matched pairs (or those of one size)."""
+    """One Gap per quantized precision, narrowest first, over all matched pairs (or those of one size). Without `indistinct` runs."""
     reference = reference_precision(runs)
-    chosen = [run for run in runs if n_params is None or run.n_params == n_params]
-    base = {(r.n_params, r.tokens, r.seed, r.group): r.loss for r in chosen if r.precision == reference}
+    chosen = [run for run in _distinct(runs) if n_params is None or run.n_params == n_params]
+    base = {(run.setting, run.seed): run.loss for run in chosen if run.precision == reference}
     pairs = defaultdict(list)
     for run in chosen:
-        key = (run.n_params, run.tokens, run.seed, run.group)
+        key = (run.setting, run.seed)
         if run.quantized and key in base:
             pairs[run.bits, run.precision].append(run.loss - base[key])
     return [_gap(precision, bits, values) for (bits, precision), values in sorted(pairs.items())]

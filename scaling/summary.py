@@ -48,7 +48,7 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     if by_pairs:
         told.append(f"{', '.join(by_pairs)} (mean over matched runs with its 95% interval; the design identifies no law for it)")
     if not told:
-        return f"What low precision costs: cannot be told, since no quantized run has a {reference} run of its size, tokens and seed."
+        return f"What low precision costs: cannot be told, since no quantized run has a {reference} run of its size, tokens, seed and settings."
     return f"What low precision costs: in nats per token over {reference}, {' and '.join(told)}."
 
 

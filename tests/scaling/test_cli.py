@@ -63,6 +63,17 @@ def test_conclude_leaves_everything_beside_the_runs(tmp_path, capsys):
     assert "condition number" in out and all(name in out for name in made)
 
 
+def test_conclude_writes_all_runs_and_speaks_of_one_data_set(tmp_path, capsys):
+    folder = fake_runs.write_runs(tmp_path / "demo", sizes={"2k": 2_304})
+    other = fake_runs.write_runs(folder / "other", sizes={"25k": 24_576}, bits={"int4": 4.0})
+    for path in other.glob("*/record.json"):
+        path.write_text(path.read_text().replace('"data": "stdlib"', '"data": "mine"'))
+    assert conclude(folder) == 0
+    out = capsys.readouterr().out
+    assert "only the 12 runs on stdlib are analysed" in out and "int4 +" in out
+    assert len(scaling.table(folder / "runs.parquet")) == 15 and (folder / "report.html").read_text(encoding="utf-8").count("24,576") == 3
+
+
 def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_runs, tmp_path, capsys):
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", 1)
     arguments = [str(demo_runs), "--law", "kumar", "--out", str(tmp_path / "FIT.json")]

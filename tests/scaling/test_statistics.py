@@ -9,7 +9,7 @@ import scipy.stats
 
 import scaling
 from scaling.analysis import with_run_columns
-from scaling.statistics import finished_runs, mean_interval, paired_gaps, reference_precision, seed_noise
+from scaling.statistics import finished_runs, indistinct, mean_interval, paired_gaps, reference_precision, seed_noise
 from tests.scaling import fake_runs
 
 
@@ -30,6 +30,39 @@ def test_pairs_match_in_size_tokens_and_seed():
     (gap,) = paired_gaps(runs)
     assert gap.values == (0.5,) and gap.bits == 4 and math.isnan(gap.low)
     assert paired_gaps(runs, 2) == []
+
+
+PAIR = {"n_params": [1, 1], "tokens": [9, 9], "seed": [0, 0], "weights_bits": [4, 32], "precision": ["int4", "float32"], "loss": [2.5, 2.0]}
+
+
+@pytest.mark.parametrize(("differing", "pairs"), [
+    ({"data": ["a", "b"], "data_sha256": ["f0", "f0"]}, 1),  # one text under two names
+    ({"data": ["a", "a"], "data_sha256": ["f0", "f1"]}, 0),
+    ({"data": ["a", "a"], "data_sha256": [None, None]}, 1),
+    ({"data": ["a", "b"]}, 0),
+    ({"batch_tokens": [64, 128]}, 0),
+    ({"cooldown_steps": [10, 20]}, 0),
+    ({"cooldown_steps": [10, None]}, 0),
+    ({"lr_rule": ["mup", "constant"]}, 0),
+    ({"lr": [0.1, 0.2]}, 0),
+    ({"schedule": ["wsd", "cosine"]}, 0),
+    ({"wall_s": [1.0, 2.0]}, 1),
+])
+def test_pairs_match_in_data_batch_and_schedule(differing, pairs):
+    assert sum(len(gap.values) for gap in paired_gaps(runs_of(**PAIR | differing))) == pairs
+
+
+def test_runs_that_nothing_tells_apart_are_in_no_pair():
+    """Two int4 runs of one seed (say, of other block sizes): neither order in the table may decide which one counts."""
+    columns = {"run_id": ["a", "b", "c", "d", "e"], "n_params": [1] * 5, "tokens": [9] * 5, "seed": [0, 0, 0, 1, 1],
+               "weights_bits": [4, 4, 32, 4, 32], "precision": ["int4", "int4", "float32", "int4", "float32"], "loss": [2.5, 2.9, 2.0, 2.7, 2.1]}
+    runs = runs_of(**columns)
+    (gap,) = paired_gaps(runs)
+    assert gap.values == pytest.approx((0.6,)) and {run.run_id for run in indistinct(runs)} == {"a", "b"}
+    noise = seed_noise(runs)
+    assert noise.groups == 1 and noise.sd == pytest.approx(0.1 / math.sqrt(2))  # float32 alone: 2.0 and 2.1
+    twice = runs_of(**{name: values + values for name, values in columns.items()} | {"run_id": ["a", "a2", "c", "d", "e"] * 2})
+    assert {run.run_id for run in indistinct(twice)} == {"a", "a2"}  # a run that is in the table twice is no rival of itself
 
 
 def test_reference_is_float32_or_the_commonest_wide_one():

@@ -63,6 +63,28 @@ def test_data_sets_are_not_mixed():
     assert "2 data sets in one folder: only the 48 runs on stdlib are analysed" in analysis.notes
 
 
+def test_two_corpora_of_one_name_are_not_mixed():
+    """The standard libraries of two Pythons: both "stdlib", the second with losses that would move every number."""
+    table = fake_runs.rows()
+    other = {name: values[:16] for name, values in table.items()} | {"loss": table["loss"][:16] + 1.0}
+    other["n_params"] = other["n_params"] * 100  # and with the largest size of all
+    both = {name: [*values, *other[name]] for name, values in table.items()}
+    both |= {"data": ["stdlib"] * 64, "data_sha256": ["ab" * 32] * 48 + ["cd" * 32] * 16, "status": ["done"] * 63 + ["diverged"]}
+    alone, mixed = scaling.analyse(table, bootstrap=0), scaling.analyse(both, bootstrap=0)
+    assert "2 data sets in one folder: only the 48 runs on stdlib (sha256 abababababab) are analysed" in mixed.notes
+    assert len(mixed.whole) == 64 and len(mixed.relation) == len(mixed.runs) == 48
+    told, expected = (scaling.summary(a.fit_chinchilla, a.fit_precision, a.relation) for a in (mixed, alone))
+    assert told == expected and mixed.gaps == alone.gaps
+    assert "24,576 parameters, held out" in told[2]
+
+
+def test_runs_that_nothing_tells_apart_are_counted_in_a_note():
+    table = {name: [*values, *values[:4]] for name, values in fake_runs.rows().items()}
+    analysis = scaling.analyse(table, bootstrap=0)
+    (note,) = analysis.notes
+    assert note.startswith("8 runs share size, tokens, precision, seed,") and sum(len(gap.values) for gap in analysis.gaps) == 33
+
+
 def test_variants_that_the_data_need_are_chosen():
     """alpha = beta is dropped when the data say so: a truth with very different exponents."""
     truth = fake_runs.TRUTH | {"alpha": 0.25, "beta": 0.6, "A": 12.0, "B": 4000.0}
