@@ -25,7 +25,8 @@ UNQUANTIZED = " AND ".join(f"coalesce({role}_bits, 32) >= {UNQUANTIZED_BITS:g}" 
 @dataclass(frozen=True)
 class Analysis:
     """whole: the run table; relation: its rows that are analysed, of one data set; runs: the done ones of these; chinchilla, precision:
-    comparisons of the candidate laws, or None; why: law -> why there is none; holdout: SQL of the held-out rows or None; noise: between
+    comparisons of the candidate laws, or None; why: law -> why there is none; unconverged: law -> its candidates, when none of them
+    converged; holdout: SQL of the held-out rows or None; noise: between
     seeds or None; gaps: paired, per precision; reference: the precision that gaps are against; notes: remarks on what was left out."""
 
     whole: duckdb.DuckDBPyRelation
@@ -34,6 +35,7 @@ class Analysis:
     chinchilla: Comparison | None
     precision: Comparison | None
     why: dict[str, str]
+    unconverged: dict[str, tuple[Fit, ...]]
     holdout: str | None
     noise: Noise | None
     gaps: tuple[Gap, ...]
@@ -59,8 +61,10 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
 
     alpha = beta tied, and no offsets, unless the data say otherwise: every variant is fitted, and BIC on the fitted rows chooses. A law
     that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
-    `source` is no run table at all. source: whatever `scaling.table` takes; absent columns count as NULL.
+    `source` is no run table at all, or `bootstrap` is negative. source: whatever `scaling.table` takes; absent columns count as NULL.
     """
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap={bootstrap}: need bootstrap >= 0")
     whole = with_run_columns(table(source))
     relation, runs, notes = _analysed(whole)
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
@@ -70,16 +74,18 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     if len({run.precision for run in runs}) == 1 and runs[0].quantized:
         notes.append(f"every run is {runs[0].precision}: chinchilla is fitted to these")
         baseline = None
-    fits, why = {}, {}
+    fits, why, unconverged = {}, {}, {}
     for name, laws, extra in (("chinchilla", CHINCHILLA, baseline), ("precision", PRECISION, None)):
-        refusal = _refusal(name, runs, baseline)
-        try:
-            if refusal:
-                raise ValueError(refusal)
-            fits[name] = _choose(relation.filter(extra) if extra else relation, laws, holdout, bootstrap, progress)
-        except ValueError as error:
-            why[name] = str(error)
-    return Analysis(whole, relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, holdout, seed_noise(runs),
+        rows = relation.filter(extra) if extra else relation
+        candidates = _candidates(name, rows, laws, holdout, runs, baseline)
+        if isinstance(candidates, str):
+            why[name] = candidates
+        elif candidates.supported:
+            fits[name] = _with_bootstrap(candidates, rows, holdout, bootstrap, progress)
+        else:
+            unconverged[name] = candidates.fits
+            why[name] = f"no candidate converged ({', '.join(fitted.label for fitted in candidates.fits)})"
+    return Analysis(whole, relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, unconverged, holdout, seed_noise(runs),
                     tuple(paired_gaps(runs)), reference_precision(runs), tuple(notes))
 
 
@@ -129,11 +135,21 @@ def _refusal(name: str, runs: list[Run], baseline: str | None) -> str:
     return ""
 
 
-def _choose(relation, laws: tuple[str, ...], holdout: str | None, bootstrap: int, progress) -> Comparison:
-    """Compares the variants without a bootstrap, which only the chosen one then gets."""
-    candidates = compare(relation, laws, holdout=holdout)
-    best = candidates.best
+def _candidates(name: str, relation, laws: tuple[str, ...], holdout: str | None, runs: list[Run], baseline: str | None) -> Comparison | str:
+    """The variants of a law on these rows, without a bootstrap, which only the chosen one then gets; or why none can be fitted."""
+    refusal = _refusal(name, runs, baseline)
+    if refusal:
+        return refusal
+    try:
+        return compare(relation, laws, holdout=holdout)
+    except ValueError as error:  # every variant was refused: too few rows, an input that does not vary
+        return str(error)
+
+
+def _with_bootstrap(candidates: Comparison, relation, holdout: str | None, bootstrap: int, progress) -> Comparison:
+    """The comparison with the chosen fit made again, with its resamples."""
     if not bootstrap:
         return candidates
+    best = candidates.best
     final = fit(relation, best.label, holdout=holdout, bootstrap=bootstrap, progress=progress)
     return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

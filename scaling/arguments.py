@@ -69,7 +69,7 @@ _BUILDERS = {
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
     "predict": ("Predicts the loss of a run, with its interval.", _predict),
-    "report": ("Writes one self-contained HTML page about a folder of runs.", _report),
+    "report": ("Writes one self-contained HTML page about a folder of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
 
 

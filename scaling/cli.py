@@ -127,8 +127,8 @@ def _tell(analysis: Analysis, written: list[Path]) -> int:
     for name, comparison in (("chinchilla", analysis.chinchilla), ("precision", analysis.precision)):
         if comparison is None:
             print(f"no {name} fit: {analysis.why[name]}")
-        elif not comparison.best.converged:
-            code = _not_converged(comparison.best)
+            for fitted in analysis.unconverged.get(name, ()):
+                code = _not_converged(fitted)
         else:
             _console().print(_constants(comparison.best))
             print(f"chosen: {comparison.reason()}")

@@ -23,10 +23,10 @@ class Comparison:
     @property
     def best(self) -> Fit:
         """The fewest free parameters among the supported fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
-        Raftery 1995). The held-out rows do not choose, so that their error stays an honest test."""
+        Raftery 1995). The held-out rows do not choose, so that their error stays an honest test. ValueError when none converged."""
         supported = self.supported
         if not supported:
-            raise ValueError("compare: no law could be fitted" + "".join(f"; {name}: {why}" for name, why in self.refused.items()))
+            raise ValueError(f"compare: no fit converged ({', '.join(fitted.label for fitted in self.fits)})")
         lowest = min(fitted.metrics["bic"] for fitted in supported)
         close = [fitted for fitted in supported if fitted.metrics["bic"] <= lowest + DECISIVE]
         return min(close, key=lambda fitted: (len(fitted.free), fitted.metrics["bic"]))
@@ -47,12 +47,14 @@ class Comparison:
         others = [fitted for fitted in supported if fitted is not best]
         freed = [fitted.label for fitted in self.fits if fitted.converged and not any(fitted is one for one in supported)]
         passed_over = f"; passed over, since what they free is not determined by the data: {', '.join(freed)}" if freed else ""
+        failed = [fitted.label for fitted in self.fits if not fitted.converged]
+        passed_over += f"; not converged: {', '.join(failed)}" if failed else ""
         if not others:
-            return f"{best.label} is the only candidate that could be fitted" + passed_over
+            return f"{best.label} is the only {'supported candidate' if passed_over else 'candidate that could be fitted'}{passed_over}"
         nearest = min(others, key=lambda fitted: fitted.metrics["bic"])
         margin = nearest.metrics["bic"] - best.metrics["bic"]
-        text = (f"{best.label} has the lowest BIC of {len(others) + 1} candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
-                f"{best.label} is the simplest of {len(others) + 1} candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
+        text = (f"{best.label} has the lowest BIC of {len(others) + 1} supported candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
+                f"{best.label} is the simplest of {len(others) + 1} supported candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
         scored = [fitted for fitted in (best, *others) if fitted.metrics["held_out"]]
         if scored:
             kindest = min(scored, key=lambda fitted: fitted.metrics["held_out"]["rmse"])

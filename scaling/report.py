@@ -61,13 +61,8 @@ def _head(analysis: Analysis) -> list[str]:
             parts.append(f'<p class="note alert">{count} run{"s" * (count > 1)} {state}: {page.escape(shown)}. '
                          "They are in no fit and in no figure of final losses.</p>")
     parts += [page.paragraph(f"No {name} fit: {why}.", "note") for name, why in analysis.why.items()]
-    parts += [page.paragraph(f"Note: {note}.", "note") for note in (*analysis.notes, *_unconverged(analysis))]
+    parts += [page.paragraph(f"Note: {note}.", "note") for note in analysis.notes]
     return parts
-
-
-def _unconverged(analysis: Analysis) -> list[str]:
-    return [f"the fit of {fit.label} did not converge, its constants are not to be used"
-            for fit in (analysis.fit_chinchilla, analysis.fit_precision) if fit and not fit.converged]
 
 
 def _tables(analysis: Analysis) -> list[str]:

@@ -33,14 +33,14 @@ def figures(analysis: Analysis, source) -> list[str]:
 
 
 def drawable(fit: Fit | None) -> Fit | None:
-    """The fit when its curve may be shown: it converged, the design identifies it, and it is a curve over one width."""
-    return fit if fit is not None and fit.converged and fit.metrics["condition_number"] <= MAX_CONDITION and fit.one_knob else None
+    """The fit when its curve may be shown: the design identifies it, and it is a curve over one width."""
+    return fit if fit is not None and fit.metrics["condition_number"] <= MAX_CONDITION and fit.one_knob else None
 
 
 def predictions(analysis: Analysis) -> dict[str, float]:
     """run_id -> loss by the precision fit, or by Chinchilla for the runs of its baseline where there is none; nats per token."""
     fit, runs = analysis.fit_precision or analysis.fit_chinchilla, analysis.covered()
-    if fit is None or not fit.converged or fit.metrics["condition_number"] > MAX_CONDITION:
+    if fit is None or fit.metrics["condition_number"] > MAX_CONDITION:
         return {}
     inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}
     inputs |= {name: np.array([run.widths[name] for run in runs]) for name in fit.law.inputs if name not in inputs}

@@ -82,7 +82,22 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
     assert captured.out == "" and "did not converge" in captured.err and not (tmp_path / "FIT.json").exists()
 
 
+@pytest.mark.parametrize(("rounds", "fitted"), [(1, set()), (2, {"fit-chinchilla.json"})])
+def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitted, tmp_path, capsys):
+    """After two rounds the straight law is done and the other is not: one of two is enough for the exit code."""
+    monkeypatch.setattr("scaling.solve.MAX_ROUNDS", rounds)
+    folder = fake_runs.write_runs(tmp_path / "demo")
+    assert conclude(folder) == 1
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"runs.parquet", "runs.csv", "report.html"} | fitted
+    told = capsys.readouterr()
+    assert told.err.count("did not converge") == (6 if rounds == 1 else 4) == told.err.count("\n")
+    assert "no precision fit: no candidate converged (kumar:tied+plain, kumar:plain, kumar:tied, kumar)" in told.out
+    assert "gamma_w" not in told.out and "no candidate converged" in (folder / "report.html").read_text(encoding="utf-8")
+    assert run("report", [str(folder), "--out", str(tmp_path / "r.html"), "--bootstrap", "0"]) == 1
+
+
 @pytest.mark.parametrize(("verb", "argv", "message"), [
+    ("report", ["RUNS", "--out", "x.html", "--bootstrap", "-1"], "bootstrap=-1: need bootstrap >= 0"),
     ("fit", ["none.csv", "--law", "kumar"], "none.csv: no such file or folder"),
     ("fit", ["RUNS", "--law", "kumarr"], "law 'kumarr': unknown; known laws are"),
     ("fit", ["RUNS"], "fit: the following arguments are required: --law"),

@@ -1,6 +1,7 @@
 """The three sentences and the analysis behind them: right numbers where they are identified, none where they are not."""
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -112,6 +113,19 @@ def test_done_runs_without_a_loss_are_counted():
     analysis = scaling.analyse(table | {"status": ["done"] * 47 + ["diverged"]}, bootstrap=0)
     assert "2 finished run(s) without size, tokens or a finite loss are left out" in analysis.notes
     assert analysis.fit_precision.metrics["rows"] == 34 and analysis.fit_precision.metrics["dropped"] == {"status is not done": 1}
+
+
+def test_the_reason_says_why_one_candidate_is_left():
+    """Without offsets in the truth, the variant that frees them fits and is passed over: that is not "could not be fitted"."""
+    alone = scaling.compare(fake_runs.rows(), ["kumar:tied+plain"])
+    assert alone.reason() == "kumar:tied+plain is the only candidate that could be fitted"
+    passed = scaling.compare(fake_runs.rows(), ["kumar:tied+plain", "kumar:tied"])
+    assert passed.reason() == ("kumar:tied+plain is the only supported candidate; passed over, since what they free is not determined by "
+                               "the data: kumar:tied")
+    stuck = dataclasses.replace(passed.fits[1], metrics=passed.fits[1].metrics | {"converged": False})
+    assert scaling.Comparison((alone.best, stuck), {}).reason() == "kumar:tied+plain is the only supported candidate; not converged: kumar:tied"
+    with pytest.raises(ValueError, match="compare: no fit converged .kumar:tied."):
+        scaling.Comparison((stuck,), {}).reason()
 
 
 def test_the_reason_speaks_of_converged_candidates_only():
