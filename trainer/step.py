@@ -40,7 +40,7 @@ class StepStructure:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hyper:
-    """Traced numbers of one run. `key`: uint32[2] from the seed. `divergence_margin`: nats above the best loss so far, float32."""
+    """Traced numbers of one run. `key`: uint32[2] from the seed. `divergence_margin`: nats above the first loss, float32."""
 
     optimizer: OptimizerNumbers
     schedule: ScheduleNumbers
@@ -57,7 +57,7 @@ class State:
     params: dict
     opt_state: Any
     step: jax.Array  # int32: updates done
-    best_loss: jax.Array  # float32: the lowest training loss so far, the reference of the divergence rule
+    first_loss: jax.Array  # float32: the loss of step 0, the reference of the divergence rule
     diverged_step: jax.Array  # int32
 
 
@@ -128,12 +128,14 @@ def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, p
 
 
 def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> tuple[State, Metrics]:
-    """One optimizer update. A loss or gradient that is not finite, or a loss above best_loss + divergence_margin, freezes the
+    """One optimizer update. A loss or gradient that is not finite, or a loss above first_loss + divergence_margin, freezes the
     run: the update is not applied and `diverged_step` says where."""
     key = fold_in(hyper.key, state.step)
     loss, grads = loss_and_gradients(structure, graphdef, state.params, tokens_BT1, hyper.policy, key, data_axis)
     grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= state.best_loss + hyper.divergence_margin)
+    # Not the best loss so far: that of one small batch can lie nats below the next one's.
+    first_loss = jnp.where(state.step == 0, loss, state.first_loss)
+    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= first_loss + hyper.divergence_margin)
 
     lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
     clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -147,7 +149,7 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 
     after = State(
         keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
-        jnp.minimum(state.best_loss, loss), jnp.where(healthy, state.diverged_step, state.step),
+        first_loss, jnp.where(healthy, state.diverged_step, state.step),
     )
     return after, Metrics(loss, grad_norm, lr)
 

@@ -219,7 +219,7 @@ def test_a_bad_loss_freezes_the_run():
     hyper = _hyper(margin=0.5)
     state, metrics = _step(STRUCTURE, _init(STRUCTURE, hyper), TOKENS[0], hyper)
     assert int(state.diverged_step) == -1 and int(state.step) == 1
-    worse = dataclasses.replace(state, best_loss=metrics.loss - 1.0 - 2.0)
+    worse = dataclasses.replace(state, first_loss=metrics.loss - 1.0)
     broken = dataclasses.replace(state, params={**state.params, "final_norm": state.params["final_norm"] * jnp.nan})
     for bad in (worse, broken):
         after, _ = _step(STRUCTURE, bad, TOKENS[1], hyper)
