@@ -77,7 +77,9 @@ def _demo(argv: list[str]) -> int:
     _part("scaling")
     code = importlib.import_module("trainer.cli").run("sweep", ["sweep=demo", *argv])
     root = Path(next((a.partition("=")[2] for a in argv if a.startswith("runs_dir=")), "runs")) / "demo"
-    return code or importlib.import_module("scaling.cli").conclude(root)
+    if code or "dry_run=true" in argv:
+        return code
+    return importlib.import_module("scaling.cli").conclude(root)
 
 
 PLAIN = ("demo", "status", "formats")  # verbs whose line of USAGE says it all
