@@ -4,6 +4,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from scaling.plugins import module_names
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors of one line instead of an exit."""
@@ -19,6 +21,7 @@ def parser(verb: str) -> Parser:
     about, build = _BUILDERS[verb]
     made = Parser(prog=f"bitlaw {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     build(made)
+    made.add_argument("--plugins", type=module_names, default=[], metavar="NAME,...", help="modules to import first, which register laws of yours")
     return made
 
 

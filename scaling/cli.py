@@ -18,6 +18,7 @@ from scaling.compare import Comparison
 from scaling.compare import compare as compare_laws
 from scaling.files import check_target
 from scaling.fit import fit as fit_law
+from scaling.plugins import load_plugins
 from scaling.report import report as write_report
 from scaling.result import Fit, load
 from scaling.summary import summary
@@ -28,6 +29,7 @@ def run(verb: str, argv: list[str]) -> int:
     """Runs `bitlaw verb argv`. Returns the exit code."""
     try:
         arguments = parser(verb).parse_args(argv)
+        load_plugins(arguments.plugins)
         return VERBS[verb](arguments)
     except ValueError as error:
         print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)

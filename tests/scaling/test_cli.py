@@ -1,7 +1,11 @@
 """The command line: exit codes, one-line refusals, and that what it prints is what was fitted."""
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +116,10 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitt
     ("predict", ["FIT.json", "N=1"], "FIT.json: no such file"),
     ("report", ["none", "--out", "x.html"], "none: no such file or folder"),
     ("table", ["none", "--out", "x.csv"], "none: no such file or folder"),
+    ("fit", ["RUNS", "--law", "kumar", "--plugins", "no_such_module"], "--plugins no_such_module: cannot be imported (No module named"),
+    ("report", ["none", "--out", "x.html", "--plugins", "json,no.such"], "--plugins no.such: cannot be imported"),
+    ("table", ["RUNS", "--out", "x.csv", "--plugins", "a,,b"], "argument --plugins: '' is not the name of a module"),
+    ("predict", ["FIT.json", "N=1", "--plugins", "../mine.py"], "argument --plugins: '../mine.py' is not the name of a module"),
     ("plan", [], "plan: unknown; scaling has table, fit, compare, predict, report"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, capsys, monkeypatch, tmp_path):
@@ -120,6 +128,33 @@ def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, c
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+PLUGIN = """
+import dataclasses
+from scaling import laws
+
+laws.add(dataclasses.replace(laws["chinchilla"], name="mine", aliases=()))
+"""
+
+
+def test_a_law_of_ones_own_comes_in_as_a_plugin(tmp_path):
+    """In processes of their own: a law registered here would stay for the other tests, and so hide a plugin that is not imported."""
+    (tmp_path / "my_laws.py").write_text(PLUGIN)
+    fake_runs.write_runs(tmp_path / "runs", bits={"float32": 32.0})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(scaling.__file__).parents[1]), str(tmp_path)])}
+
+    def call(*argv: str):
+        code = "import sys; from scaling.cli import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+        return subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    fit = ("fit", "runs", "--law", "mine", "--out", "FIT.json")
+    refused = call(*fit)
+    assert refused.returncode == 2 and "law 'mine': unknown" in refused.stderr
+    assert call(*fit, "--plugins", "my_laws").returncode == 0
+    predicted = call("predict", "FIT.json", "N=1e4", "D=1e6", "--plugins", "my_laws")
+    assert predicted.returncode == 0 and predicted.stdout.startswith("loss ")
+    assert "mine" in call("compare", "runs", "--laws", "chinchilla,mine", "--plugins", "my_laws").stdout
 
 
 @pytest.mark.parametrize("pairs", [["N=x", "D=1"], ["N", "D=1"], ["N=1"], ["N=0", "D=1"], ["N=1", "D=1", "kv_bits=4"], ["N=1", "D=1", "Q=4"]])
