@@ -15,7 +15,6 @@ from trainer.status import status
 from trainer.sweep import make_plan
 
 plan_module = importlib.import_module("trainer.sweep.plan")
-execute = importlib.import_module("trainer.sweep.execute")  # the package's `execute` is the function
 pytestmark = pytest.mark.usefixtures("shared_programs")
 BRANCHES = ["steps=10,20", "seed=0,1"]  # cool-downs of 2 and 4: a branch leaves its trunk after 8 steps
 

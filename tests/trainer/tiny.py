@@ -34,7 +34,7 @@ def launch(runs_dir, *overrides):
 
 def folders(runs_dir) -> dict[str, RunFolder]:
     """Run id -> folder of everything that was run below runs_dir."""
-    return {path.parent.name: RunFolder(path.parent) for path in Path(runs_dir).rglob("config.json")}
+    return {path.parent.name: RunFolder(path.parent) for path in Path(runs_dir).glob("*/*/config.json")}
 
 
 def results(runs_dir) -> dict[str, tuple]:
