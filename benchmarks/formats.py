@@ -1,18 +1,17 @@
 """What quantizing costs, in copies of the array: `python -m benchmarks.formats [--size N] [--rounds K]`.
 
-Unit: a jitted `-x` on the same 1e7 float32, in the same run. Programs run interleaved in rotated order (whoever goes first
-is slow); the figure is the ratio of medians, with the ratio of minima beside it. Freed memory is kept (malloc settings set
-before Python starts), since page faults of fresh results cost three copies and hide every difference. Prints JSON.
+Unit: a jitted `-x` on the same 1e7 float32, in the same run (timing.py says how programs take turns). Freed memory is
+kept (malloc settings set before Python starts), since page faults of fresh results cost three copies and hide every
+difference. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import sys
-import time
+
+from benchmarks import timing
 
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -61,38 +60,24 @@ def programs(size: int) -> dict:
     return made
 
 
-def measure(made: dict, rounds: int) -> dict:
-    """name -> list of seconds, `rounds` of them (slow peers: every fourth round)."""
+def measure(made: dict, rounds: int) -> dict[str, timing.Samples]:
+    """name -> seconds of a call, one figure for each round."""
     import jax
 
-    seconds = {name: [] for name in made}
-    for function, arguments in made.values():
-        jax.block_until_ready(function(*arguments))
-    names = list(made)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            if name.startswith("peer") and turn % 4:
-                continue
-            function, arguments = made[name]
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+    def visit(function, arguments):
+        program = timing.Program(lambda: jax.block_until_ready(function(*arguments)))
+        return lambda: timing.visit(program, repeats=1)
+
+    return timing.interleave({name: visit(*made[name]) for name in made}, rounds)
 
 
-def report(seconds: dict) -> dict:
+def report(samples: dict[str, timing.Samples]) -> dict:
     """Ratios to the copy of the same run, against their limits."""
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    least = {name: min(times) for name, times in seconds.items()}
-    ratios = {name: {"copies": round(median[name] / median["copy"], 2),
-                     "copies_of_minima": round(least[name] / least["copy"], 2)} for name in seconds}
-    static, traced = "e4m3fn nearest, static", "e4m3fn nearest, traced"
-    ratios["traced / static"] = {"copies": round(median[traced] / median[static], 2),
-                                 "copies_of_minima": round(least[traced] / least[static], 2)}
+    ratios = {name: timing.ratio(samples, name, "copy") for name in samples}
+    ratios["traced / static"] = timing.ratio(samples, "e4m3fn nearest, traced", "e4m3fn nearest, static")
     for name, limit in LIMITS.items():
-        ratios[name] |= {"limit": limit, "within": ratios[name]["copies"] <= limit}
-    return {"unit": "median of a jitted -x", "copy_ms": round(median["copy"] * 1e3, 2), "ratios": ratios}
+        ratios[name] = timing.judged(ratios[name], at_most=limit)
+    return {"unit": "a jitted -x", "copy": samples["copy"].milliseconds(), "ratios": ratios}
 
 
 def main() -> None:
@@ -104,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     given = parser.parse_args()
     result = report(measure(programs(given.size), given.rounds))
-    print(json.dumps({"size": given.size, "rounds": given.rounds, **result}, indent=2))
+    timing.print_json({"machine": timing.machine(("jax", "numpy", "ml_dtypes")), "size": given.size, "rounds": given.rounds, **result})
 
 
 if __name__ == "__main__":
