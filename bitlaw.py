@@ -49,10 +49,11 @@ def _formats(argv: list[str]) -> int:
     rows = _part("formats").table()
     table = Table()
     for column in rows[0]:
-        table.add_column(column.replace("_", " "), no_wrap=True)
+        table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
     return 0
 
 
