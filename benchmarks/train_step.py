@@ -35,7 +35,7 @@ def jax_programs(width: int, devices: int, kinds: tuple[str, ...]) -> dict:
     makers = {
         "float32": lambda: our_step.program(config, our_step.FLOAT32),
         "quantized": lambda: our_step.program(config, our_step.QUANTIZED),
-        "cohort": lambda: our_step.program(config, our_step.FLOAT32, COHORT, steps=1),
+        "cohort": lambda: our_step.program(config, our_step.FLOAT32, COHORT),
         "scan": lambda: _plain(config, scan=True),
         "unrolled": lambda: _plain(config, scan=False),
     }
