@@ -14,7 +14,8 @@ from formats.elements import Element, identity, integer, minifloat
 from formats.gaussian import gaussian_mse
 from formats.noise import random_bits
 from formats.quantize import quantize
-from formats.rounding import Overflow, Rounding, round_to
+from formats.modes import Overflow, Rounding
+from formats.rounding import round_to
 from formats.scales import Rule
 
 Format = Element | Scaled

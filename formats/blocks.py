@@ -25,7 +25,8 @@ from formats import bits as fb
 from formats.elements import Element, power_of_two
 from formats.layout import View
 from formats.noise import random_bits as hash_bits
-from formats.rounding import Overflow, Rounding, as_float32, parse, round_pattern, round_to
+from formats.modes import Draw, Overflow, Rounding, as_float32, parse
+from formats.rounding import round_pattern, round_to
 from formats.scales import Rule, exact_scale, hides, shared_exponent
 
 
@@ -187,6 +188,6 @@ def _in_place(v, fmt: Scaled, amax, rounding, overflow, noise):
     """(y, exponent): v rounded on the element's grid times 2**exponent, by moving the grid rather than v."""
     hidden = jnp.where(hides(amax, fmt.element), fb.NAN, np.int32(0))  # NaN | anything is NaN
     exponent, hidden = lax.optimization_barrier((shared_exponent(amax, fmt.element, fmt.rule), hidden))
-    y_bits = round_pattern(fb.to_pattern(v), fmt.element, parse(Rounding, rounding), parse(Overflow, overflow), noise,
+    y_bits = round_pattern(fb.to_pattern(v), fmt.element, parse(Rounding, rounding), parse(Overflow, overflow), Draw(), noise,
                            exponent)
     return fb.to_value(y_bits | hidden), exponent

@@ -49,12 +49,22 @@ class Element:
         return self.exp_bits + self.man_bits + (self.min_value < 0).astype(np.int32)
 
     @property
+    def limits(self):
+        """float32: the most negative and the largest value."""
+        return self.min_value, self.max_value
+
+    @property
+    def has_zero(self):
+        """bool: whether 0 is a value of the format."""
+        return self.min_magnitude == 0
+
+    @property
     def unbounded(self):
         """bool: the float32 identity, whose scale is always exactly 1."""
         return self.max_value == np.float32(np.inf)
 
 
-def _whole(key: str, value, low: int, high: int):
+def whole(key: str, value, low: int, high: int):
     """An int32 from a Python/numpy integer (checked: low..high) or an integer jax scalar (passed through)."""
     if isinstance(value, jax.Array):
         if not jnp.issubdtype(value.dtype, jnp.integer):
@@ -84,7 +94,7 @@ def minifloat(exp_bits, man_bits, variant: str = "ieee", bias=None) -> Element:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
-    exp_bits, man_bits = _whole("exp_bits", exp_bits, 0, 8), _whole("man_bits", man_bits, 0, 23)
+    exp_bits, man_bits = whole("exp_bits", exp_bits, 0, 8), whole("man_bits", man_bits, 0, 23)
     traced = fb.is_traced(exp_bits, man_bits, bias)
     xp = jnp if traced else np
     one = xp.asarray(1, np.int32)
@@ -92,7 +102,7 @@ def minifloat(exp_bits, man_bits, variant: str = "ieee", bias=None) -> Element:
     if bias is None:
         bias = half if variant == "fnuz" else xp.maximum(half - 1, 0)
     else:
-        bias = _whole("bias", bias, -100, 300)
+        bias = whole("bias", bias, -100, 300)
     finite = variant != "ieee"
     has_inf = (exp_bits > 0) if not finite else xp.asarray(False)
     has_nan = {"ieee": has_inf & (man_bits > 0), "fn": exp_bits + man_bits > 5, "fnuz": xp.asarray(True)}[variant]
@@ -120,8 +130,8 @@ def integer(bits, signed: bool = True, symmetric: bool = True, fraction_bits=0) 
     signed, symmetric: -(2**(bits-1)-1) .. 2**(bits-1)-1; signed, not symmetric: from -2**(bits-1); unsigned:
     0 .. 2**bits-1. No infinities, no NaN code, no negative zero.
     """
-    bits = _whole("bits", bits, 2 if signed else 1, 24)
-    fraction_bits = _whole("fraction_bits", fraction_bits, -100, 100)
+    bits = whole("bits", bits, 2 if signed else 1, 24)
+    fraction_bits = whole("fraction_bits", fraction_bits, -100, 100)
     xp = jnp if fb.is_traced(bits, fraction_bits) else np
     one = xp.asarray(1, np.int32)
     man_bits = bits - 1 if signed else bits

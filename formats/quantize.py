@@ -9,7 +9,7 @@ import jax
 from formats.blocks import Scaled, apply
 from formats.catalogue import get
 from formats.elements import Element
-from formats.rounding import Overflow, Rounding, parse
+from formats.modes import Overflow, Rounding, parse
 
 
 class Gradient(enum.Enum):

@@ -9,7 +9,6 @@ exact in subnormals of the target and of float32, also where the backend flushes
 
 from __future__ import annotations
 
-import enum
 from typing import NamedTuple
 
 import jax
@@ -19,63 +18,44 @@ from jax import lax
 
 from formats import bits as fb
 from formats.elements import Element
+from formats.modes import (
+    Draw,
+    Overflow,
+    Rounding,
+    StochasticRule,
+    as_float32,
+    by_mode,
+    carries,
+    parse,
+    parse_rounding,
+    random_increment,
+)
 
 
-class Rounding(enum.Enum):
-    """How a value between two representable ones goes to one of them (IEEE 754 names where it has one)."""
+def round_to(x, element, *, rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full", random_bits=None):
+    """x rounded to the values of an element (Element, Codebook or Logarithmic), as an array like x.
 
-    NEAREST_EVEN = "nearest_even"
-    NEAREST_AWAY = "nearest_away"
-    NEAREST_ZERO = "nearest_zero"
-    TOWARD_ZERO = "toward_zero"
-    TOWARD_POSITIVE = "toward_positive"
-    TOWARD_NEGATIVE = "toward_negative"
-    TO_ODD = "to_odd"
-    STOCHASTIC = "stochastic"
-
-
-class Overflow(enum.Enum):
-    """What becomes of a value beyond the largest: the largest, or what IEEE 754 and ml_dtypes do (inf or NaN)."""
-
-    SATURATE = "saturate"
-    IEEE = "ieee"
-
-
-def parse(kind: type[enum.Enum], value):
-    """The member of `kind` named by a string (members pass through); ValueError lists what is accepted."""
-    try:
-        return kind(value)
-    except ValueError:
-        accepted = ", ".join(member.value for member in kind)
-        raise ValueError(f"{kind.__name__.lower()}={value!r} must be one of {accepted}") from None
-
-
-def as_float32(x):
-    """x as float32 (float16 and bfloat16 are exact there); ValueError for any other dtype."""
-    x = jnp.asarray(x)
-    if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
-        raise ValueError(f"x has dtype {x.dtype}; float32, float16 or bfloat16 is needed")
-    return x.astype(jnp.float32)
-
-
-def round_to(x, element: Element, *, rounding="nearest_even", overflow="saturate", random_bits=None):
-    """x rounded to the values of `element`, as an array like x.
-
-    x: float32, float16 or bfloat16 of any shape (the result is cast back to its dtype). element: fields are scalars or
-    broadcast against x at equal rank. random_bits: uint32 like x, for rounding="stochastic" only: the probability of
-    going up is exactly the dropped fraction (below the quantum, that fraction truncated to a multiple of 2**-31).
+    x: float32, float16 or bfloat16 of any shape (the result is cast back to its dtype). An Element's fields are scalars or
+    broadcast against x at equal rank. rounding: a mode, or the `mode_number` of a deterministic one, which may be traced.
+    random_bits: uint32 like x, for the stochastic modes only. sr_rule="full": the probability of going up is exactly the dropped
+    fraction (below the quantum, that fraction truncated to a multiple of 2**-31); "A", "B", "C" with sr_bits=k: see
+    `StochasticRule`. stochastic_equal goes up or down with probability 1/2.
 
     nearest_even ties go to the even significand; without mantissa bits that is the larger power of two (as ml_dtypes'
     float8_e8m0fnu; P3109 goes by the code instead). NaN stays NaN, also where the format has no code for it: a diverged
-    tensor must show. overflow="saturate": beyond the range, infinities included, the largest value of that sign;
-    "ieee": inf where the format has it, else NaN, else the largest value; modes that round inward stop at the largest.
+    tensor must show. overflow: see `Overflow`; under "ieee" modes that round inward stop at the largest.
     """
-    rounding, overflow = parse(Rounding, rounding), parse(Overflow, overflow)
-    if (random_bits is not None) != (rounding is Rounding.STOCHASTIC):
-        raise ValueError(f"random_bits must be given exactly when rounding='stochastic', got rounding={rounding.value!r}")
-    x_bits = fb.to_pattern(as_float32(x))
-    y_bits = round_pattern(x_bits, element, rounding, overflow, random_bits)
-    return fb.to_value(y_bits).astype(jnp.asarray(x).dtype)
+    rounding, overflow = parse_rounding(rounding), parse(Overflow, overflow)
+    draw = Draw.of(sr_bits, sr_rule, rounding)
+    random = isinstance(rounding, Rounding) and rounding.random
+    if random != (random_bits is not None):
+        raise ValueError(f"random_bits must be given exactly for the stochastic modes, got rounding={getattr(rounding, 'value', 'a number')!r}")
+    v = as_float32(x)
+    if isinstance(element, Element):
+        y = fb.to_value(round_pattern(fb.to_pattern(v), element, rounding, overflow, draw, random_bits))
+    else:
+        y = element.round(v, rounding, overflow, draw, random_bits)
+    return y.astype(jnp.asarray(x).dtype)
 
 
 class _Grid(NamedTuple):
@@ -124,7 +104,7 @@ def _limits(element: Element):
     return fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE
 
 
-def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overflow, random_bits=None, exponent=None):
+def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: Draw = Draw(), random_bits=None, exponent=None):
     """`round_to` on int32 float32-patterns. With exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
     its range are those of the element times 2**exponent; its largest value must then be below 2**128."""
     if random_bits is not None:
@@ -133,43 +113,51 @@ def round_pattern(x_bits, element: Element, rounding: Rounding, overflow: Overfl
     grid = _Grid.of(element) if exponent is None else _Grid.moved(element, exponent)
     pattern = magnitude if exponent is None else fb.to_extended(magnitude)
     limit = jnp.where(x_bits >= 0, grid.high, grid.low)
-    rounded = _round_from_quantum(pattern, x_bits, grid, rounding, random_bits)
+    rounded = by_mode(rounding, lambda mode: _round_from_quantum(pattern, x_bits, grid, mode, draw, random_bits))
     clipped = jnp.minimum(rounded, limit)
     clipped = clipped if exponent is None else fb.from_extended(clipped)
     smallest = fb.to_pattern(element.min_magnitude)
-    above_zero = _reaches_quantum(pattern, x_bits, grid, rounding, random_bits)
+    above_zero = by_mode(rounding, lambda mode: _reaches_quantum(pattern, x_bits, grid, mode, draw, random_bits))
     y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, clipped, smallest)
     y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
-    if overflow is Overflow.IEEE:
+    if overflow is not Overflow.SATURATE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
-        beyond = (rounded > limit) & (special != 0) & (_leaves_range(x_bits, rounding) | (magnitude == fb.INFINITY))
-        y_bits = jnp.where(beyond, (x_bits & fb.SIGN) | special, y_bits)
-        y_bits = jnp.where((x_bits <= 0) & (smallest > 0), fb.NAN, y_bits)
+        beyond = magnitude == fb.INFINITY
+        if overflow is Overflow.IEEE:
+            leaves = by_mode(rounding, lambda mode: _leaves_range(x_bits, mode))
+            beyond = beyond | ((rounded > limit) & leaves)
+            y_bits = jnp.where((x_bits <= 0) & (smallest > 0), fb.NAN, y_bits)
+        y_bits = jnp.where(beyond & (special != 0), (x_bits & fb.SIGN) | special, y_bits)
     return jnp.where(magnitude > fb.INFINITY, x_bits, y_bits)
 
 
-def _leaves_range(x_bits, rounding: Rounding):
+def _leaves_range(x_bits, mode: Rounding):
     """bool: whether a finite value past the largest one overflows (IEEE 754-2019 section 7.4: not if rounded inward)."""
-    if rounding is Rounding.TOWARD_POSITIVE:
+    if mode is Rounding.TOWARD_POSITIVE:
         return x_bits >= 0
-    if rounding is Rounding.TOWARD_NEGATIVE:
+    if mode is Rounding.TOWARD_NEGATIVE:
         return x_bits < 0
-    return rounding is not Rounding.TOWARD_ZERO
+    return mode is not Rounding.TOWARD_ZERO
 
 
-def _round_from_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bits):
+def _round_from_quantum(pattern, x_bits, grid: _Grid, mode: Rounding, draw: Draw, random_bits):
     """Pattern rounded on the grid, its range ignored (infinity stays); the quantum for all below it."""
     lifted = jnp.maximum(pattern, grid.quantum)
     shift = jnp.maximum(grid.leading(lifted) - grid.man_bits, grid.quantum_exp + 150 - grid.field(lifted))
     shift = shift & 31  # it is 0 .. 23; the mask tells the compiler
     mask = (np.int32(1) << shift) - 1
-    odd = ((lifted | fb.SMALLEST_NORMAL) >> shift) & 1  # the last kept bit; the implicit one if that is all that is kept
-    return (lifted + _increment(rounding, x_bits, mask, odd, random_bits)) & ~mask
+    if mode.random:
+        increment = random_increment(mode, draw, random_bits, lifted | fb.SMALLEST_NORMAL, shift)
+    else:
+        # the last kept bit; the implicit one if that is all that is kept
+        odd = ((lifted | fb.SMALLEST_NORMAL) >> shift) & 1
+        increment = _increment(mode, x_bits, mask, odd)
+    return (lifted + increment) & ~mask
 
 
-def _increment(rounding: Rounding, x_bits, mask, odd, random_bits):
+def _increment(mode: Rounding, x_bits, mask, odd):
     """What is added before the bits under `mask` are cleared; 0 wherever the mask is 0."""
-    match rounding:
+    match mode:
         case Rounding.NEAREST_EVEN:
             return (mask + odd) >> 1
         case Rounding.NEAREST_AWAY:
@@ -184,14 +172,12 @@ def _increment(rounding: Rounding, x_bits, mask, odd, random_bits):
             return jnp.where(x_bits >= 0, 0, mask)
         case Rounding.TO_ODD:
             return jnp.where(odd != 0, 0, mask)
-        case Rounding.STOCHASTIC:
-            return random_bits & mask
 
 
-def _reaches_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bits):
+def _reaches_quantum(pattern, x_bits, grid: _Grid, mode: Rounding, draw: Draw, random_bits):
     """bool: False where x goes to zero: True at or above the quantum, the mode's choice below it, False for zero."""
     nonzero = x_bits & fb.MAGNITUDE != 0
-    match rounding:
+    match mode:
         case Rounding.NEAREST_EVEN | Rounding.NEAREST_ZERO:
             return pattern > grid.half
         case Rounding.NEAREST_AWAY:
@@ -204,10 +190,16 @@ def _reaches_quantum(pattern, x_bits, grid: _Grid, rounding: Rounding, random_bi
             return jnp.where(x_bits >= 0, pattern >= grid.quantum, nonzero)
         case Rounding.TO_ODD:
             return nonzero
-        case Rounding.STOCHASTIC:
-            # x / quantum in units of 2**-31 against 31 random bits; anything where x is not below the quantum
-            field = grid.field(pattern)
-            significand = pattern - ((field - 1) << 23)
-            away = jnp.minimum(grid.quantum_exp + 119 + grid.headroom - field, 31) & 31
-            chance = (significand << grid.headroom) >> away
-            return (pattern >= grid.quantum) | ((random_bits & fb.MAGNITUDE) < chance)
+    return (pattern >= grid.quantum) | (nonzero & carries(mode, draw, random_bits, _fraction(pattern, grid, mode, draw)))
+
+
+def _fraction(pattern, grid: _Grid, mode: Rounding, draw: Draw):
+    """x / quantum of an x below the quantum in units of 2**-31, truncated (anything where x is not below it). What has to see
+    the truncated rest finds it in the last bit: rule C its ties, equal chances whether x is zero."""
+    field = grid.field(pattern)
+    significand = (pattern - ((field - 1) << 23)) << grid.headroom
+    away = jnp.minimum(grid.quantum_exp + 119 + grid.headroom - field, 31) & 31
+    fraction = significand >> away
+    if mode is Rounding.STOCHASTIC_EQUAL or draw.rule is StochasticRule.C:
+        fraction = fraction | (fraction << away != significand).astype(jnp.int32)
+    return fraction

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import formats
-from formats.rounding import Rounding
+from formats.modes import Rounding
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, RoleSpec
 from trainer.precision import GEMMS, ROLES, Operand, PrecisionPolicy, Quantizer, Source
