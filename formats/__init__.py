@@ -8,18 +8,25 @@
 Widths are numbers that may be traced: one compiled program serves every width, and `vmap` over formats works.
 """
 
-from formats.blocks import Granularity, Scaled, block, scaled, split
-from formats.catalogue import describe, get, names, register, table
+from formats.amax import Amax, gaussian_clip
+from formats.blocks import split
+from formats.catalogue import get, names, register
+from formats.codebooks import Codebook, binary, codebook, dybit, nf4
+from formats.describe import describe, table
 from formats.elements import Element, identity, integer, minifloat
 from formats.gaussian import gaussian_mse
+from formats.gradients import Gradient, QuantizedGradient
+from formats.logarithmic import Logarithmic, lns
+from formats.modes import Overflow, Rounding, StochasticRule, mode_number
 from formats.noise import random_bits
 from formats.quantize import quantize
-from formats.modes import Overflow, Rounding
 from formats.rounding import round_to
-from formats.scales import Rule
+from formats.scaled import Granularity, Scaled, block, scaled
+from formats.scales import Rule, rule_number
 
-Format = Element | Scaled
+Format = Element | Codebook | Logarithmic | Scaled
 
-__all__ = ["Element", "Format", "Granularity", "Overflow", "Rounding", "Rule", "Scaled", "block", "describe", "gaussian_mse",
-           "get", "identity", "integer", "minifloat", "names", "quantize", "random_bits", "register", "round_to", "scaled",
-           "split", "table"]
+__all__ = ["Amax", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow", "QuantizedGradient", "Rounding",
+           "Rule", "Scaled", "StochasticRule", "binary", "block", "codebook", "describe", "dybit", "gaussian_clip", "gaussian_mse", "get",
+           "identity", "integer", "lns", "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "register", "round_to",
+           "rule_number", "scaled", "split", "table"]

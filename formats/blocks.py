@@ -1,20 +1,23 @@
-"""Formats whose values share scales: one per tensor, per channel, per token, or per block of consecutive values.
+"""Quantizing with shared scales: one per tensor, per channel, per token, per block of consecutive values or tile, or two levels.
 
-A block is a set of values with one scale; its amax is its largest magnitude. Special blocks, the same for every rule:
-- only zeros and float32 subnormals: scale 1 and values 0 under "exact" (rounded as they are, at scale 1); scale 2**-127
-  (E8M0 code 0, as OCP libraries do) under the power-of-two rules, which keep what the element's grid then reaches;
-- a NaN or an infinity anywhere: the scale is NaN and so is the whole block, so that it shows;
+A block is a set of values with one scale; its amax is its largest magnitude (or a statistic that stands for it). Special blocks,
+the same for every rule:
+- only zeros and float32 subnormals: scale 1 and values 0 under "exact" (rounded as they are, at scale 1; scale 0 for an
+  element that has no zero); scale 2**-127 (E8M0 code 0, as OCP libraries do) under the power-of-two rules, which keep what the
+  element's grid then reaches;
+- a NaN or an infinity anywhere: the scale is NaN and so is the whole block (with two levels the whole tensor), so that it shows;
 - the float32 identity as element: the scale is exactly 1 and every value is unchanged, NaN and inf included.
 
 The power-of-two rules (OCP MX v1.0 section 6.3 for "floor"; the others as torchao and cuBLAS name them) round in place,
-with the element's grid moved by the shared exponent: exact down to float32 subnormals, nothing multiplied. "exact"
-divides and multiplies in float32: its scale is never below 2**-126, and products below 2**-126 may be flushed to zero.
+with the element's grid moved by the shared exponent: exact down to float32 subnormals, nothing multiplied. "exact", and elements
+that are no grid, divide (by the reciprocal) and multiply in float32: scales are never below 2**-126, and products below 2**-126
+may be flushed to zero.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,172 +25,244 @@ import numpy as np
 from jax import lax
 
 from formats import bits as fb
-from formats.elements import Element, power_of_two
+from formats.amax import Amax, magnitude
+from formats.elements import Element
 from formats.layout import View
+from formats.modes import Draw, Overflow, Rounding, as_float32, parse, parse_rounding
 from formats.noise import random_bits as hash_bits
-from formats.modes import Draw, Overflow, Rounding, as_float32, parse
 from formats.rounding import round_pattern, round_to
-from formats.scales import Rule, exact_scale, hides, shared_exponent
+from formats.scaled import ELEMENTS, Granularity, Scaled
+from formats.scales import affine_scale, exact_scale, hides, shared_exponent
 
 
-class Granularity(enum.Enum):
-    """Which values share a scale. channel and token: those along `axis` (the contracted one)."""
+class Manner(NamedTuple):
+    """How values are rounded: mode (a `Rounding`, or a traced number), what lies beyond the range, and what random bits do."""
 
-    TENSOR = "tensor"
-    CHANNEL = "channel"
-    TOKEN = "token"
-    BLOCK = "block"
+    rounding: Rounding | jax.Array = Rounding.NEAREST_EVEN
+    overflow: Overflow = Overflow.SATURATE
+    draw: Draw = Draw()
 
+    @staticmethod
+    def of(rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full") -> Manner:
+        """Of the arguments of `quantize`, checked."""
+        rounding = parse_rounding(rounding)
+        return Manner(rounding, parse(Overflow, overflow), Draw.of(sr_bits, sr_rule, rounding))
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """An element format with shared scales. Widths (element, scale_element) are leaves and may be traced; the rest is
-    structure. scale_element: what a scale is rounded to, None for float32. axis: along which a scale is constant
-    (channel, token) or blocks of `block` values lie (block)."""
+    @property
+    def random(self) -> bool:
+        """Whether random bits are needed."""
+        return isinstance(self.rounding, Rounding) and self.rounding.random
 
-    element: Element
-    scale_element: Element | None
-    granularity: Granularity = dataclasses.field(metadata={"static": True})
-    axis: int = dataclasses.field(metadata={"static": True})
-    block: int | None = dataclasses.field(metadata={"static": True})
-    rule: Rule = dataclasses.field(metadata={"static": True})
-
-
-def scaled(element: Element, granularity="tensor", *, axis: int = -1, block: int | None = None, scale_format="float32",
-           rule="exact") -> Scaled:
-    """A format with shared scales. element, scale_format: an Element or a catalogue name.
-
-    granularity: "tensor" one scale; "channel", "token" one for each index of the dimensions other than `axis`; "block"
-    one for every `block` consecutive values along `axis` (the last block of a row may be short). rule: see `Rule`; the
-    power-of-two rules have float8_e8m0fnu scales whatever scale_format. ValueError for what does not fit together.
-    """
-    element = _element("element", element)
-    scale_element = None if scale_format == "float32" else _element("scale_format", scale_format)
-    granularity, rule = parse(Granularity, granularity), parse(Rule, rule)
-    if (granularity is Granularity.BLOCK) != (block is not None):
-        raise ValueError(f"block={block} with granularity={granularity.value!r}: a block size goes with 'block' alone")
-    if block is not None and (not isinstance(block, int) or block < 1):
-        raise ValueError(f"block={block!r} must be a positive integer")
-    if rule is not Rule.EXACT:
-        if scale_format not in ("float32", "float8_e8m0fnu", power_of_two()):
-            raise ValueError(f"scale_format={scale_format!r} with rule={rule.value!r} must be 'float8_e8m0fnu'")
-        scale_element = power_of_two()
-    return Scaled(element, scale_element, granularity, axis, block, rule)
+    def round(self, v, element, noise):
+        """v rounded to the element."""
+        return round_to(v, element, rounding=self.rounding, overflow=self.overflow, sr_bits=self.draw.bits, sr_rule=self.draw.rule,
+                        random_bits=noise)
 
 
-def block(element: Element, size: int, *, axis: int = -1, scale_format="float8_e8m0fnu", rule="floor") -> Scaled:
-    """An MX-like block format: `size` consecutive values along `axis` share a scale (OCP MX: size 32, E8M0, floor)."""
-    return scaled(element, "block", axis=axis, block=size, scale_format=scale_format, rule=rule)
+class Scaling(NamedTuple):
+    """The scales of one tensor, broadcasting against it cut into blocks. stored: float32, what a number stands for in its block
+    (relative to `tensor`); exponent: int32, log2 of it for power-of-two rules, NaN blocks not marked; hidden: bool, blocks that
+    are NaN; tensor: float32, the scale of the stored ones, or None; zero: float32 code of zero, or None."""
+
+    stored: jax.Array
+    exponent: jax.Array | None
+    hidden: jax.Array
+    tensor: jax.Array | None
+    zero: jax.Array | None
 
 
-def _element(key: str, value) -> Element:
-    if isinstance(value, str):
-        from formats.catalogue import get  # the catalogue is built of blocks
-
-        value = get(value)
-    if not isinstance(value, Element):
-        raise ValueError(f"{key}={value!r} must be an element format such as 'float8_e4m3fn' or formats.minifloat(4, 3)")
-    if not fb.is_traced(value.min_magnitude) and value.min_magnitude > 0 and key == "element":
-        raise ValueError("element='float8_e8m0fnu' cannot have a scale: it has no zero")
-    return value
-
-
-def split(x, fmt: Element | Scaled, *, rounding="nearest_even", overflow="saturate", key=None, random_bits=None,
-          reduce_max=None, amax=None):
+def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full", key=None, random_bits=None,
+          reduce_max=None, amax=None, scale=None):
     """(values, scale): the narrow numbers and what multiplies them; values * scale == apply(x, fmt) down to 2**-126.
 
     x: float32, float16 or bfloat16; both results are float32. scale broadcasts against x: shape [] for "tensor", 1 in
-    `axis` for "channel" and "token", the shape of x for "block". For an Element the scale is 1. key, random_bits: as in
-    `apply`. reduce_max: applied to amax, e.g. a pmax over the mesh axis that shards values of one scale. amax: float32,
-    used in place of the current one (delayed or static scales), shaped like scale, for "block" with one entry a block
-    along `axis`. A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
+    `axis` for "channel" and "token", the shape of x for "block". For an element the scale is 1. key, random_bits: as in
+    `apply`. reduce_max: applied to amax (to that of the tensor, with two levels), e.g. a pmax over the mesh axis that shards values
+    of one scale. amax: float32, used in place of the current one (delayed scales), shaped like scale, for "block" with one entry a
+    block. scale: float32, given outright instead, shaped like amax (static and learned scales; "exact" and float32 scales only).
+    A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
     Not differentiable: the result is a constant to autodiff.
     """
-    v, view = _view(x, fmt)
-    noise = _noise(view, rounding, key, random_bits)
-    if isinstance(fmt, Element):
-        return round_to(v, fmt, rounding=rounding, overflow=overflow, random_bits=noise), jnp.float32(1.0)
-    if amax is None:
-        amax = view.amax(v) if reduce_max is None else reduce_max(view.amax(v))
-    else:
-        amax = view.per_scale(as_float32(amax))
-    if fmt.rule is Rule.EXACT:
-        values, scale = _exact(v, fmt, amax, rounding, overflow, noise)
-    else:
-        y, exponent = _in_place(v, fmt, amax, rounding, overflow, noise)
-        exponent = jnp.maximum(exponent, -126)
-        scale = jnp.where(hides(amax, fmt.element), jnp.float32(jnp.nan), fb.to_value(fb.power_of_two(exponent)))
-        # 2**-127 would be flushed: two factors
-        inverse = fb.to_value(fb.power_of_two(jnp.maximum(-exponent, -126)))
-        values = y * inverse * jnp.where(exponent == 127, jnp.float32(0.5), jnp.float32(1.0))
-    return view.restore(values), view.restore(scale) if fmt.granularity is Granularity.BLOCK else scale
+    manner = Manner.of(rounding, overflow, sr_bits, sr_rule)
+    v, view = cut(x, fmt)
+    noise = draw_noise(view, manner, key, random_bits)
+    if isinstance(fmt, ELEMENTS):
+        return manner.round(v, fmt, noise), jnp.float32(1.0)
+    scaling = scales_of(v, view, fmt, manner, amax=amax, scale=scale, reduce_max=reduce_max)
+    values, _ = narrow(v, fmt, scaling, manner, noise)
+    factor = factor_of(fmt, scaling)
+    return view.restore(values), view.restore(factor) if fmt.granularity is Granularity.BLOCK else factor
 
 
-def apply(x, fmt: Element | Scaled, *, rounding="nearest_even", overflow="saturate", key=None, random_bits=None):
+def apply(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full", key=None, random_bits=None, amax=None,
+          scale=None):
     """x rounded to the values of fmt, in x's shape and dtype; a constant to autodiff (`quantize` adds a gradient).
 
-    rounding="stochastic" takes either key (hashed with the element's index in x) or random_bits (uint32 like x).
+    The stochastic modes take either key (hashed with the element's index in x) or random_bits (uint32 like x). amax, scale: as in
+    `split`.
     """
-    v, view = _view(x, fmt)
-    noise = _noise(view, rounding, key, random_bits)
-    if isinstance(fmt, Element):
-        y = round_to(v, fmt, rounding=rounding, overflow=overflow, random_bits=noise)
-    elif fmt.rule is Rule.EXACT:
-        values, scale = _exact(v, fmt, view.amax(v), rounding, overflow, noise)
-        y = jnp.where(fmt.element.unbounded, v, values * scale)
+    manner = Manner.of(rounding, overflow, sr_bits, sr_rule)
+    v, view = cut(x, fmt)
+    noise = draw_noise(view, manner, key, random_bits)
+    if isinstance(fmt, ELEMENTS):
+        if amax is not None or scale is not None:
+            raise ValueError("amax and scale need a format with scales: wrap the element in formats.scaled(...)")
+        y = manner.round(v, fmt, noise)
     else:
-        y, _ = _in_place(v, fmt, view.amax(v), rounding, overflow, noise)
+        _, y = narrow(v, fmt, scales_of(v, view, fmt, manner, amax=amax, scale=scale), manner, noise)
     return view.restore(y).astype(jnp.asarray(x).dtype)
 
 
-def _view(x, fmt) -> tuple[jax.Array, View]:
+def inside_range(x, fmt, *, amax=None, scale=None):
+    """bool like x: not beyond the smallest and the largest value, at its scale (True for NaN). What `clipped` gradients go by."""
+    v, view = cut(x, fmt)
+    if isinstance(fmt, ELEMENTS):
+        (low, high), inverse = fmt.limits, np.float32(1.0)
+    else:
+        scaling = scales_of(v, view, fmt, amax=amax, scale=scale)
+        (low, high), inverse = fmt.element.limits, 1.0 / factor_of(fmt, scaling)
+        if scaling.zero is not None:
+            low, high = low - scaling.zero, high - scaling.zero
+    return view.restore(~((v * inverse < low) | (v * inverse > high)))
+
+
+def cut(x, fmt) -> tuple[jax.Array, View]:
     """x as float32, cut into blocks where fmt has them, and how to undo it. ValueError if x has no dimension `axis`."""
     v = lax.stop_gradient(as_float32(x))
-    if isinstance(fmt, Element) or fmt.granularity is Granularity.TENSOR:
+    if isinstance(fmt, ELEMENTS) or fmt.granularity is Granularity.TENSOR:
         return v, View(v.shape, None, None)
-    if not -v.ndim <= fmt.axis < v.ndim:
-        raise ValueError(f"axis={fmt.axis} of the format must be a dimension of x, which has shape {v.shape}")
-    axis = fmt.axis % v.ndim
+    axes = fmt.axis if isinstance(fmt.axis, tuple) else (fmt.axis,)
+    for axis in axes:
+        if not -v.ndim <= axis < v.ndim:
+            raise ValueError(f"axis={axis} of the format must be a dimension of x, which has shape {v.shape}")
+    dims = tuple(axis % v.ndim for axis in axes)
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"axis={fmt.axis} of the format names a dimension of x, which has shape {v.shape}, twice")
     if fmt.granularity is not Granularity.BLOCK:
-        return v, View(v.shape, axis, None)
-    view = View(v.shape, axis, fmt.block)
+        return v, View(v.shape, dims, None)
+    pairs = sorted(zip(dims, fmt.block if isinstance(fmt.block, tuple) else (fmt.block,), strict=True))
+    view = View(v.shape, tuple(dim for dim, _ in pairs), tuple(size for _, size in pairs))
     return view.cut(v), view
 
 
-def _noise(view: View, rounding, key, random_bits):
+def draw_noise(view: View, manner: Manner, key, random_bits):
     """uint32 random bits in the view of x, or None where rounding is deterministic. ValueError for a bad pairing."""
-    rounding = parse(Rounding, rounding)
     if key is not None and random_bits is not None:
         raise ValueError("key and random_bits exclude each other: give one")
-    if rounding is not Rounding.STOCHASTIC:
+    if not manner.random:
         if key is not None or random_bits is not None:
-            raise ValueError(f"key and random_bits need rounding='stochastic', got rounding={rounding.value!r}")
+            raise ValueError(f"key and random_bits need rounding='stochastic', got rounding={getattr(manner.rounding, 'value', 'a number')!r}")
         return None
     if key is not None:
         random_bits = hash_bits(key, view.shape)
     elif random_bits is None:
-        raise ValueError("rounding='stochastic' needs key=... or random_bits=...")
-    if jnp.shape(random_bits) != view.shape or random_bits.dtype != jnp.uint32:
+        raise ValueError(f"rounding={manner.rounding.value!r} needs key=... or random_bits=...")
+    random_bits = jnp.asarray(random_bits)
+    if random_bits.shape != view.shape or random_bits.dtype != jnp.uint32:
         raise ValueError(f"random_bits must be uint32 of shape {view.shape}, got {random_bits.dtype}{random_bits.shape}")
     return view.cut(random_bits)
 
 
-def _exact(v, fmt: Scaled, amax, rounding, overflow, noise):
-    """(values, scale) of v in its view: values = v / scale rounded."""
-    scale = exact_scale(amax, fmt.element, fmt.scale_element)
+def scales_of(v, view: View, fmt: Scaled, manner: Manner = Manner(), *, amax=None, scale=None, reduce_max=None) -> Scaling:
+    """The scales of v, the tensor cut by view; amax, scale, reduce_max as in `split`."""
+    if scale is not None:
+        if amax is not None or not fmt.exact or fmt.scale_element is not None or fmt.zero_point:
+            raise ValueError("scale= needs a format with rule='exact', scale_format='float32', zero_point=False, and no amax=")
+        stored = view.per_scale(as_float32(scale))
+        return Scaling(stored, None, jnp.isnan(stored), None, None)
+    if fmt.zero_point:
+        return _affine(v, view, fmt, amax, reduce_max)
+    if amax is not None:
+        amax, top = view.per_scale(as_float32(amax)), None
+    else:
+        def squared_error(candidate):
+            _, y = narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), None)
+            return (y - v) ** 2
+
+        across = None if fmt.two_level else reduce_max
+        amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, across)
+        top = reduce_max(jnp.max(amax, initial=0.0)) if fmt.two_level and reduce_max is not None else None
+    return _scaling(amax, fmt, top)
+
+
+def _scaling(amax, fmt: Scaled, top) -> Scaling:
+    """The scales for given amax. top: amax of the whole tensor, None for the largest here."""
+    if fmt.pre_scale is not None:
+        amax = amax * fmt.pre_scale
+    hidden = hides(amax, fmt.element)
+    if not fmt.exact:
+        exponent = shared_exponent(amax, fmt.element, fmt.rule_number)
+        if not isinstance(fmt.element, Element):  # those are multiplied: by normal numbers only
+            exponent = jnp.clip(exponent, -126, 126)
+        # the barrier keeps it from being computed once per value
+        exponent, hidden = lax.optimization_barrier((exponent, hidden))
+        return Scaling(fb.to_value(fb.power_of_two(exponent)), exponent, hidden, None, None)
+    tensor = None
+    if fmt.two_level:
+        top = jnp.max(amax, initial=0.0) if top is None else top * (1.0 if fmt.pre_scale is None else fmt.pre_scale)
+        # as two divisors: the product of NVFP4, 448 * 6, and of any other elements, is exact
+        tensor = lax.optimization_barrier(exact_scale(top, _Bound(fmt.scale_element.max_value * fmt.element.max_value), None))
+        hidden = hidden | jnp.isnan(tensor)
+    stored = exact_scale(amax, fmt.element, fmt.scale_element, tensor)
+    if not isinstance(fmt.element, Element):
+        stored = jnp.where((amax == 0) & ~fmt.element.has_zero, np.float32(0.0), stored)
+    return Scaling(stored, None, hidden, tensor, None)
+
+
+class _Bound(NamedTuple):
+    """What `exact_scale` needs of an element."""
+
+    max_value: jax.Array
+    unbounded: np.bool_ = np.bool_(False)
+
+
+def _affine(v, view: View, fmt: Scaled, amax, reduce_max) -> Scaling:
+    """Scale and zero point from the smallest and the largest value, 0 included; both statistics of the values, or percentiles."""
+    if amax is not None:
+        raise ValueError("amax= does not say where zero lies: formats with zero_point=True take no given amax")
+    if fmt.amax is Amax.PERCENTILE:
+        low, high = (view.reduce(lambda u, q=q, **where: jnp.quantile(u, q, **where), v) for q in (1 - fmt.amax_at, fmt.amax_at))
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    else:
+        low, high = (view.reduce(lambda u, f=f, **where: f(u, initial=0.0, **where), v) for f in (jnp.min, jnp.max))
+    if reduce_max is not None:
+        low, high = -reduce_max(-low), reduce_max(high)
+    scale, zero = affine_scale(low, high, fmt.element)
+    return Scaling(scale, None, jnp.isnan(scale), None, zero)
+
+
+def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
+    """(values, y): the numbers of the element, and what they stand for, of the tensor v cut into blocks."""
+    if scaling.exponent is not None and isinstance(fmt.element, Element):
+        return _in_place(v, fmt, scaling, manner, noise)
+    factor, element = factor_of(fmt, scaling), fmt.element
+    if scaling.zero is not None:
+        element = dataclasses.replace(element, min_value=element.min_value - scaling.zero, max_value=element.max_value - scaling.zero)
     # The reciprocal is spelled out, since XLA would take it anyway wherever a scale is shared; the barrier keeps it from
     # being computed once per value.
-    scale, inverse = lax.optimization_barrier((scale, 1.0 / scale))
-    values = round_to(v * inverse, fmt.element, rounding=rounding, overflow=overflow, random_bits=noise)
+    factor, inverse = lax.optimization_barrier((factor, jnp.where(factor == 0, np.float32(1.0), 1.0 / factor)))
+    values = manner.round(v * inverse, element, noise)
     # v * 1 would flush subnormals
-    return jnp.where(fmt.element.unbounded, v, values), scale
+    return jnp.where(element.unbounded, v, values), jnp.where(element.unbounded, v, values * factor)
 
 
-def _in_place(v, fmt: Scaled, amax, rounding, overflow, noise):
-    """(y, exponent): v rounded on the element's grid times 2**exponent, by moving the grid rather than v."""
-    hidden = jnp.where(hides(amax, fmt.element), fb.NAN, np.int32(0))  # NaN | anything is NaN
-    exponent, hidden = lax.optimization_barrier((shared_exponent(amax, fmt.element, fmt.rule), hidden))
-    y_bits = round_pattern(fb.to_pattern(v), fmt.element, parse(Rounding, rounding), parse(Overflow, overflow), Draw(), noise,
-                           exponent)
-    return fb.to_value(y_bits | hidden), exponent
+def factor_of(fmt: Scaled, scaling: Scaling):
+    """float32 that multiplies the values: scale, scale of the scale and pre-scale in one. 2**-127 would be flushed; it is 2**-126."""
+    factor = scaling.stored
+    if scaling.exponent is not None:
+        normal = fb.to_value(fb.power_of_two(jnp.maximum(scaling.exponent, -126)))
+        factor = jnp.where(scaling.hidden, np.float32(np.nan), normal)
+    elif scaling.tensor is not None:
+        factor = jnp.clip(factor * scaling.tensor, np.float32(2.0**-126), np.float32(2.0**126))
+    return factor if fmt.pre_scale is None else factor / fmt.pre_scale
+
+
+def _in_place(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
+    """`narrow` by moving the element's grid rather than v."""
+    v = v if fmt.pre_scale is None else v * fmt.pre_scale
+    y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise, scaling.exponent)
+    y = fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
+    exponent = jnp.maximum(scaling.exponent, -126)
+    inverse = fb.to_value(fb.power_of_two(jnp.maximum(-exponent, -126)))  # 2**-127 would be flushed: two factors
+    values = y * inverse * jnp.where(exponent == 127, np.float32(0.5), np.float32(1.0))
+    return values, y if fmt.pre_scale is None else y / fmt.pre_scale

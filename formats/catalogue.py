@@ -1,25 +1,26 @@
-"""Formats by name: ml_dtypes spelling for elements, OCP names for block formats, intN; and what to print of a format."""
+"""Formats by name: ml_dtypes spelling for elements, OCP names for block formats, nvfp4, intN, lnsN, dybitN."""
 
 from __future__ import annotations
 
 import re
 
-import ml_dtypes
-import numpy as np
-
-from formats.blocks import Granularity, Scaled, block
+from formats.codebooks import Codebook, binary, dybit, nf4
 from formats.elements import Element, identity, integer, minifloat, power_of_two
-from formats.scales import Rule
+from formats.logarithmic import Logarithmic, lns
+from formats.scaled import ELEMENTS, Scaled, block, scaled
 
-_FORMATS: dict[str, Element | Scaled] = {}
+_FORMATS: dict[str, Element | Codebook | Logarithmic | Scaled] = {}
 _FLOAT = re.compile(r"float(\d+)_e(\d)m(\d+)(?:b(-?\d+))?(fnuz|fn)?")
+_LOGARITHMIC = re.compile(r"lns(\d+)(?:_g(\d+))?")
+_DYBIT = re.compile(r"dybit(\d)")
+_BLOCK_FLOAT = re.compile(r"bfp(\d+)(?:_b(\d+))?")
 _INTEGER = re.compile(r"(u?)int(\d+)(_full)?(?:_f(-?\d+))?")
 
 
-def register(name: str, fmt: Element | Scaled) -> None:
+def register(name: str, fmt) -> None:
     """Adds a format under a new name (for plugins). ValueError if the name is taken or fmt is not a format."""
-    if not isinstance(fmt, (Element, Scaled)):
-        raise ValueError(f"format {name!r} must be a formats.Element or formats.Scaled, got {type(fmt).__name__}")
+    if not isinstance(fmt, (*ELEMENTS, Scaled)):
+        raise ValueError(f"format {name!r} must be an element format or a formats.Scaled, got {type(fmt).__name__}")
     if name in _FORMATS:
         raise ValueError(f"format {name!r} is already registered")
     _FORMATS[name] = fmt
@@ -30,10 +31,11 @@ def names() -> list[str]:
     return list(_FORMATS)
 
 
-def get(name: str) -> Element | Scaled:
+def get(name: str):
     """The format called `name`. Besides `names()`: intN, uintN (N 2..16; "int8_full" reaches -128, "int8_f6"
-    has 6 fraction bits), and floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M. ValueError, with advice, for
-    any other name."""
+    has 6 fraction bits), floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M, lnsN (N 2..16; gamma 2**(N-5), so that every
+    width reaches down to about 2**-16, or "lns8_g16"), dybitN (N 2..8), bfpN (integers of N bits, blocks of 16 with a shared
+    exponent; "bfp8_b64"). ValueError, with advice, for any other name."""
     if name in _FORMATS:
         return _FORMATS[name]
     whole = _INTEGER.fullmatch(str(name))
@@ -42,9 +44,24 @@ def get(name: str) -> Element | Scaled:
     real = _FLOAT.fullmatch(str(name))
     if real and int(real[1]) == 1 + int(real[2]) + int(real[3]):
         return minifloat(int(real[2]), int(real[3]), real[5] or "ieee", None if real[4] is None else int(real[4]))
+    if logarithmic := _LOGARITHMIC.fullmatch(str(name)):
+        bits = int(logarithmic[1])
+        return lns(bits, int(logarithmic[2] or 2 ** max(0, bits - 5)))
+    if adaptive := _DYBIT.fullmatch(str(name)):
+        return dybit(int(adaptive[1]))
+    if shared := _BLOCK_FLOAT.fullmatch(str(name)):
+        return block(integer(int(shared[1])), int(shared[2] or 16))
     if re.fullmatch(r"e\dm\d+", str(name).lower()):
         raise ValueError(f"format={name!r} does not say which one: {_advice(name.lower())}")
-    raise ValueError(f"format={name!r} is not known; accepted: {', '.join(names())}, intN, floatB_eEmM[fn|fnuz]")
+    raise ValueError(f"format={name!r} is not known; accepted: {', '.join(names())}, intN, floatB_eEmM[fn|fnuz], lnsN, dybitN, bfpN")
+
+
+def resolve(fmt):
+    """The format of a name; a format passes. ValueError for anything else."""
+    fmt = get(fmt) if isinstance(fmt, str) else fmt
+    if not isinstance(fmt, (*ELEMENTS, Scaled)):
+        raise ValueError(f"format={fmt!r} must be a catalogue name, an element format such as formats.minifloat(4, 3), or a formats.Scaled")
+    return fmt
 
 
 def _advice(name: str) -> str:
@@ -55,83 +72,6 @@ def _advice(name: str) -> str:
     bits = 1 + exp_bits + man_bits
     meant = [f"float{bits}_{name}{suffix}" for suffix in ("", "fn", "fnuz")]
     return f"use one of {', '.join(meant)}"
-
-
-def describe(fmt: Element | Scaled | str) -> dict:
-    """What a run record says of a format: name, bits, bits_effective (scales shared out), exp_bits, man_bits, block.
-
-    Plain Python numbers; widths must be concrete. bits_effective counts block scales; one scale per tensor, channel or
-    token is not counted, since its share depends on the shape. block: None unless scales are per block.
-    """
-    fmt = get(fmt) if isinstance(fmt, str) else fmt
-    element = fmt.element if isinstance(fmt, Scaled) else fmt
-    size = fmt.block if isinstance(fmt, Scaled) else None
-    bits = int(element.bits)
-    shared = _scale_bits(fmt) / size if size else 0.0
-    return {"name": _name(fmt), "bits": bits, "bits_effective": bits + shared, "exp_bits": int(element.exp_bits),
-            "man_bits": int(element.man_bits), "block": size}
-
-
-def _scale_bits(fmt: Scaled) -> int:
-    return 32 if fmt.scale_element is None else int(fmt.scale_element.bits)
-
-
-def _concrete(fmt):
-    """A hashable stand-in: type, structure and numbers, whatever arrays hold them."""
-    if isinstance(fmt, Scaled):
-        scale = fmt.scale_element and _concrete(fmt.scale_element)
-        return (_concrete(fmt.element), scale, fmt.granularity, fmt.axis, fmt.block, fmt.rule)
-    fields = fmt.__dataclass_fields__
-    return tuple(np.asarray(getattr(fmt, field)).item() for field in fields)
-
-
-def _name(fmt) -> str:
-    for name, known in _FORMATS.items():
-        if type(known) is type(fmt) and _concrete(known) == _concrete(fmt):
-            return name
-    if isinstance(fmt, Element):
-        return _element_name(fmt)
-    size = str(fmt.block) if fmt.granularity is Granularity.BLOCK else ""
-    scale = f"_{_name(fmt.scale_element)}" if fmt.rule is Rule.EXACT and fmt.scale_element is not None else ""
-    return f"{_name(fmt.element)}_{fmt.granularity.value}{size}_{fmt.rule.value}{scale}"
-
-
-def _element_name(element: Element) -> str:
-    """The name by which `get` finds an element that the catalogue does not list."""
-    exp_bits, man_bits, bits = int(element.exp_bits), int(element.man_bits), int(element.bits)
-    if not element.signed_zero and not element.has_nan:
-        sign = "" if element.min_value < 0 else "u"
-        full = "_full" if element.min_value < 0 and element.min_value != -element.max_value else ""
-        fraction = -int(element.quantum_exp)
-        return f"{sign}int{bits}{full}" + (f"_f{fraction}" if fraction else "")
-    variant = "ieee" if element.has_inf else "fn" if element.signed_zero else "fnuz"
-    default = minifloat(exp_bits, man_bits, variant)
-    bias = 1 - man_bits - int(element.quantum_exp)
-    odd = "" if int(default.quantum_exp) == int(element.quantum_exp) else f"b{bias}"
-    return f"float{bits}_e{exp_bits}m{man_bits}{odd}{variant.replace('ieee', '')}"
-
-
-def table() -> list[dict]:
-    """Rows for `bitlaw formats`: name, bits (with the share of block scales), max, smallest_normal (None for integers),
-    smallest_subnormal (None if every value is normal) and native (the ml_dtypes or numpy dtype, or None)."""
-    rows = []
-    for name, fmt in _FORMATS.items():
-        element = fmt.element if isinstance(fmt, Scaled) else fmt
-        quantum, man_bits = int(element.quantum_exp), int(element.man_bits)
-        whole = int(element.exp_bits) == 0
-        rows.append({
-            "name": name,
-            "bits": describe(fmt)["bits_effective"],
-            "max": float(np.finfo(np.float32).max if element.unbounded else element.max_value),
-            "smallest_normal": None if whole else float(element.min_magnitude) or 2.0 ** (quantum + man_bits),
-            "smallest_subnormal": 2.0**quantum if man_bits or whole else None,
-            "native": _native(name),
-        })
-    return rows
-
-
-def _native(name: str) -> str | None:
-    return name if hasattr(ml_dtypes, name) or name in ("float16", "float32", "int8", "int16") else None
 
 
 def _fill() -> None:
@@ -150,6 +90,12 @@ def _fill() -> None:
                           "mxfp6_e2m3": get("float6_e2m3fn"), "mxfp6_e3m2": get("float6_e3m2fn"),
                           "mxfp4": get("float4_e2m1fn"), "mxint8": integer(8, fraction_bits=6)}.items():
         register(name, block(element, 32))
+    register("nvfp4", scaled("float4_e2m1fn", "block", block=16, scale_format="float8_e4m3fn", two_level=True))
+    register("ternary", integer(2))
+    register("binary", binary())
+    register("nf4", nf4())
+    for name in ("lns8", "dybit4", "dybit8", "bfp8"):
+        register(name, get(name))
 
 
 _fill()

@@ -15,65 +15,94 @@ _LANES = 8
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """An array of `shape` in which each scale belongs to the values along dimension `dim` (None: to all of them).
+    """An array of `shape` in which the values along dimensions `dims` share a scale (None: all values).
 
-    With a block size the array is seen cut: as [..., blocks, block, ...], or, along the last dimension, as
-    [all blocks, block], which XLA on CPU vectorises better. Then a scale belongs to a block.
+    With block sizes, one for each of dims, the array is seen cut: each of dims becomes [blocks, block] and a scale belongs to a
+    block. Blocks along the last dimension alone are seen as [all blocks, block], which XLA on CPU vectorises better.
     """
 
     shape: tuple[int, ...]
-    dim: int | None
-    block: int | None
+    dims: tuple[int, ...] | None
+    blocks: tuple[int, ...] | None
 
     def cut(self, x):
-        """x of `shape` cut into blocks, the last of a row filled up with zeros; without a block size, x."""
-        if self.block is None:
+        """x of `shape` cut into blocks, the last of a row filled up with zeros; without block sizes, x."""
+        if self.blocks is None:
             return x
-        fill = self._blocks * self.block - self.shape[self.dim]
-        if fill:
-            x = jnp.pad(x, [(0, fill if dim == self.dim else 0) for dim in range(x.ndim)])
+        if self._filled != self.shape:
+            x = jnp.pad(x, [(0, full - size) for full, size in zip(self._filled, self.shape, strict=True)])
         return x.reshape(self._cut_shape)
 
     def restore(self, v):
         """The inverse of `cut`, after broadcasting v to the cut shape."""
-        if self.block is None:
+        if self.blocks is None:
             return v
-        filled = (*self.shape[: self.dim], self._blocks * self.block, *self.shape[self.dim + 1 :])
-        filled = jnp.broadcast_to(v, self._cut_shape).reshape(filled)
-        return lax.slice_in_dim(filled, 0, self.shape[self.dim], axis=self.dim)
+        filled = jnp.broadcast_to(v, self._cut_shape).reshape(self._filled)
+        return filled if self._filled == self.shape else filled[tuple(slice(size) for size in self.shape)]
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Shape of one number per scale: [] for one, 1 along dims, or the number of blocks there."""
+        if self.dims is None:
+            return ()
+        counts = (1,) * len(self.dims) if self.blocks is None else self._counts
+        return tuple(dict(zip(self.dims, counts, strict=True)).get(dim, size) for dim, size in enumerate(self.shape))
 
     def per_scale(self, given):
-        """One number per scale, along `dim` one per block, as it broadcasts against the cut array."""
-        if self.block is None:
+        """One number per scale, shaped `scales_shape`, as it broadcasts against the cut array."""
+        if self.blocks is None:
             return given
-        return given.reshape(tuple(1 if axis == self._axis else n for axis, n in enumerate(self._cut_shape)))
+        return given.reshape(tuple(1 if axis in self._axes else n for axis, n in enumerate(self._cut_shape)))
+
+    def listed(self, per_scale):
+        """The inverse of `per_scale`."""
+        return per_scale.reshape(self.scales_shape)
 
     def amax(self, v):
         """Largest magnitude of each scale's values in the cut array, broadcasting against it; NaN if one is NaN."""
-        if self.block is not None:
-            return _block_amax(v, self._axis)
-        return jnp.max(jnp.abs(v), axis=self.dim, keepdims=self.dim is not None, initial=0.0)
+        if self.blocks is not None:
+            return _block_amax(v, self._axes)
+        return self.reduce(lambda u, **where: jnp.max(u, initial=0.0, **where), jnp.abs(v))
+
+    def reduce(self, function, v):
+        """function(v, axis=..., keepdims=...) over each scale's values."""
+        if self.dims is None:
+            return function(v, axis=None, keepdims=False)
+        return function(v, axis=self.dims if self.blocks is None else self._axes, keepdims=True)
 
     @property
-    def _blocks(self) -> int:
-        return -(-self.shape[self.dim] // self.block)
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(-(-self.shape[dim] // size) for dim, size in zip(self.dims, self.blocks, strict=True))
 
     @property
-    def _axis(self) -> int:
-        """Dimension of the cut array that runs inside a block."""
-        return 1 if self.dim == len(self.shape) - 1 else self.dim + 1
+    def _filled(self) -> tuple[int, ...]:
+        """The shape with every block full."""
+        full = {dim: count * size for dim, count, size in zip(self.dims, self._counts, self.blocks, strict=True)}
+        return tuple(full.get(dim, size) for dim, size in enumerate(self.shape))
+
+    @property
+    def _rows(self) -> bool:
+        """Whether blocks lie along the last dimension alone."""
+        return self.dims == (len(self.shape) - 1,)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        """Dimensions of the cut array that run inside a block."""
+        return (1,) if self._rows else tuple(dim + place + 1 for place, dim in enumerate(self.dims))
 
     @property
     def _cut_shape(self) -> tuple[int, ...]:
-        before, after = self.shape[: self.dim], self.shape[self.dim + 1 :]
-        return (*before, self._blocks, self.block, *after) if after else (math.prod(before) * self._blocks, self.block)
+        if self._rows:
+            return (math.prod(self.shape[:-1]) * self._counts[0], self.blocks[0])
+        pairs = {dim: (count, size) for dim, count, size in zip(self.dims, self._counts, self.blocks, strict=True)}
+        return tuple(n for dim, size in enumerate(self.shape) for n in pairs.get(dim, (size,)))
 
 
-def _block_amax(v, axis: int):
-    """amax along a short axis. In integers, and in two stages kept apart by a barrier where blocks are rows: XLA on CPU
+def _block_amax(v, axes: tuple[int, ...]):
+    """amax along short axes. In integers, and in two stages kept apart by a barrier where blocks are rows: XLA on CPU
     vectorises that (0.5 copies of the array), but neither one stage (1.5) nor a float maximum (1.4)."""
     magnitude = fb.to_pattern(v) & fb.MAGNITUDE
-    if axis == v.ndim - 1 and v.shape[axis] % _LANES == 0:
+    if axes == (v.ndim - 1,) and v.shape[-1] % _LANES == 0 and v.ndim == 2:
         stages = (v.shape[0], v.shape[1] // _LANES, _LANES)
         magnitude = lax.optimization_barrier(jnp.max(magnitude.reshape(stages), axis=1))
-    return fb.to_value(jnp.max(magnitude, axis=axis, keepdims=True))
+    return fb.to_value(jnp.max(magnitude, axis=axes, keepdims=True))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import formats
-from formats import blocks, noise
+from formats import noise
 from trainer.keys import fold_in
 from trainer.precision import PrecisionPolicy, Quantizer
 
@@ -52,7 +52,7 @@ def _narrow(x, quantizer: Quantizer | None, contract: int, key, site: _Site):
     reduce_max = None
     if site.rows is not None and _crosses_rows(fmt, contract):
         reduce_max = partial(lax.pmax, axis_name=site.rows.axis_name)
-    values, scale = blocks.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max)
+    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max)
     return values, scale if isinstance(fmt, formats.Scaled) else None
 
 
@@ -60,7 +60,7 @@ def _crosses_rows(fmt, contract: int) -> bool:
     """True if one scale covers rows of several shards (dim 0 of x is the sharded one)."""
     if not isinstance(fmt, formats.Scaled):
         return False
-    return fmt.granularity is blocks.Granularity.TENSOR or (contract == 0 and fmt.granularity is not blocks.Granularity.BLOCK)
+    return fmt.granularity is formats.Granularity.TENSOR or (contract == 0 and fmt.granularity is not formats.Granularity.BLOCK)
 
 
 def _constant_along(scale, dim: int) -> bool:

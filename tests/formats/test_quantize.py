@@ -60,7 +60,7 @@ def test_python_and_numpy_inputs():
     ({"format": 4}, "format=4 must be a catalogue name"),
     ({"rounding": "up"}, "rounding='up' must be one of nearest_even, nearest_away"),
     ({"overflow": "wrap"}, "overflow='wrap' must be one of saturate, ieee"),
-    ({"gradient": "ste"}, "gradient='ste' must be one of straight_through, none"),
+    ({"gradient": "ste"}, "gradient='ste' must be one of straight_through, clipped, none"),
     ({"rounding": "stochastic"}, "rounding='stochastic' needs key=... or random_bits=..."),
     ({"key": jnp.zeros(2, jnp.uint32)}, "key and random_bits need rounding='stochastic', got rounding='nearest_even'"),
     ({"rounding": "stochastic", "key": jnp.zeros(2, jnp.uint32), "random_bits": jnp.zeros(6, jnp.uint32)}, "exclude each other"),
@@ -92,7 +92,8 @@ def test_rounding_is_idempotent_monotone_and_bounded(x, name, rounding):
 
 
 @quick
-@hypothesis.given(arrays, st.sampled_from(NAMES), st.sampled_from(["nearest_even", "nearest_away", "toward_zero", "to_odd"]))
+@hypothesis.given(arrays, st.sampled_from([name for name in NAMES if name not in ("nf4", "binary")]),
+                  st.sampled_from(["nearest_even", "nearest_away", "toward_zero", "to_odd"]))
 def test_symmetric_formats_round_symmetrically(x, name, rounding):
     y = formats.quantize(x, name, rounding=rounding)
     np.testing.assert_array_equal(formats.quantize(-x, name, rounding=rounding), -y)

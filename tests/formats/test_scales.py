@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -228,7 +229,7 @@ def test_tiny_and_huge_blocks_under_exact_scales(fmt):
 def test_float32_member_of_a_traced_cohort_is_untouched(fmt):
     """The identity as element, through the program that serves the narrow ones: scale 1 and every bit kept."""
     x = random_patterns(64 * 32, seed=2).reshape(64, 32)
-    member = type(fmt)(formats.identity(), fmt.scale_element, fmt.granularity, fmt.axis, fmt.block, fmt.rule)
+    member = dataclasses.replace(fmt, element=formats.identity())
     stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), fmt, member)
     values, scale = jax.jit(jax.vmap(formats.split, in_axes=(None, 0)))(x, stacked)
     assert (np.asarray(scale[1]) == 1.0).all()
@@ -270,7 +271,7 @@ def test_a_given_amax_replaces_the_current_one_and_what_exceeds_it_saturates(rul
     (lambda: formats.scaled("int4", rule="round"), "rule='round' must be one of exact, floor, ceil, rceil, even"),
     (lambda: formats.scaled("int4", "block"), "block=None with granularity='block'"),
     (lambda: formats.scaled("int4", "tensor", block=32), "block=32 with granularity='tensor'"),
-    (lambda: formats.block("int4", 0), "block=0 must be a positive integer"),
+    (lambda: formats.block("int4", 0), "block=0 with axis=-1 must be a positive integer"),
     (lambda: formats.scaled("int4", rule="floor", scale_format="float16"), "scale_format='float16' with rule='floor' must be"),
     (lambda: formats.scaled("mxfp4"), "element=.* must be an element format"),
     (lambda: formats.scaled("float8_e8m0fnu"), "has no zero"),
