@@ -16,7 +16,7 @@ from benchmarks import timing
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 
 # Limits on the ratio to a copy.
-LIMITS = {"e4m3fn nearest, static": 1.2, "e4m3fn nearest, traced": 1.2, "e5m2 stochastic": 1.4, "mxfp4": 1.9,
+LIMITS = {"e4m3fn nearest, static": 1.2, "e4m3fn nearest, traced": 1.2, "e5m2 stochastic": 1.4, "mxfp4": 1.9, "nvfp4": 2.8, "lns8": 1.5, "lns8, gamma 5": 4.0,
           "int4 per channel, last axis": 2.1, "int4 per channel, first axis": 2.6, "traced / static": 1.15}
 
 
@@ -48,8 +48,10 @@ def programs(size: int) -> dict:
         "int4 per channel, first axis": (quantize, (x, formats.scaled(int4, "channel", axis=0))),
         "mxfp4": (quantize, (x_blocks, formats.get("mxfp4"))),
         "mxfp4 stochastic": (stochastic, (x_blocks, formats.get("mxfp4"), key)),
-        "float4 blocks of 16, float8_e4m3fn scales": (
-            quantize, (x_blocks, formats.scaled("float4_e2m1fn", "block", block=16, scale_format="float8_e4m3fn"))),
+        "nvfp4": (quantize, (x_blocks, formats.get("nvfp4"))),
+        "nf4": (quantize, (x, formats.get("nf4"))),
+        "lns8": (quantize, (x, formats.get("lns8"))),
+        "lns8, gamma 5": (quantize, (x, formats.lns(8, 5))),
         "peer: jax clip and cast to float8_e4m3fn and back": (
             jax.jit(lambda x: jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)), (x,)),
         "peer: jax threefry bits": (jax.jit(lambda x: jax.random.bits(jax.random.key(0), x.shape)), (x,)),
