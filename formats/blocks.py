@@ -35,6 +35,9 @@ from formats.scaled import ELEMENTS, Granularity, Scaled
 from formats.scales import affine_scale, exact_scale, hides, shared_exponent
 
 
+_NEAR_SUBNORMALS = -90  # below a quantum of 2**-90 a float32 subnormal is less than 2**-31 of it, the resolution of chance
+
+
 class Manner(NamedTuple):
     """How values are rounded: mode (a `Rounding`, or a traced number), what lies beyond the range, and what random bits do."""
 
@@ -54,21 +57,22 @@ class Manner(NamedTuple):
         return isinstance(self.rounding, Rounding) and self.rounding.random
 
     def round(self, v, element, noise):
-        """v rounded to the element."""
+        """v rounded to the element, with the random bits that noise() gives."""
         return round_to(v, element, rounding=self.rounding, overflow=self.overflow, sr_bits=self.draw.bits, sr_rule=self.draw.rule,
-                        random_bits=noise)
+                        random_bits=noise())
 
 
 class Scaling(NamedTuple):
     """The scales of one tensor, broadcasting against it cut into blocks. stored: float32, what a number stands for in its block
-    (relative to `tensor`); exponent: int32, log2 of it for power-of-two rules, NaN blocks not marked; hidden: bool, blocks that
-    are NaN; tensor: float32, the scale of the stored ones, or None; zero: float32 code of zero, or None."""
+    (relative to `tensor`); hidden: bool, blocks that are NaN. With a power-of-two rule, exponent: int32, log2 of stored, and
+    empty: bool, blocks of zeros. With two levels, tensor: float32, the scale of the stored ones. With zero points, zero: float32."""
 
     stored: jax.Array
-    exponent: jax.Array | None
     hidden: jax.Array
-    tensor: jax.Array | None
-    zero: jax.Array | None
+    exponent: jax.Array | None = None
+    empty: jax.Array | None = None
+    tensor: jax.Array | None = None
+    zero: jax.Array | None = None
 
 
 def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full", key=None, random_bits=None,
@@ -146,21 +150,22 @@ def cut(x, fmt) -> tuple[jax.Array, View]:
 
 
 def draw_noise(view: View, manner: Manner, key, random_bits):
-    """uint32 random bits in the view of x, or None where rounding is deterministic. ValueError for a bad pairing."""
+    """A function that gives uint32 random bits in the view of x, or None where rounding is deterministic: called where the bits are
+    used, since what enters a branch is first written to memory. ValueError for a bad pairing."""
     if key is not None and random_bits is not None:
         raise ValueError("key and random_bits exclude each other: give one")
     if not manner.random:
         if key is not None or random_bits is not None:
             raise ValueError(f"key and random_bits need rounding='stochastic', got rounding={getattr(manner.rounding, 'value', 'a number')!r}")
-        return None
+        return lambda: None
     if key is not None:
-        random_bits = hash_bits(key, view.shape)
-    elif random_bits is None:
+        return lambda: view.cut(hash_bits(key, view.shape))
+    if random_bits is None:
         raise ValueError(f"rounding={manner.rounding.value!r} needs key=... or random_bits=...")
     random_bits = jnp.asarray(random_bits)
     if random_bits.shape != view.shape or random_bits.dtype != jnp.uint32:
         raise ValueError(f"random_bits must be uint32 of shape {view.shape}, got {random_bits.dtype}{random_bits.shape}")
-    return view.cut(random_bits)
+    return lambda: view.cut(random_bits)
 
 
 def scales_of(v, view: View, fmt: Scaled, manner: Manner = Manner(), *, amax=None, scale=None, reduce_max=None) -> Scaling:
@@ -169,14 +174,14 @@ def scales_of(v, view: View, fmt: Scaled, manner: Manner = Manner(), *, amax=Non
         if amax is not None or not fmt.exact or fmt.scale_element is not None or fmt.zero_point:
             raise ValueError("scale= needs a format with rule='exact', scale_format='float32', zero_point=False, and no amax=")
         stored = view.per_scale(as_float32(scale))
-        return Scaling(stored, None, jnp.isnan(stored), None, None)
+        return Scaling(stored, jnp.isnan(stored))
     if fmt.zero_point:
         return _affine(v, view, fmt, amax, reduce_max)
     if amax is not None:
         amax, top = view.per_scale(as_float32(amax)), None
     else:
         def squared_error(candidate):
-            _, y = narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), None)
+            _, y = narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), lambda: None)
             return (y - v) ** 2
 
         across = None if fmt.two_level else reduce_max
@@ -195,8 +200,8 @@ def _scaling(amax, fmt: Scaled, top) -> Scaling:
         if not isinstance(fmt.element, Element):  # those are multiplied: by normal numbers only
             exponent = jnp.clip(exponent, -126, 126)
         # the barrier keeps it from being computed once per value
-        exponent, hidden = lax.optimization_barrier((exponent, hidden))
-        return Scaling(fb.to_value(fb.power_of_two(exponent)), exponent, hidden, None, None)
+        exponent, hidden, empty = lax.optimization_barrier((exponent, hidden, fb.to_pattern(amax) == 0))
+        return Scaling(fb.to_value(fb.power_of_two(exponent)), hidden, exponent, empty)
     tensor = None
     if fmt.two_level:
         top = jnp.max(amax, initial=0.0) if top is None else top * (1.0 if fmt.pre_scale is None else fmt.pre_scale)
@@ -206,7 +211,7 @@ def _scaling(amax, fmt: Scaled, top) -> Scaling:
     stored = exact_scale(amax, fmt.element, fmt.scale_element, tensor)
     if not isinstance(fmt.element, Element):
         stored = jnp.where((amax == 0) & ~fmt.element.has_zero, np.float32(0.0), stored)
-    return Scaling(stored, None, hidden, tensor, None)
+    return Scaling(stored, hidden, tensor=tensor)
 
 
 class _Bound(NamedTuple):
@@ -228,7 +233,7 @@ def _affine(v, view: View, fmt: Scaled, amax, reduce_max) -> Scaling:
     if reduce_max is not None:
         low, high = -reduce_max(-low), reduce_max(high)
     scale, zero = affine_scale(low, high, fmt.element)
-    return Scaling(scale, None, jnp.isnan(scale), None, zero)
+    return Scaling(scale, jnp.isnan(scale), zero=zero)
 
 
 def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
@@ -241,9 +246,17 @@ def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
     # The reciprocal is spelled out, since XLA would take it anyway wherever a scale is shared; the barrier keeps it from
     # being computed once per value.
     factor, inverse = lax.optimization_barrier((factor, jnp.where(factor == 0, np.float32(1.0), 1.0 / factor)))
-    values = manner.round(v * inverse, element, noise)
-    # v * 1 would flush subnormals
-    return jnp.where(element.unbounded, v, values), jnp.where(element.unbounded, v, values * factor)
+
+    def rounded():
+        values = manner.round(v * inverse, element, noise)
+        # v * 1 would flush subnormals
+        return jnp.where(element.unbounded, v, values), jnp.where(element.unbounded, v, values * factor)
+
+    if scaling.tensor is None:
+        return rounded()
+    # XLA on CPU forgets barriers before it fuses, and would round a block's scale once per value; it does not fuse into a branch.
+    nothing = jnp.full(v.shape, np.float32(np.nan))
+    return lax.cond(jnp.isnan(scaling.tensor), lambda: (nothing, nothing), rounded)
 
 
 def factor_of(fmt: Scaled, scaling: Scaling):
@@ -260,8 +273,15 @@ def factor_of(fmt: Scaled, scaling: Scaling):
 def _in_place(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
     """`narrow` by moving the element's grid rather than v."""
     v = v if fmt.pre_scale is None else v * fmt.pre_scale
-    y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise, scaling.exponent)
-    y = fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
+
+    def rounded(exponent, subnormals: bool):
+        y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise(), exponent, subnormals)
+        return fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
+
+    # Subnormals cost half a copy: they are treated only where a block's grid comes near them. Blocks of zeros have any grid.
+    exponent = jnp.where(scaling.empty, 0, scaling.exponent)
+    near = jnp.min(exponent, initial=0) + fmt.element.quantum_exp < _NEAR_SUBNORMALS
+    y = lax.cond(near, lambda: rounded(scaling.exponent, True), lambda: rounded(exponent, False))
     exponent = jnp.maximum(scaling.exponent, -126)
     inverse = fb.to_value(fb.power_of_two(jnp.maximum(-exponent, -126)))  # 2**-127 would be flushed: two factors
     values = y * inverse * jnp.where(exponent == 127, np.float32(0.5), np.float32(1.0))

@@ -104,18 +104,21 @@ def _limits(element: Element):
     return fb.to_pattern(element.max_value), fb.to_pattern(element.min_value) & fb.MAGNITUDE
 
 
-def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: Draw = Draw(), random_bits=None, exponent=None):
+def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: Draw = Draw(), random_bits=None, exponent=None,
+                  subnormals: bool = True):
     """`round_to` on int32 float32-patterns. With exponent (int32, -127 .. 127, broadcasting against x_bits) the grid and
-    its range are those of the element times 2**exponent; its largest value must then be below 2**128."""
+    its range are those of the element times 2**exponent; its largest value must then be below 2**128. subnormals=False, of
+    such grids, takes float32 subnormals for zeros: right if the quantum is at least 2**-90."""
     if random_bits is not None:
         random_bits = lax.bitcast_convert_type(random_bits, jnp.int32)
     magnitude = x_bits & fb.MAGNITUDE
+    extend = exponent is not None and subnormals
     grid = _Grid.of(element) if exponent is None else _Grid.moved(element, exponent)
-    pattern = magnitude if exponent is None else fb.to_extended(magnitude)
+    pattern = fb.to_extended(magnitude) if extend else magnitude
     limit = jnp.where(x_bits >= 0, grid.high, grid.low)
     rounded = by_mode(rounding, lambda mode: _round_from_quantum(pattern, x_bits, grid, mode, draw, random_bits))
     clipped = jnp.minimum(rounded, limit)
-    clipped = clipped if exponent is None else fb.from_extended(clipped)
+    clipped = fb.from_extended(clipped) if extend else jnp.maximum(clipped, 0)
     smallest = fb.to_pattern(element.min_magnitude)
     above_zero = by_mode(rounding, lambda mode: _reaches_quantum(pattern, x_bits, grid, mode, draw, random_bits))
     y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, clipped, smallest)
