@@ -17,7 +17,7 @@ _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**
 
 # Limits on the ratio to a copy.
 LIMITS = {"e4m3fn nearest, static": 1.2, "e4m3fn nearest, traced": 1.2, "e5m2 stochastic": 1.4, "mxfp4": 1.9, "nvfp4": 2.8, "lns8": 1.5, "lns8, gamma 5": 4.0,
-          "int4 per channel, last axis": 2.1, "int4 per channel, first axis": 2.6, "traced / static": 1.15}
+          "int4 per channel, last axis": 2.1, "int4 per channel, first axis": 2.6, "encode mxfp4": 1.9, "decode mxfp4": 1.4, "traced / static": 1.15}
 
 
 def programs(size: int) -> dict:
@@ -35,6 +35,8 @@ def programs(size: int) -> dict:
     key = jnp.array([1, 2], jnp.uint32)
     quantize = jax.jit(formats.quantize, static_argnames=("rounding", "overflow"))
     stochastic = jax.jit(lambda x, fmt, key: formats.quantize(x, fmt, rounding="stochastic", key=key))
+    encode = jax.jit(formats.encode, static_argnums=1)
+    decode = jax.jit(lambda q: q.decode())
     made = {
         "copy": (jax.jit(lambda x: -x), (x,)),
         "e4m3fn nearest, static": (jax.jit(lambda x: formats.quantize(x, e4m3)), (x,)),
@@ -52,6 +54,15 @@ def programs(size: int) -> dict:
         "nf4": (quantize, (x, formats.get("nf4"))),
         "lns8": (quantize, (x, formats.get("lns8"))),
         "lns8, gamma 5": (quantize, (x, formats.lns(8, 5))),
+        "encode mxfp4": (encode, (x_blocks, "mxfp4")),
+        "decode mxfp4": (decode, (formats.encode(x_blocks, "mxfp4"),)),
+        "encode float4_e2m1fn": (encode, (x, "float4_e2m1fn")),
+        "decode float4_e2m1fn": (decode, (formats.encode(x, "float4_e2m1fn"),)),
+        "encode float8_e4m3fn": (encode, (x, "float8_e4m3fn")),
+        "decode float8_e4m3fn": (decode, (formats.encode(x, "float8_e4m3fn"),)),
+        "encode float6_e3m2fn": (encode, (x, "float6_e3m2fn")),
+        "encode nvfp4": (encode, (x_blocks, "nvfp4")),
+        "decode nvfp4": (decode, (formats.encode(x_blocks, "nvfp4"),)),
         "peer: jax clip and cast to float8_e4m3fn and back": (
             jax.jit(lambda x: jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)), (x,)),
         "peer: jax threefry bits": (jax.jit(lambda x: jax.random.bits(jax.random.key(0), x.shape)), (x,)),

@@ -19,6 +19,7 @@ from formats.gradients import Gradient, QuantizedGradient
 from formats.logarithmic import Logarithmic, lns
 from formats.modes import Overflow, Rounding, StochasticRule, mode_number
 from formats.noise import random_bits
+from formats.qarray import QArray, encode
 from formats.quantize import quantize
 from formats.rounding import round_to
 from formats.scaled import Granularity, Scaled, block, scaled
@@ -26,7 +27,7 @@ from formats.scales import Rule, rule_number
 
 Format = Element | Codebook | Logarithmic | Scaled
 
-__all__ = ["Amax", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow", "QuantizedGradient", "Rounding",
-           "Rule", "Scaled", "StochasticRule", "binary", "block", "codebook", "describe", "dybit", "gaussian_clip", "gaussian_mse", "get",
+__all__ = ["Amax", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow", "QArray", "QuantizedGradient", "Rounding",
+           "Rule", "Scaled", "StochasticRule", "binary", "block", "codebook", "describe", "dybit", "encode", "gaussian_clip", "gaussian_mse", "get",
            "identity", "integer", "lns", "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "register", "round_to",
            "rule_number", "scaled", "split", "table"]

@@ -96,3 +96,12 @@ def from_extended(extended):
     """Pattern of an extended pattern that is zero or a multiple of 2**-149."""
     subnormal = to_pattern(to_value(extended + _LIFT) + _INTEGERS) - to_pattern(_INTEGERS)  # conversion to int costs more
     return jnp.where(extended < SMALLEST_NORMAL, subnormal, extended)
+
+
+def scale_exact(value, exponent):
+    """value * 2**exponent (float32, int32) by integers: exact also where either is a float32 subnormal. The product must be zero,
+    infinite, NaN or a multiple of 2**-149 below 2**128."""
+    bits = to_pattern(value)
+    magnitude = bits & MAGNITUDE
+    moved = from_extended(to_extended(magnitude) + (exponent << 23))
+    return to_value((bits & SIGN) | jnp.where((magnitude == 0) | (magnitude >= INFINITY), magnitude, moved))

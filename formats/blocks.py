@@ -92,9 +92,11 @@ def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None,
     noise = draw_noise(view, manner, key, random_bits)
     if isinstance(fmt, ELEMENTS):
         return manner.round(v, fmt, noise), jnp.float32(1.0)
-    scaling = scales_of(v, view, fmt, manner, amax=amax, scale=scale, reduce_max=reduce_max)
-    values, _ = narrow(v, fmt, scaling, manner, noise)
+    scaling = scales_of(v, view, fmt, amax=amax, scale=scale, reduce_max=reduce_max)
+    values = narrow(v, fmt, scaling, manner, noise, lambda values, y: values)
     factor = factor_of(fmt, scaling)
+    if scaling.exponent is not None:
+        values = values * jnp.where(scaling.exponent < -126, np.float32(0.5), np.float32(1.0))
     return view.restore(values), view.restore(factor) if fmt.granularity is Granularity.BLOCK else factor
 
 
@@ -113,7 +115,8 @@ def apply(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None,
             raise ValueError("amax and scale need a format with scales: wrap the element in formats.scaled(...)")
         y = manner.round(v, fmt, noise)
     else:
-        _, y = narrow(v, fmt, scales_of(v, view, fmt, manner, amax=amax, scale=scale), manner, noise)
+        scaling = scales_of(v, view, fmt, amax=amax, scale=scale)
+        y = narrow(v, fmt, scaling, manner, noise, lambda values, y: y)
     return view.restore(y).astype(jnp.asarray(x).dtype)
 
 
@@ -133,20 +136,25 @@ def inside_range(x, fmt, *, amax=None, scale=None):
 def cut(x, fmt) -> tuple[jax.Array, View]:
     """x as float32, cut into blocks where fmt has them, and how to undo it. ValueError if x has no dimension `axis`."""
     v = lax.stop_gradient(as_float32(x))
+    view = view_of(v.shape, fmt)
+    return view.cut(v), view
+
+
+def view_of(shape: tuple[int, ...], fmt) -> View:
+    """Which values of a tensor of that shape share a scale. ValueError if it has no dimension `axis`."""
     if isinstance(fmt, ELEMENTS) or fmt.granularity is Granularity.TENSOR:
-        return v, View(v.shape, None, None)
+        return View(shape, None, None)
     axes = fmt.axis if isinstance(fmt.axis, tuple) else (fmt.axis,)
     for axis in axes:
-        if not -v.ndim <= axis < v.ndim:
-            raise ValueError(f"axis={axis} of the format must be a dimension of x, which has shape {v.shape}")
-    dims = tuple(axis % v.ndim for axis in axes)
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"axis={axis} of the format must be a dimension of x, which has shape {shape}")
+    dims = tuple(axis % len(shape) for axis in axes)
     if len(set(dims)) < len(dims):
-        raise ValueError(f"axis={fmt.axis} of the format names a dimension of x, which has shape {v.shape}, twice")
+        raise ValueError(f"axis={fmt.axis} of the format names a dimension of x, which has shape {shape}, twice")
     if fmt.granularity is not Granularity.BLOCK:
-        return v, View(v.shape, dims, None)
+        return View(shape, dims, None)
     pairs = sorted(zip(dims, fmt.block if isinstance(fmt.block, tuple) else (fmt.block,), strict=True))
-    view = View(v.shape, tuple(dim for dim, _ in pairs), tuple(size for _, size in pairs))
-    return view.cut(v), view
+    return View(shape, tuple(dim for dim, _ in pairs), tuple(size for _, size in pairs))
 
 
 def draw_noise(view: View, manner: Manner, key, random_bits):
@@ -168,7 +176,7 @@ def draw_noise(view: View, manner: Manner, key, random_bits):
     return lambda: view.cut(random_bits)
 
 
-def scales_of(v, view: View, fmt: Scaled, manner: Manner = Manner(), *, amax=None, scale=None, reduce_max=None) -> Scaling:
+def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=None) -> Scaling:
     """The scales of v, the tensor cut by view; amax, scale, reduce_max as in `split`."""
     if scale is not None:
         if amax is not None or not fmt.exact or fmt.scale_element is not None or fmt.zero_point:
@@ -181,8 +189,7 @@ def scales_of(v, view: View, fmt: Scaled, manner: Manner = Manner(), *, amax=Non
         amax, top = view.per_scale(as_float32(amax)), None
     else:
         def squared_error(candidate):
-            _, y = narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), lambda: None)
-            return (y - v) ** 2
+            return narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), lambda: None, lambda values, y: (y - v) ** 2)
 
         across = None if fmt.two_level else reduce_max
         amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, across)
@@ -236,10 +243,11 @@ def _affine(v, view: View, fmt: Scaled, amax, reduce_max) -> Scaling:
     return Scaling(scale, jnp.isnan(scale), zero=zero)
 
 
-def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
-    """(values, y): the numbers of the element, and what they stand for, of the tensor v cut into blocks."""
+def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise, want):
+    """want(values, y): values are the numbers of the element, y what they stand for, of the tensor v cut into blocks. What is wanted
+    is made where they are, inside a branch, so that one pass over v makes it."""
     if scaling.exponent is not None and isinstance(fmt.element, Element):
-        return _in_place(v, fmt, scaling, manner, noise)
+        return _in_place(v, fmt, scaling, manner, noise, want)
     factor, element = factor_of(fmt, scaling), fmt.element
     if scaling.zero is not None:
         element = dataclasses.replace(element, min_value=element.min_value - scaling.zero, max_value=element.max_value - scaling.zero)
@@ -250,13 +258,28 @@ def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
     def rounded():
         values = manner.round(v * inverse, element, noise)
         # v * 1 would flush subnormals
-        return jnp.where(element.unbounded, v, values), jnp.where(element.unbounded, v, values * factor)
+        return want(jnp.where(element.unbounded, v, values), jnp.where(element.unbounded, v, values * factor))
 
     if scaling.tensor is None:
         return rounded()
     # XLA on CPU forgets barriers before it fuses, and would round a block's scale once per value; it does not fuse into a branch.
     nothing = jnp.full(v.shape, np.float32(np.nan))
-    return lax.cond(jnp.isnan(scaling.tensor), lambda: (nothing, nothing), rounded)
+    return lax.cond(jnp.isnan(scaling.tensor), lambda: want(nothing, nothing), rounded)
+
+
+def near_subnormals(exponent, element: Element):
+    """bool: whether the element's grid at any of these scales comes near the float32 subnormals."""
+    return jnp.min(exponent, initial=0) + element.quantum_exp < _NEAR_SUBNORMALS
+
+
+def times_power(value, exponent, subnormals: bool):
+    """value * 2**exponent, exponent -127 .. 127; where neither value nor product is subnormal (subnormals=False) by multiplication."""
+    if subnormals:
+        return fb.scale_exact(value, exponent)
+    # in two factors, since 2**-127 would be flushed
+    factor = fb.to_value(fb.power_of_two(jnp.clip(exponent, -126, 126)))
+    rest = jnp.where(exponent == 127, np.float32(2.0), jnp.where(exponent == -127, np.float32(0.5), np.float32(1.0)))
+    return value * factor * rest
 
 
 def factor_of(fmt: Scaled, scaling: Scaling):
@@ -267,22 +290,18 @@ def factor_of(fmt: Scaled, scaling: Scaling):
         factor = jnp.where(scaling.hidden, np.float32(np.nan), normal)
     elif scaling.tensor is not None:
         factor = jnp.clip(factor * scaling.tensor, np.float32(2.0**-126), np.float32(2.0**126))
-    return factor if fmt.pre_scale is None else factor / fmt.pre_scale
+    return factor if fmt.pre_scale is None else factor * (1 / fmt.pre_scale)
 
 
-def _in_place(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise):
+def _in_place(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise, want):
     """`narrow` by moving the element's grid rather than v."""
     v = v if fmt.pre_scale is None else v * fmt.pre_scale
 
     def rounded(exponent, subnormals: bool):
         y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise(), exponent, subnormals)
-        return fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
+        y = fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
+        return want(times_power(y, -exponent, subnormals), y if fmt.pre_scale is None else y * (1 / fmt.pre_scale))
 
     # Subnormals cost half a copy: they are treated only where a block's grid comes near them. Blocks of zeros have any grid.
     exponent = jnp.where(scaling.empty, 0, scaling.exponent)
-    near = jnp.min(exponent, initial=0) + fmt.element.quantum_exp < _NEAR_SUBNORMALS
-    y = lax.cond(near, lambda: rounded(scaling.exponent, True), lambda: rounded(exponent, False))
-    exponent = jnp.maximum(scaling.exponent, -126)
-    inverse = fb.to_value(fb.power_of_two(jnp.maximum(-exponent, -126)))  # 2**-127 would be flushed: two factors
-    values = y * inverse * jnp.where(exponent == 127, np.float32(0.5), np.float32(1.0))
-    return values, y if fmt.pre_scale is None else y / fmt.pre_scale
+    return lax.cond(near_subnormals(exponent, fmt.element), lambda: rounded(scaling.exponent, True), lambda: rounded(exponent, False))

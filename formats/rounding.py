@@ -121,7 +121,8 @@ def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: 
     clipped = fb.from_extended(clipped) if extend else jnp.maximum(clipped, 0)
     smallest = fb.to_pattern(element.min_magnitude)
     above_zero = by_mode(rounding, lambda mode: _reaches_quantum(pattern, x_bits, grid, mode, draw, random_bits))
-    y_bits = (x_bits & fb.SIGN) | jnp.where(above_zero, clipped, smallest)
+    sign = x_bits & jnp.where((element.min_value < 0) | element.signed_zero, fb.SIGN, 0)
+    y_bits = sign | jnp.where(above_zero, clipped, smallest)
     y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is not Overflow.SATURATE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
