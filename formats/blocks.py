@@ -267,19 +267,16 @@ def narrow(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise, want):
     return lax.cond(jnp.isnan(scaling.tensor), lambda: want(nothing, nothing), rounded)
 
 
-def near_subnormals(exponent, element: Element):
-    """bool: whether the element's grid at any of these scales comes near the float32 subnormals."""
-    return jnp.min(exponent, initial=0) + element.quantum_exp < _NEAR_SUBNORMALS
+def near_ends(exponent, hidden, element: Element):
+    """bool: whether the element's grid at any of these scales comes near the float32 subnormals, a scale's reciprocal is one, or a
+    block is NaN: what the quicker branch leaves out."""
+    near = (exponent + element.quantum_exp < _NEAR_SUBNORMALS) | (exponent > 126) | hidden
+    return jnp.max(near.astype(jnp.int32), initial=0) > 0
 
 
-def times_power(value, exponent, subnormals: bool):
-    """value * 2**exponent, exponent -127 .. 127; where neither value nor product is subnormal (subnormals=False) by multiplication."""
-    if subnormals:
-        return fb.scale_exact(value, exponent)
-    # in two factors, since 2**-127 would be flushed
-    factor = fb.to_value(fb.power_of_two(jnp.clip(exponent, -126, 126)))
-    rest = jnp.where(exponent == 127, np.float32(2.0), jnp.where(exponent == -127, np.float32(0.5), np.float32(1.0)))
-    return value * factor * rest
+def times_power(value, exponent, ends: bool):
+    """value * 2**exponent, exponent -127 .. 127; by multiplication unless the ends of the float32 range are near."""
+    return fb.scale_exact(value, exponent) if ends else value * fb.to_value((exponent + 127) << 23)
 
 
 def factor_of(fmt: Scaled, scaling: Scaling):
@@ -297,11 +294,11 @@ def _in_place(v, fmt: Scaled, scaling: Scaling, manner: Manner, noise, want):
     """`narrow` by moving the element's grid rather than v."""
     v = v if fmt.pre_scale is None else v * fmt.pre_scale
 
-    def rounded(exponent, subnormals: bool):
-        y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise(), exponent, subnormals)
-        y = fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)))  # NaN | anything is NaN
-        return want(times_power(y, -exponent, subnormals), y if fmt.pre_scale is None else y * (1 / fmt.pre_scale))
+    def rounded(exponent, ends: bool):
+        y_bits = round_pattern(fb.to_pattern(v), fmt.element, manner.rounding, manner.overflow, manner.draw, noise(), exponent, ends)
+        y = fb.to_value(y_bits | jnp.where(scaling.hidden, fb.NAN, np.int32(0)) if ends else y_bits)  # NaN | anything is NaN
+        return want(times_power(y, -exponent, ends), y if fmt.pre_scale is None else y * (1 / fmt.pre_scale))
 
     # Subnormals cost half a copy: they are treated only where a block's grid comes near them. Blocks of zeros have any grid.
     exponent = jnp.where(scaling.empty, 0, scaling.exponent)
-    return lax.cond(near_subnormals(exponent, fmt.element), lambda: rounded(scaling.exponent, True), lambda: rounded(exponent, False))
+    return lax.cond(near_ends(exponent, scaling.hidden, fmt.element), lambda: rounded(scaling.exponent, True), lambda: rounded(exponent, False))

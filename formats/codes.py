@@ -28,7 +28,7 @@ def to_codes(y, element: Element, width: int):
     """
     bits = fb.to_pattern(y)
     magnitude = bits & fb.MAGNITUDE
-    codes = jnp.where(element.min_magnitude > 0, magnitude >> 23, _grid_code(bits, magnitude, element))
+    codes = jnp.where(element.min_magnitude > 0, magnitude >> 23, _grid_code(y, bits, magnitude, element))
     codes = jnp.where(element.unbounded, bits, codes)
     dtype = jnp.uint8 if width <= 8 else jnp.uint16 if width <= 16 else jnp.uint32
     return lax.bitcast_convert_type(codes, jnp.uint32).astype(dtype)
@@ -54,15 +54,27 @@ def _ones(count):
     return jnp.where(count < 32, ~(np.int32(-1) << jnp.minimum(count, 31)), -1)
 
 
-def _grid_code(bits, magnitude, element: Element):
-    below, bias, whole = _fields(element)
+def _normal_floats(element: Element) -> bool:
+    """Whether every value of the element is known to be a normal float32 or zero, so that float arithmetic on it is exact."""
+    return not fb.is_traced(element.quantum_exp) and -126 <= element.quantum_exp <= 100
+
+
+def _multiples(y, magnitude, element: Element):
+    """(|y| / quantum as int32, right below 2**24 quanta; pattern of |y| with its exponent field, below zero for float32 subnormals)."""
+    if _normal_floats(element):
+        return (jnp.abs(y) * fb.to_value(fb.power_of_two(-element.quantum_exp))).astype(jnp.int32), magnitude
     extended = fb.to_extended(magnitude)
-    # normals: drop mantissa bits, rebias; what lies below is a multiple of the quantum
-    normal = (extended >> (23 - element.man_bits)) - ((127 - bias) << element.man_bits)
     away = 23 + 127 + element.quantum_exp - (extended >> 23)
     multiple = ((extended & (fb.SMALLEST_NORMAL - 1)) | fb.SMALLEST_NORMAL) >> jnp.clip(away, 0, 31)
+    return jnp.where(magnitude == 0, 0, multiple), extended
+
+
+def _grid_code(y, bits, magnitude, element: Element):
+    below, bias, whole = _fields(element)
+    multiple, extended = _multiples(y, magnitude, element)
+    # normals: drop mantissa bits, rebias; what lies below is a multiple of the quantum
+    normal = (extended >> (23 - element.man_bits)) - ((127 - bias) << element.man_bits)
     code = jnp.where(whole | (normal < (np.int32(1) << element.man_bits)), multiple, normal)
-    code = jnp.where(magnitude == 0, 0, code)
     sign = jnp.where(bits < 0, np.int32(1) << below, 0)
     top = _ones(element.exp_bits) << element.man_bits  # the exponent field of IEEE infinities
     quiet = sign | top | ((np.int32(1) << element.man_bits) >> 1)
@@ -80,9 +92,12 @@ def _grid_pattern(codes, element: Element):
     low = jnp.where(whole & negative, (np.int32(1) << below) - low, low)
     field = low >> element.man_bits
     normal = (low << (23 - element.man_bits)) + ((127 - bias) << 23)
-    multiple = fb.to_pattern(low.astype(jnp.float32)) + (element.quantum_exp << 23)
-    extended = jnp.where(whole | (field == 0), multiple, normal)
-    pattern = jnp.where(low == 0, 0, fb.from_extended(extended))
+    if _normal_floats(element):
+        multiple = fb.to_pattern(low.astype(jnp.float32) * fb.to_value(fb.power_of_two(element.quantum_exp)))
+        pattern = jnp.where(whole | (field == 0), multiple, normal)
+    else:
+        multiple = fb.to_pattern(low.astype(jnp.float32)) + (element.quantum_exp << 23)
+        pattern = jnp.where(low == 0, 0, fb.from_extended(jnp.where(whole | (field == 0), multiple, normal)))
     top = _ones(element.exp_bits)
     infinite = element.has_inf & (field == top)
     nan_alone = jnp.where(element.signed_zero, low == _ones(below), (low == 0) & negative)

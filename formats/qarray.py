@@ -18,7 +18,7 @@ from formats.blocks import (
     draw_noise,
     factor_of,
     narrow,
-    near_subnormals,
+    near_ends,
     scales_of,
     times_power,
     view_of,
@@ -29,6 +29,9 @@ from formats.describe import concrete, name_of
 from formats.elements import Element
 from formats.packing import pack, unpack
 from formats.scaled import ELEMENTS, Scaled
+
+
+_LANES = 1024
 
 
 class _Static:
@@ -109,22 +112,19 @@ def _encode(x, number, given, static: _Static, mode, rest: Manner) -> QArray:
     element = fmt.element if isinstance(fmt, Scaled) else fmt
     parts = dict.fromkeys(("scales", "tensor_scale", "zero_points", "num_nan"))
 
-    def stored(values):
-        return _pack(view.restore(_to_codes(values, element)), element)
-
     if isinstance(fmt, ELEMENTS):
-        codes = stored(manner.round(v, fmt, noise))
+        codes = _to_codes(manner.round(v, fmt, noise), element)
         if not _has_nan(element):
-            parts["num_nan"] = jnp.sum(jnp.isnan(v), dtype=jnp.int32)
-        return QArray(codes, **parts, static=static, shape=x.shape, dtype=x.dtype)
+            parts["num_nan"] = _number_of_nan(v)
+        return QArray(_pack(view.restore(codes), element), **parts, static=static, shape=x.shape, dtype=x.dtype)
     scaling = scales_of(v, view, fmt, amax=given["amax"], scale=given["scale"])
     zero = np.float32(0.0) if scaling.zero is None else scaling.zero
-    codes = narrow(v, fmt, scaling, manner, noise, lambda values, y: stored(values + zero if fmt.zero_point else values))
+    codes = narrow(v, fmt, scaling, manner, noise, lambda values, y: _to_codes(values + zero if fmt.zero_point else values, element))
     parts["scales"] = view.listed(_scale_codes(scaling, fmt))
     parts["tensor_scale"] = scaling.tensor
     if scaling.zero is not None:
         parts["zero_points"] = view.listed(_to_codes(scaling.zero, element))
-    return QArray(codes, **parts, static=static, shape=x.shape, dtype=x.dtype)
+    return QArray(_pack(view.restore(codes), element), **parts, static=static, shape=x.shape, dtype=x.dtype)
 
 
 @partial(jax.jit, inline=True)
@@ -135,20 +135,28 @@ def _decode(q: QArray):
     if isinstance(fmt, ELEMENTS):
         return _from_codes(codes, element).astype(q.dtype)
     view = view_of(q.shape, fmt)
-    values = _from_codes(view.cut(codes), element)
     scaling = _scaling(q, fmt, view)
-    if scaling.zero is not None:
-        values = values - scaling.zero
     if scaling.exponent is None or not isinstance(element, Element):
+        values = _from_codes(view.cut(codes), element)
+        values = values if scaling.zero is None else values - scaling.zero
         y = values if element.unbounded else values * factor_of(fmt, scaling)
         return view.restore(y).astype(q.dtype)
 
-    def rescaled(subnormals: bool):
-        y = times_power(values, scaling.exponent, subnormals)
-        y = jnp.where(scaling.hidden, np.float32(np.nan), y if fmt.pre_scale is None else y * (1 / fmt.pre_scale))
+    def rescaled(ends: bool):
+        # all of it in the branch: what enters one is first written to memory
+        values = _from_codes(view.cut(_unpack(q.codes, element, q.shape)), element)
+        y = times_power(values, scaling.exponent, ends)
+        y = y if fmt.pre_scale is None else y * (1 / fmt.pre_scale)
+        y = jnp.where(scaling.hidden, np.float32(np.nan), y) if ends else y
         return view.restore(y).astype(q.dtype)
 
-    return lax.cond(near_subnormals(scaling.exponent, element), lambda: rescaled(True), lambda: rescaled(False))
+    return lax.cond(near_ends(scaling.exponent, scaling.hidden, element), lambda: rescaled(True), lambda: rescaled(False))
+
+
+def _number_of_nan(v):
+    """int32: how many. Summed over the first dimension before the others, which XLA on CPU does without writing out the flags."""
+    flags = (fb.to_pattern(v) & fb.MAGNITUDE > fb.INFINITY).astype(jnp.int32)
+    return jnp.sum(lax.optimization_barrier(jnp.sum(flags.reshape(-1, _LANES) if v.size % _LANES == 0 else flags.reshape(-1, 1), axis=0)))
 
 
 def _scale_codes(scaling: Scaling, fmt: Scaled):

@@ -115,15 +115,20 @@ def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: 
     extend = exponent is not None and subnormals
     grid = _Grid.of(element) if exponent is None else _Grid.moved(element, exponent)
     pattern = fb.to_extended(magnitude) if extend else magnitude
-    limit = jnp.where(x_bits >= 0, grid.high, grid.low)
+    symmetric = _known_symmetric(element)
+    limit = grid.high if symmetric else jnp.where(x_bits >= 0, grid.high, grid.low)
     rounded = by_mode(rounding, lambda mode: _round_from_quantum(pattern, x_bits, grid, mode, draw, random_bits))
     clipped = jnp.minimum(rounded, limit)
-    clipped = fb.from_extended(clipped) if extend else jnp.maximum(clipped, 0)
-    smallest = fb.to_pattern(element.min_magnitude)
+    clipped = fb.from_extended(clipped) if extend else clipped if symmetric else jnp.maximum(clipped, 0)
     above_zero = by_mode(rounding, lambda mode: _reaches_quantum(pattern, x_bits, grid, mode, draw, random_bits))
-    sign = x_bits & jnp.where((element.min_value < 0) | element.signed_zero, fb.SIGN, 0)
-    y_bits = sign | jnp.where(above_zero, clipped, smallest)
-    y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
+    y_bits = jnp.where(above_zero, clipped, 0)
+    if symmetric:
+        smallest, y_bits = np.int32(0), (x_bits & fb.SIGN) | y_bits
+    else:
+        smallest = fb.to_pattern(element.min_magnitude)
+        sign = x_bits & jnp.where((element.min_value < 0) | element.signed_zero, fb.SIGN, 0)
+        y_bits = sign | jnp.maximum(y_bits, smallest)
+        y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is not Overflow.SATURATE:
         special = jnp.where(element.has_inf, fb.INFINITY, jnp.where(element.has_nan, fb.NAN, 0))
         beyond = magnitude == fb.INFINITY
@@ -133,6 +138,14 @@ def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: 
             y_bits = jnp.where((x_bits <= 0) & (smallest > 0), fb.NAN, y_bits)
         y_bits = jnp.where(beyond & (special != 0), (x_bits & fb.SIGN) | special, y_bits)
     return jnp.where(magnitude > fb.INFINITY, x_bits, y_bits)
+
+
+def _known_symmetric(element: Element) -> bool:
+    """Whether widths are concrete and those of a format with both zeros and the same range on either side, as most are: fewer steps."""
+    if fb.is_traced(element.max_value, element.min_value, element.signed_zero, element.min_magnitude):
+        return False
+    both = (element.max_value == -element.min_value) & element.signed_zero & (element.min_magnitude == 0)
+    return bool(np.all(both))
 
 
 def _leaves_range(x_bits, mode: Rounding):
