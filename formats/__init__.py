@@ -4,6 +4,7 @@
     formats.quantize(x, "mxfp4", rounding="stochastic", key=key)
     int4 = formats.scaled(formats.integer(4), "channel", axis=0)
     values, scale = formats.split(w_DF, int4)                 # narrow numbers and scales, for a matmul
+    stored = formats.encode(x, "nvfp4")                       # real codes and scale bytes; stored.decode(), stored.nbytes
 
 Widths are numbers that may be traced: one compiled program serves every width, and `vmap` over formats works.
 """
@@ -12,6 +13,7 @@ from formats.amax import Amax, gaussian_clip
 from formats.blocks import split
 from formats.catalogue import get, names, register
 from formats.codebooks import Codebook, binary, codebook, dybit, nf4
+from formats.delayed import AmaxHistory, amax_history
 from formats.describe import describe, table
 from formats.elements import Element, identity, integer, minifloat
 from formats.gaussian import gaussian_mse
@@ -27,7 +29,10 @@ from formats.scales import Rule, rule_number
 
 Format = Element | Codebook | Logarithmic | Scaled
 
-__all__ = ["Amax", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow", "QArray", "QuantizedGradient", "Rounding",
-           "Rule", "Scaled", "StochasticRule", "binary", "block", "codebook", "describe", "dybit", "encode", "gaussian_clip", "gaussian_mse", "get",
-           "identity", "integer", "lns", "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "register", "round_to",
-           "rule_number", "scaled", "split", "table"]
+__all__ = [
+    "Amax", "AmaxHistory", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow",
+    "QArray", "QuantizedGradient", "Rounding", "Rule", "Scaled", "StochasticRule", "amax_history", "binary", "block",
+    "codebook", "describe", "dybit", "encode", "gaussian_clip", "gaussian_mse", "get", "identity", "integer", "lns",
+    "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "register", "round_to", "rule_number",
+    "scaled", "split", "table",
+]
