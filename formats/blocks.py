@@ -271,7 +271,7 @@ def near_ends(exponent, hidden, element: Element):
     """bool: whether the element's grid at any of these scales comes near the float32 subnormals, a scale's reciprocal is one, or a
     block is NaN: what the quicker branch leaves out."""
     near = (exponent + element.quantum_exp < _NEAR_SUBNORMALS) | (exponent > 126) | hidden
-    return jnp.max(near.astype(jnp.int32), initial=0) > 0
+    return jnp.any(near)
 
 
 def times_power(value, exponent, ends: bool):

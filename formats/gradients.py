@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from formats.catalogue import resolve
 from formats.modes import parse
 
 
@@ -30,10 +31,14 @@ class QuantizedGradient:
     """The cotangent is quantized itself, with a format, rounding and overflow of its own (QPyTorch, Zhang et al. 2019). key: as in
     `quantize`, for the stochastic modes; its leaves (widths, key) may be traced. Reverse mode only."""
 
-    format: object
+    format: object  # a name becomes the format
     key: jax.Array | None = None
     rounding: str = dataclasses.field(default="nearest_even", metadata={"static": True})
     overflow: str = dataclasses.field(default="saturate", metadata={"static": True})
+
+    def __post_init__(self):
+        if isinstance(self.format, str):
+            object.__setattr__(self, "format", resolve(self.format))
 
 
 def parse_gradient(value) -> Gradient | QuantizedGradient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-LINEAR = 32  # thresholds up to which all are compared
+LINEAR = 256  # thresholds up to which all are compared; searching fewer takes as long, and memory
 
 
 def count(key, thresholds):

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 # Raised by hand whenever the same config trains to different numbers; golden runs fail when numbers move without it.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 
 @dataclass(frozen=True)
