@@ -199,8 +199,6 @@ def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=N
 
 def _scaling(amax, fmt: Scaled, top) -> Scaling:
     """The scales for given amax. top: amax of the whole tensor, None for the largest here."""
-    if fmt.pre_scale is not None:
-        amax = amax * fmt.pre_scale
     hidden = hides(amax, fmt.element)
     if not fmt.exact:
         exponent = shared_exponent(amax, fmt.element, fmt.rule_number)
@@ -211,7 +209,7 @@ def _scaling(amax, fmt: Scaled, top) -> Scaling:
         return Scaling(fb.to_value(fb.power_of_two(exponent)), hidden, exponent, empty)
     tensor = None
     if fmt.two_level:
-        top = jnp.max(amax, initial=0.0) if top is None else top * (1.0 if fmt.pre_scale is None else fmt.pre_scale)
+        top = jnp.max(amax, initial=0.0) if top is None else top
         # as two divisors: the product of NVFP4, 448 * 6, and of any other elements, is exact
         tensor = lax.optimization_barrier(exact_scale(top, _Bound(fmt.scale_element.max_value * fmt.element.max_value), None))
         hidden = hidden | jnp.isnan(tensor)

@@ -36,8 +36,8 @@ class Scaled:
 
     scale_element: what a scale is rounded to, None for float32. exact: rule "exact"; otherwise rule_number (int32, the place in
     `POWER_RULES`) says which power of two. axis: along which a scale is constant (channel, token) or blocks lie; several for
-    blocks of several dimensions, then block has as many sizes. amax, amax_at: see `Amax`. pre_scale: float32 or None; x is multiplied
-    by it before rounding and divided after. two_level: block scales are relative to a float32 scale of the whole tensor
+    blocks of several dimensions, then block has as many sizes. amax, amax_at: see `Amax`. pre_scale: float32 or None; scales
+    are those of x, then x is multiplied by it before rounding and divided after. two_level: block scales are relative to a float32 scale of the whole tensor
     (NVFP4). zero_point: integers relative to a code of their own for zero, x = scale (code - zero).
     """
 
