@@ -81,7 +81,7 @@ def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None,
 
     x: float32, float16 or bfloat16; both results are float32. scale broadcasts against x: shape [] for "tensor", 1 in
     `axis` for "channel" and "token", the shape of x for "block". For an element the scale is 1. key, random_bits: as in
-    `apply`. reduce_max: applied to amax (to that of the tensor, with two levels), e.g. a pmax over the mesh axis that shards values
+    `apply`; random_bits may be a function that gives them, called where they are used. reduce_max: applied to amax (to that of the tensor, with two levels), e.g. a pmax over the mesh axis that shards values
     of one scale. amax: float32, used in place of the current one (delayed scales), shaped like scale, for "block" with one entry a
     block. scale: float32, given outright instead, shaped like amax (static and learned scales; "exact" and float32 scales only).
     A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
@@ -170,6 +170,8 @@ def draw_noise(view: View, manner: Manner, key, random_bits):
         return lambda: view.cut(hash_bits(key, view.shape))
     if random_bits is None:
         raise ValueError(f"rounding={manner.rounding.value!r} needs key=... or random_bits=...")
+    if callable(random_bits):
+        return lambda: view.cut(random_bits())
     random_bits = jnp.asarray(random_bits)
     if random_bits.shape != view.shape or random_bits.dtype != jnp.uint32:
         raise ValueError(f"random_bits must be uint32 of shape {view.shape}, got {random_bits.dtype}{random_bits.shape}")

@@ -48,7 +48,7 @@ def _narrow(x, quantizer: Quantizer | None, contract: int, key, site: _Site):
         start = 0
         if site.rows is not None:
             start = lax.axis_index(site.rows.axis_name) * x.shape[0]
-        bits = noise.random_bits(fold_in(key, site.salt), x.shape, offset=start * x.shape[1])
+        bits = partial(noise.random_bits, fold_in(key, site.salt), x.shape, offset=start * x.shape[1])
     reduce_max = None
     if site.rows is not None and _crosses_rows(fmt, contract):
         reduce_max = partial(lax.pmax, axis_name=site.rows.axis_name)
@@ -60,7 +60,9 @@ def _crosses_rows(fmt, contract: int) -> bool:
     """True if one scale covers rows of several shards (dim 0 of x is the sharded one)."""
     if not isinstance(fmt, formats.Scaled):
         return False
-    return fmt.granularity is formats.Granularity.TENSOR or (contract == 0 and fmt.granularity is not formats.Granularity.BLOCK)
+    if fmt.granularity is formats.Granularity.BLOCK:
+        return fmt.two_level
+    return fmt.granularity is formats.Granularity.TENSOR or contract == 0
 
 
 def _constant_along(scale, dim: int) -> bool:

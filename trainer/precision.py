@@ -15,6 +15,7 @@ from enum import Enum
 import jax
 
 import formats
+from formats import Rounding
 
 ROLES = ("weights", "activations", "output_gradients")
 GEMMS = {"weights": ("forward", "dgrad"), "activations": ("forward", "wgrad"), "output_gradients": ("dgrad", "wgrad")}
@@ -39,19 +40,19 @@ class Quantizer:
     source: "current" with a format that has scales, "none" with an element format (whose own range is then all there is).
     """
 
-    format: formats.Element | formats.Scaled
+    format: formats.Format
     rounding: str = _static(default="nearest_even")
     source: str = _static(default="current")
 
     def __post_init__(self):
-        expected = {formats.Scaled: Source.CURRENT.value, formats.Element: Source.NONE.value}.get(type(self.format), self.source)
+        expected = (Source.CURRENT if isinstance(self.format, formats.Scaled) else Source.NONE).value
         if self.source != expected:
             advice = "wrap it in formats.scaled(...) or say source='none'" if expected == "none" else "source='current' goes with it"
             raise ValueError(f"source={self.source!r} with a format of type {type(self.format).__name__}: {advice}")
 
     @property
     def stochastic(self) -> bool:
-        return self.rounding == "stochastic"
+        return Rounding(self.rounding).random
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import formats
+from docs import formats as page
 from formats import catalogue
 from tests.formats.oracle import saturated
 
@@ -86,3 +87,8 @@ def test_gaussian_error_orders_formats_and_is_zero_for_float32():
     assert formats.gaussian_mse("float32") == 0.0
     # OCP MXFP4, nearest even, averaged over sigma: 1.33e-2 (independent measurement, 2.3 % of values clipped)
     assert formats.gaussian_mse("mxfp4") == pytest.approx(1.33e-2, rel=0.02)
+
+
+def test_the_page_of_formats_is_that_of_the_code():
+    """docs/formats.md, numbers included (three digits of the errors)."""
+    assert (page.HERE / "formats.md").read_text(encoding="utf-8") == page.page(), "run python -m docs.formats"

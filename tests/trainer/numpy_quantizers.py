@@ -77,6 +77,23 @@ def mx(element: str, size: int = 32):
     return quantize
 
 
+def nvfp4(size: int = 16):
+    """Blocks along the contraction with e4m3 scales relative to amax / (448 * 6), in float32 steps."""
+
+    def quantize(x, contract):
+        rows = np.moveaxis(x, contract, 1)
+        result = np.empty(rows.shape, np.float64)
+        tensor = np.max(np.abs(x)) / np.float32(448 * 6)
+        for begin in range(0, rows.shape[1], size):
+            block = rows[:, begin : begin + size]
+            amax = np.max(np.abs(block), axis=1, keepdims=True)
+            factor = np.maximum(_to_element(amax / np.float32(6) / tensor, "e4m3fn"), 2.0**-9).astype(np.float32) * tensor
+            result[:, begin : begin + size] = _to_element(block * (np.float32(1) / factor), "e2m1") * factor.astype(np.float64)
+        return np.moveaxis(result, 1, contract)
+
+    return quantize
+
+
 def unscaled(element: str):
     """The element's own range: no scale."""
     return lambda x, contract: _to_element(x, element).astype(np.float64)

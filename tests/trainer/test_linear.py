@@ -49,6 +49,7 @@ CASES = {
     "int8": (["int8"], (nq.integer(8, "vector"), None, nq.integer(8, "vector"), None, nq.nothing, nq.nothing)),
     "fp8": (["fp8"], (nq.minifloat("e4m3fn"), None, nq.minifloat("e4m3fn"), None, nq.minifloat("e5m2"), None)),
     "mxfp4": (["mxfp4"], (nq.mx("e2m1"),) * 6),
+    "nvfp4": (["nvfp4"], (nq.nvfp4(),) * 6),
     "mxfp6": (["mxfp6"], (nq.mx("e2m3"),) * 4 + (nq.mx("e3m2"),) * 2),
     "mxfp8": (["mxfp8"], (nq.mx("e4m3fn"),) * 4 + (nq.mx("e5m2"),) * 2),
     "dgrad of its own": (
@@ -207,7 +208,7 @@ def test_stochastic_bits_are_the_same_for_sharded_rows(shared):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["int4", "fp8", "mxfp4", "every product another"])
+@pytest.mark.parametrize("name", ["int4", "fp8", "mxfp4", "nvfp4", "every product another"])
 def test_sharded_rows_have_the_scales_of_the_whole(name):
     """Every granularity, also where a scale runs down the rows: what the whole tensor's quantizer gives, to summation order.
     (Blocks along the rows do not cross devices; a device's 64 rows here are whole blocks.)"""

@@ -96,7 +96,7 @@ def _quantizer(key: str, keys: dict) -> QuantizerSpec | None:
     return spec
 
 
-def build_format(spec: QuantizerSpec) -> formats.Element | formats.Scaled:
+def build_format(spec: QuantizerSpec) -> formats.Format:
     """The format of a spec, with concrete widths."""
     if spec.format == "integer":
         element = formats.identity() if spec.bits == UNQUANTIZED_BITS else formats.integer(spec.bits)
