@@ -254,7 +254,14 @@ def stored_inputs() -> dict[str, np.ndarray]:
     return {"any": any_bits, "moderate": moderate, "subnormal": small.view(np.float32)}
 
 
-@pytest.mark.parametrize("name", [*formats.names(), *ODD])
+# A format compiles two programs of its own; those much like another one wait for --slow.
+ALIKE = {"int5", "int6", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e5m2fnuz", "float8_e4m3", "float6_e2m3fn", "mxfp8_e5m2", "mxfp6_e2m3",
+         "mxfp6_e3m2", "tf32", "ternary", "dybit8", "bfp8", "float7_e3m3", "float9_e4m4fn", "uint2", "int8_full", "lns5_g3", "dybit2", "e5m0",
+         "e0m1", "int3_token", "int8_tensor", "binary_channel", "tiles_e4m3", "mxfp8_rceil", "nvint4", "affine_blocks", "e8m23"}
+FORMATS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in (*formats.names(), *ODD)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_decode_of_encode_is_quantize_bit_for_bit(name):
     fmt = ODD.get(name, name)
     fmt = formats.get(fmt) if isinstance(fmt, str) else fmt
