@@ -26,6 +26,7 @@ from jax import lax
 
 from formats import bits as fb
 from formats.amax import Amax, magnitude
+from formats.catalogue import resolve
 from formats.elements import Element
 from formats.layout import View
 from formats.modes import Draw, Overflow, Rounding, as_float32, parse, parse_rounding
@@ -87,7 +88,7 @@ def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None,
     A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
     Not differentiable: the result is a constant to autodiff.
     """
-    manner = Manner.of(rounding, overflow, sr_bits, sr_rule)
+    fmt, manner = resolve(fmt), Manner.of(rounding, overflow, sr_bits, sr_rule)
     v, view = cut(x, fmt)
     noise = draw_noise(view, manner, key, random_bits)
     if isinstance(fmt, ELEMENTS):

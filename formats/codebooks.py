@@ -64,10 +64,10 @@ class Codebook:
             low, high = _neighbours(key, self.levels)
             part = (jnp.clip(x, self.levels[0], self.levels[-1]) - low) / (high - low)
             fraction = jnp.clip(part * np.float32(2.0**31), 0.0, np.float32(2.0**31 - 128)).astype(jnp.int32)
-            if rounding is Rounding.STOCHASTIC_EQUAL:
-                fraction = jnp.where(key > ordered(fb.to_pattern(low)), jnp.maximum(fraction, 1), 0)
+            inexact = key > ordered(fb.to_pattern(low))
+            fraction = jnp.where(inexact, jnp.maximum(fraction, 1), 0)
             up = carries(rounding, draw, lax.bitcast_convert_type(random_bits, jnp.int32), fraction)
-            y = jnp.where(up, high, low)
+            y = jnp.where(up | (key >= ordered(fb.to_pattern(high))), high, low)
         else:
             y = lookup(key, by_mode(rounding, lambda mode: _thresholds(self.levels, mode)), self.levels)
         return jnp.where(x_bits & fb.MAGNITUDE > fb.INFINITY, x, y)

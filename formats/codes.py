@@ -87,7 +87,7 @@ def _grid_code(y, bits, magnitude, element: Element):
 
 def _grid_pattern(codes, element: Element):
     below, bias, whole = _fields(element)
-    negative = ((codes >> below) & 1 != 0) & (element.min_value < 0)
+    negative = ((codes >> below) & 1 != 0) & element.signed
     low = codes & _ones(below)
     low = jnp.where(whole & negative, (np.int32(1) << below) - low, low)
     field = low >> element.man_bits

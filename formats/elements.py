@@ -46,7 +46,12 @@ class Element:
     @property
     def bits(self):
         """int32: stored width, sign bit included."""
-        return self.exp_bits + self.man_bits + (self.min_value < 0).astype(np.int32)
+        return self.exp_bits + self.man_bits + self.signed.astype(np.int32)
+
+    @property
+    def signed(self):
+        """bool: whether there are negative values (by the sign bit: the smallest may be a float32 subnormal)."""
+        return fb.to_pattern(self.min_value) < 0
 
     @property
     def limits(self):

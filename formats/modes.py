@@ -48,7 +48,8 @@ class StochasticRule(enum.Enum):
     """Which random bits decide a stochastic rounding. d: the dropped fraction of the spacing; k: number of bits; r: the k low
     bits of the random word. Up when: full: the dropped bits and as many random ones carry (probability exactly d); A:
     floor(d 2^k) + r >= 2^k; B: floor(d 2^(k+1)) + 2 r + 1 >= 2^(k+1); C: round_even(d 2^k) + r >= 2^k (P3109 3.1
-    StochasticA, B, C; gfloat StochasticFastest, Fast, Stochastic). A is biased toward zero by half a step of 2^-k, B and C are not."""
+    StochasticA, B, C; gfloat StochasticFastest, Fast, Stochastic). A is biased toward zero by half a step of 2^-k, B and C are not.
+    d is exact on grids (minifloats, integers); between codebook levels and logarithmic numbers it is a float32 quotient."""
 
     FULL = "full"
     A = "A"

@@ -42,8 +42,8 @@ def round_to(x, element, *, rounding="nearest_even", overflow="saturate", sr_bit
     `StochasticRule`. stochastic_equal goes up or down with probability 1/2.
 
     nearest_even ties go to the even significand; without mantissa bits that is the larger power of two (as ml_dtypes'
-    float8_e8m0fnu; P3109 goes by the code instead). NaN stays NaN, also where the format has no code for it: a diverged
-    tensor must show. overflow: see `Overflow`; under "ieee" modes that round inward stop at the largest.
+    float8_e8m0fnu; P3109 goes by the code instead), and to_odd goes to the smaller one. NaN stays NaN, also where the format has no code for it: a diverged
+    tensor must show. overflow: see `Overflow`; under "ieee" modes that round inward stop at the largest, to_odd does not.
     """
     rounding, overflow = parse_rounding(rounding), parse(Overflow, overflow)
     draw = Draw.of(sr_bits, sr_rule, rounding)
@@ -51,6 +51,8 @@ def round_to(x, element, *, rounding="nearest_even", overflow="saturate", sr_bit
     if random != (random_bits is not None):
         raise ValueError(f"random_bits must be given exactly for the stochastic modes, got rounding={getattr(rounding, 'value', 'a number')!r}")
     v = as_float32(x)
+    if not isinstance(element, Element) and not hasattr(element, "round"):
+        raise ValueError(f"element={element!r} must be an element format such as formats.minifloat(4, 3); quantize takes names and scales")
     if isinstance(element, Element):
         y = fb.to_value(round_pattern(fb.to_pattern(v), element, rounding, overflow, draw, random_bits))
     else:
@@ -126,7 +128,7 @@ def round_pattern(x_bits, element: Element, rounding, overflow: Overflow, draw: 
         smallest, y_bits = np.int32(0), (x_bits & fb.SIGN) | y_bits
     else:
         smallest = fb.to_pattern(element.min_magnitude)
-        sign = x_bits & jnp.where((element.min_value < 0) | element.signed_zero, fb.SIGN, 0)
+        sign = x_bits & jnp.where(element.signed | element.signed_zero, fb.SIGN, 0)
         y_bits = sign | jnp.maximum(y_bits, smallest)
         y_bits = jnp.where(y_bits == fb.SIGN, jnp.where(element.signed_zero, fb.SIGN, smallest), y_bits)
     if overflow is not Overflow.SATURATE:

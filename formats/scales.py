@@ -62,6 +62,7 @@ def exact_scale(amax, element, scale_element: Element | None, tensor_scale=None)
     amax = jnp.where(hides(amax, element), np.float32(np.nan), jnp.where(one, np.float32(1.0), amax))
     scale = amax / jnp.where(one, np.float32(1.0), element.max_value)
     if tensor_scale is not None:
+        scale = jnp.where(one, np.float32(1.0), scale)  # between two divisions: XLA turns (a / b) / c into a / (b c)
         scale = scale / jnp.where(one, np.float32(1.0), tensor_scale)
     smallest = np.float32(2.0**-126)
     if scale_element is not None:

@@ -89,6 +89,12 @@ def test_gaussian_error_orders_formats_and_is_zero_for_float32():
     assert formats.gaussian_mse("mxfp4") == pytest.approx(1.33e-2, rel=0.02)
 
 
+def test_the_page_of_formats_lists_what_there_is():
+    text = (page.HERE / "formats.md").read_text(encoding="utf-8")
+    assert page.values() in text and all(f"| `{name}` |" in text for name in formats.names())
+
+
+@pytest.mark.slow
 def test_the_page_of_formats_is_that_of_the_code():
     """docs/formats.md, numbers included (three digits of the errors)."""
     assert (page.HERE / "formats.md").read_text(encoding="utf-8") == page.page(), "run python -m docs.formats"
