@@ -24,10 +24,10 @@ def programs(size: int) -> dict:
     """name -> (jitted function, arguments). Arrays are [size / 1000, 1000], blocks cut from rows of 1600."""
     import jax
     import jax.numpy as jnp
-    import ml_dtypes
     import numpy as np
 
     import formats
+    from benchmarks.format_peers import peers
 
     x = jnp.asarray(np.random.default_rng(0).standard_normal((size // 1000, 1000)), jnp.float32)
     x_blocks = x.reshape(-1)[: size // 1600 * 1600].reshape(-1, 1600)
@@ -63,13 +63,8 @@ def programs(size: int) -> dict:
         "encode float6_e3m2fn": (encode, (x, "float6_e3m2fn")),
         "encode nvfp4": (encode, (x_blocks, "nvfp4")),
         "decode nvfp4": (decode, (formats.encode(x_blocks, "nvfp4"),)),
-        "peer: jax clip and cast to float8_e4m3fn and back": (
-            jax.jit(lambda x: jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)), (x,)),
-        "peer: jax threefry bits": (jax.jit(lambda x: jax.random.bits(jax.random.key(0), x.shape)), (x,)),
     }
-    host = np.asarray(x)
-    made["peer: ml_dtypes cast to float8_e4m3fn and back"] = (
-        lambda: host.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), ())
+    made.update(peers(x, x_blocks))
     return made
 
 
@@ -105,7 +100,7 @@ def main() -> None:
     given = parser.parse_args()
     made = {name: program for name, program in programs(given.size).items() if given.only in name or name == "copy"}
     result = report(measure(made, given.rounds))
-    timing.print_json({"machine": timing.machine(("jax", "numpy", "ml_dtypes")), "size": given.size, "rounds": given.rounds, **result})
+    timing.print_json({"machine": timing.machine(("jax", "numpy", "ml_dtypes", "gfloat", "pychop", "qwix")), "size": given.size, "rounds": given.rounds, **result})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def to_codes(y, element: Element, width: int):
     """
     bits = fb.to_pattern(y)
     magnitude = bits & fb.MAGNITUDE
-    codes = jnp.where(element.min_magnitude > 0, magnitude >> 23, _grid_code(y, bits, magnitude, element))
+    codes = jnp.where(element.has_zero, _grid_code(y, bits, magnitude, element), magnitude >> 23)
     codes = jnp.where(element.unbounded, bits, codes)
     dtype = jnp.uint8 if width <= 8 else jnp.uint16 if width <= 16 else jnp.uint32
     return lax.bitcast_convert_type(codes, jnp.uint32).astype(dtype)
@@ -39,7 +39,7 @@ def from_codes(codes, element: Element):
     codes = lax.bitcast_convert_type(codes.astype(jnp.uint32), jnp.int32)
     field = codes & 255
     power = jnp.where(field == 255, fb.NAN, jnp.where(field == 0, fb.SMALLEST_NORMAL >> 1, field << 23))
-    pattern = jnp.where(element.min_magnitude > 0, power, _grid_pattern(codes, element))
+    pattern = jnp.where(element.has_zero, _grid_pattern(codes, element), power)
     return fb.to_value(jnp.where(element.unbounded, codes, pattern))
 
 
@@ -61,6 +61,9 @@ def _normal_floats(element: Element) -> bool:
 
 def _multiples(y, magnitude, element: Element):
     """(|y| / quantum as int32, right below 2**24 quanta; pattern of |y| with its exponent field, below zero for float32 subnormals)."""
+    if _normal_floats(element) and not fb.is_traced(element.man_bits) and element.man_bits <= 23:
+        integers = fb.power_of_two(element.quantum_exp + 23)  # this sum has the multiple in its mantissa; conversion costs more
+        return fb.to_pattern(jnp.abs(y) + fb.to_value(integers)) - integers, magnitude
     if _normal_floats(element):
         return (jnp.abs(y) * fb.to_value(fb.power_of_two(-element.quantum_exp))).astype(jnp.int32), magnitude
     extended = fb.to_extended(magnitude)
@@ -75,13 +78,15 @@ def _grid_code(y, bits, magnitude, element: Element):
     # normals: drop mantissa bits, rebias; what lies below is a multiple of the quantum
     normal = (extended >> (23 - element.man_bits)) - ((127 - bias) << element.man_bits)
     code = jnp.where(whole | (normal < (np.int32(1) << element.man_bits)), multiple, normal)
-    sign = jnp.where(bits < 0, np.int32(1) << below, 0)
+    sign = lax.shift_right_logical(bits, jnp.broadcast_to(31 - below, bits.shape)) & (np.int32(1) << below)
     top = _ones(element.exp_bits) << element.man_bits  # the exponent field of IEEE infinities
     quiet = sign | top | ((np.int32(1) << element.man_bits) >> 1)
     alone = jnp.where(element.signed_zero, sign | _ones(below), np.int32(1) << below)
     nan = jnp.where(element.has_nan, jnp.where(element.has_inf, quiet, alone), 0)
     special = jnp.where(magnitude > fb.INFINITY, nan, sign | top)
     negated = jnp.where(bits < 0, -code, code) & _ones(below + 1)
+    if not fb.is_traced(element.has_inf) and not element.has_inf:
+        return jnp.where(magnitude > fb.INFINITY, nan, jnp.where(whole, negated, sign | code))
     return jnp.where(magnitude >= fb.INFINITY, special, jnp.where(whole, negated, sign | code))
 
 

@@ -60,8 +60,8 @@ class Element:
 
     @property
     def has_zero(self):
-        """bool: whether 0 is a value of the format."""
-        return self.min_magnitude == 0
+        """bool: whether 0 is a value of the format (by the pattern: the smallest value may be a float32 subnormal)."""
+        return fb.to_pattern(self.min_magnitude) == 0
 
     @property
     def unbounded(self):

@@ -48,8 +48,10 @@ def _byte(codes, width: int, place: int):
 
 def unpack(packed, width: int, count: int):
     """uint8 [..., count]: the inverse of `pack`."""
-    if width == 8 or packed.size == 0:
+    if width == 8:
         return packed[..., :count]
+    if packed.size == 0:
+        return jnp.zeros((*packed.shape[:-1], count), jnp.uint8)
     if width in (2, 4):
         word, dtype, mask = (4, jnp.uint32, 0x03030303) if width == 2 else (2, jnp.uint16, 0x0F0F)
         wide = packed.astype(dtype)

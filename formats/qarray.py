@@ -31,7 +31,7 @@ from formats.packing import pack, unpack
 from formats.scaled import ELEMENTS, Scaled
 
 
-_LANES = 1024
+_AT_ONCE = 128
 
 
 class _Static:
@@ -115,7 +115,7 @@ def _encode(x, number, given, static: _Static, mode, rest: Manner) -> QArray:
     if isinstance(fmt, ELEMENTS):
         codes = _to_codes(manner.round(v, fmt, noise), element)
         if not _has_nan(element):
-            parts["num_nan"] = _number_of_nan(v)
+            codes, parts["num_nan"] = _count_nan(v, codes, element)
         return QArray(_pack(view.restore(codes), element), **parts, static=static, shape=x.shape, dtype=x.dtype)
     scaling = scales_of(v, view, fmt, amax=given["amax"], scale=given["scale"])
     zero = np.float32(0.0) if scaling.zero is None else scaling.zero
@@ -153,10 +153,22 @@ def _decode(q: QArray):
     return lax.cond(near_ends(scaling.exponent, scaling.hidden, element), lambda: rescaled(True), lambda: rescaled(False))
 
 
-def _number_of_nan(v):
-    """int32: how many. Summed over the first dimension before the others, which XLA on CPU does without writing out the flags."""
-    flags = (fb.to_pattern(v) & fb.MAGNITUDE > fb.INFINITY).astype(jnp.int32)
-    return jnp.sum(lax.optimization_barrier(jnp.sum(flags.reshape(-1, _LANES) if v.size % _LANES == 0 else flags.reshape(-1, 1), axis=0)))
+def _count_nan(v, codes, element):
+    """(codes, int32 number of NaN in v). Codes of fewer than 8 bits carry the flag in their highest bit from the pass that makes them
+    to the two that read it, since another pass over v costs as much as all of them."""
+    nan = fb.to_pattern(v) & fb.MAGNITUDE > fb.INFINITY
+    if _bits(element) >= 8:
+        return codes, _total(nan.astype(jnp.int32))
+    flagged = jnp.where(nan, np.uint8(128), codes)
+    return flagged & np.uint8(127), _total((flagged >> np.uint8(7)).astype(jnp.int32))
+
+
+def _total(counts):
+    """Their sum, over 16 at a time first: XLA on CPU adds up short dimensions in the pass that makes the counts; before it adds up
+    long ones it writes the counts out."""
+    if counts.size % _AT_ONCE == 0:
+        counts = lax.optimization_barrier(jnp.sum(counts.reshape(-1, _AT_ONCE // 8, 8), axis=1))
+    return jnp.sum(counts)
 
 
 def _scale_codes(scaling: Scaling, fmt: Scaled):
