@@ -17,7 +17,7 @@ _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**
 
 # Limits on the ratio to a copy.
 LIMITS = {"e4m3fn nearest, static": 1.2, "e4m3fn nearest, traced": 1.2, "e5m2 stochastic": 1.4, "mxfp4": 1.9, "nvfp4": 2.8, "lns8": 1.5, "lns8, gamma 5": 4.0,
-          "int4 per channel, last axis": 2.1, "int4 per channel, first axis": 2.6, "encode mxfp4": 1.9, "decode mxfp4": 1.4, "traced / static": 1.15}
+          "int4 per channel, last axis": 2.1, "int4 per channel, first axis": 2.6, "encode mxfp4": 1.9, "decode mxfp4": 1.4, "encode float4_e2m1fn": 1.9, "decode float4_e2m1fn": 1.4, "traced / static": 1.15}
 
 
 def programs(size: int) -> dict:

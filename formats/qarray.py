@@ -31,9 +31,6 @@ from formats.packing import pack, unpack
 from formats.scaled import ELEMENTS, Scaled
 
 
-_AT_ONCE = 128
-
-
 class _Static:
     """A format with concrete widths, hashable by its numbers, so that it can be part of a pytree's structure."""
 
@@ -113,9 +110,7 @@ def _encode(x, number, given, static: _Static, mode, rest: Manner) -> QArray:
     parts = dict.fromkeys(("scales", "tensor_scale", "zero_points", "num_nan"))
 
     if isinstance(fmt, ELEMENTS):
-        codes = _to_codes(manner.round(v, fmt, noise), element)
-        if not _has_nan(element):
-            codes, parts["num_nan"] = _count_nan(v, codes, element)
+        codes, parts["num_nan"] = _counted(v, element, lambda: _to_codes(manner.round(v, fmt, noise), element))
         return QArray(_pack(view.restore(codes), element), **parts, static=static, shape=x.shape, dtype=x.dtype)
     scaling = scales_of(v, view, fmt, amax=given["amax"], scale=given["scale"])
     zero = np.float32(0.0) if scaling.zero is None else scaling.zero
@@ -153,22 +148,16 @@ def _decode(q: QArray):
     return lax.cond(near_ends(scaling.exponent, scaling.hidden, element), lambda: rescaled(True), lambda: rescaled(False))
 
 
-def _count_nan(v, codes, element):
-    """(codes, int32 number of NaN in v). Codes of fewer than 8 bits carry the flag in their highest bit from the pass that makes them
-    to the two that read it, since another pass over v costs as much as all of them."""
-    nan = fb.to_pattern(v) & fb.MAGNITUDE > fb.INFINITY
-    if _bits(element) >= 8:
-        return codes, _total(nan.astype(jnp.int32))
-    flagged = jnp.where(nan, np.uint8(128), codes)
-    return flagged & np.uint8(127), _total((flagged >> np.uint8(7)).astype(jnp.int32))
-
-
-def _total(counts):
-    """Their sum, over 16 at a time first: XLA on CPU adds up short dimensions in the pass that makes the counts; before it adds up
-    long ones it writes the counts out."""
-    if counts.size % _AT_ONCE == 0:
-        counts = lax.optimization_barrier(jnp.sum(counts.reshape(-1, _AT_ONCE // 8, 8), axis=1))
-    return jnp.sum(counts)
+def _counted(v, element, codes):
+    """(codes(), int32 number of NaN in v, or None where the element has a code for it). Whether there is any is seen at once, and
+    counted only then: a sum costs three times as much as a maximum on a CPU."""
+    if _has_nan(element):
+        return codes(), None
+    highest = fb.to_pattern(v) & fb.MAGNITUDE
+    if v.size % 128 == 0:  # in two stages, as `layout` does
+        highest = lax.optimization_barrier(jnp.max(highest.reshape(-1, 16, 8), axis=1))
+    nan = jnp.max(highest, initial=0) > fb.INFINITY
+    return lax.cond(nan, lambda: (codes(), jnp.sum(jnp.isnan(v), dtype=jnp.int32)), lambda: (codes(), jnp.int32(0)))
 
 
 def _scale_codes(scaling: Scaling, fmt: Scaled):

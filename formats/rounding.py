@@ -76,7 +76,9 @@ class _Grid(NamedTuple):
         """The element's own grid, in plain patterns."""
         quantum = fb.power_of_two(element.quantum_exp)
         half = jnp.where(element.quantum_exp > -126, quantum - fb.SMALLEST_NORMAL, quantum >> 1)  # 0 for half of 2**-149
-        return _Grid(element.man_bits, element.quantum_exp, quantum, half, *_limits(element), extended=False)
+        # Far above the float32 subnormals, which are less than 2**-31 of the quantum then, plain patterns are extended ones.
+        far = not fb.is_traced(element.quantum_exp) and bool(np.all(element.quantum_exp >= -90))
+        return _Grid(element.man_bits, element.quantum_exp, quantum, half, *_limits(element), extended=far)
 
     @staticmethod
     def moved(element: Element, exponent) -> _Grid:
