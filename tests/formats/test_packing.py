@@ -9,7 +9,7 @@ import pytest
 
 from formats import packing
 
-SHAPES = [(1,), (7,), (8,), (9,), (257,), (3, 0), (0, 5), (1, 33), (4, 1), (2, 3, 17)]
+SHAPES = [(1,), (5,), (24,), (3, 37), (2, 1, 8), (0, 5), (2, 0)]
 
 
 def big_integer_stream(codes, width: int):

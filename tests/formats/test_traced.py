@@ -52,7 +52,7 @@ def test_rules_by_number_are_one_program_and_vmap():
 
 def test_modes_vmap_and_reach_blocks_codebooks_and_logarithms():
     numbers = jnp.asarray([formats.mode_number(mode) for mode in DETERMINISTIC])
-    for fmt in ("mxfp4", "nvfp4", "nf4", "lns8", "float8_e5m2"):
+    for fmt in ("mxfp4", "nf4", "lns8"):
         batched = jax.vmap(lambda mode, fmt=fmt: formats.quantize(X, fmt, rounding=mode))(numbers)
         for mode, got in zip(DETERMINISTIC, batched, strict=True):
             assert bits_equal(got, formats.quantize(X, fmt, rounding=mode)).all(), (fmt, mode)
