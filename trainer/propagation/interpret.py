@@ -1,0 +1,172 @@
+"""The interpreter: a jaxpr, equation by equation, on variables that may carry scales."""
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from trainer.propagation.rules import RULES, Call
+from trainer.propagation.values import Scaled, Uniform, carries, floats, plain
+
+STRUCTURES: dict[str, Callable] = {}
+
+# Of a broadcast number these make another one.
+_KEEP_UNIFORM = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "copy", "copy_p")
+# These take floats that carry no scale to floats that need none, whatever their arguments carry: no fall-back to count.
+_SCALE_FREE = ("stop_gradient",)
+
+
+class FallbackError(NotImplementedError):
+    """A primitive has no rule, and on_fallback="raise"."""
+
+
+@dataclass
+class Context:
+    """What one interpretation shares: how results are held, what has been met, bodies already traced."""
+
+    data_dtype: np.dtype | None = None
+    on_fallback: str = "count"
+    user_rules: Mapping[str, Callable] = field(default_factory=dict)
+    watch: Callable | None = None  # watch(path, value) of every Scaled result, while calibrating
+    move: Callable | None = None  # move(path, value) -> value, where a calibration placed rescales
+    fallbacks: collections.Counter = field(default_factory=collections.Counter)
+    memo: dict = field(default_factory=dict)
+    bodies: dict = field(default_factory=dict)
+    path: tuple = ()
+
+    def nested(self, name) -> Context:
+        """The same context inside a body: paths are longer, numbers of the outer trace are not remembered."""
+        return Context(self.data_dtype, self.on_fallback, self.user_rules, self.watch, self.move, self.fallbacks, {}, self.bodies, (*self.path, name))
+
+
+def read_literal(literal):
+    """A literal as a variable: floats are numbers known now."""
+    value = literal.val
+    if np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return Uniform(float(value), (), np.dtype(literal.aval.dtype))
+    return value
+
+
+def constant(value):
+    """A constant of a jaxpr as a variable: all-zero arrays are known to be so."""
+    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer) and jnp.issubdtype(value.dtype, jnp.floating):
+        if value.size and not np.any(np.asarray(value)):
+            return Uniform(0.0, tuple(value.shape), np.dtype(value.dtype))
+    return value
+
+
+def interpret(ctx: Context, jaxpr, consts, args) -> list:
+    """The results of a jaxpr (open) as variables."""
+    env: dict = {}
+
+    def read(atom):
+        return read_literal(atom) if isinstance(atom, jex.Literal) else env[atom]
+
+    for var, value in zip((*jaxpr.constvars, *jaxpr.invars), (*map(constant, consts), *args), strict=True):
+        env[var] = value
+    for number, eqn in enumerate(jaxpr.eqns):
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+            results = _apply(ctx, eqn, [read(a) for a in eqn.invars], number)
+        for index, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
+            if isinstance(value, Scaled) and (ctx.watch or ctx.move):
+                value = _visit(ctx, (*ctx.path, number, index), eqn, value)
+            if not isinstance(var, jex.DropVar):
+                env[var] = value
+    return [read(a) for a in jaxpr.outvars]
+
+
+def _visit(ctx: Context, path, eqn, value: Scaled) -> Scaled:
+    if eqn.primitive.name in STRUCTURES:  # seen inside
+        return value
+    if ctx.watch is not None:
+        ctx.watch(path, eqn, value)
+    return value if ctx.move is None else ctx.move(path, value)
+
+
+def _apply(ctx: Context, eqn, values, number: int) -> list:
+    name = eqn.primitive.name
+    if name in STRUCTURES:
+        return STRUCTURES[name](ctx.nested(number), eqn, values)
+    if name in ctx.user_rules or name in USER_RULES:
+        if any(map(carries, values)):
+            return _user_rule(ctx, eqn, values)
+    if not any(map(carries, values)):
+        return _without_scales(eqn, values)
+    entry = RULES.get(name)
+    if entry is None or not any(_is_float_aval(v.aval) for v in eqn.outvars) and name not in RULES:
+        return fall_back(ctx, eqn, values)
+    outs = [v.aval for v in eqn.outvars]
+    call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo)
+    results = entry.function(call, *(_full_if_alone(v, len(values)) for v in values))
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+USER_RULES: dict[str, Callable] = {}
+
+
+def _user_rule(ctx: Context, eqn, values) -> list:
+    rule = ctx.user_rules.get(eqn.primitive.name) or USER_RULES[eqn.primitive.name]
+    return rule(ctx, eqn, values)
+
+
+def _full_if_alone(value, count: int):
+    return value.array() if count == 1 and isinstance(value, Uniform) else value
+
+
+def _is_float_aval(aval) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _without_scales(eqn, values) -> list:
+    """No scale has come here: the program's own equation, but numbers stay known through broadcasts and casts."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    first = values[0] if values else None
+    if len(values) == 1 and floats(first) and _is_float_aval(out):
+        number = first.number if isinstance(first, Uniform) else first if not np.ndim(first) and name == "broadcast_in_dim" else None
+        if number is not None:
+            shape, dtype = tuple(out.shape), np.dtype(out.dtype)
+            if name in _KEEP_UNIFORM:
+                return [Uniform(number, shape, dtype)]
+            if name == "convert_element_type" and isinstance(number, float):
+                return [Uniform(float(np.asarray(number, dtype)), shape, dtype)]
+    return bind(eqn, [plain(v) for v in values])
+
+
+def _binder(eqn):
+    def bind_with(params, *arrays):
+        return eqn.primitive.bind(*arrays, **params)
+
+    return bind_with
+
+
+def bind(eqn, arrays) -> list:
+    """The equation itself, on arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns = params.pop("subfuns", ()) if isinstance(params, dict) else ()
+    results = eqn.primitive.bind(*subfuns, *arrays, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def where(eqn) -> str:
+    """The line of the user's program that an equation comes from."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def fall_back(ctx: Context, eqn, values) -> list:
+    """Unscale, apply, exponent 0; counted."""
+    name = eqn.primitive.name
+    if name not in _SCALE_FREE:
+        if ctx.on_fallback == "raise":
+            raise FallbackError(
+                f"propagate_scales: primitive '{name}' at {where(eqn)} has no scale rule; give it one with "
+                "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
+            )
+        ctx.fallbacks[name, where(eqn)] += 1
+    return bind(eqn, [plain(v) for v in values])

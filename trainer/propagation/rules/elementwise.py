@@ -1,0 +1,144 @@
+"""Products, quotients, powers and sums, element by element."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from trainer.propagation.array import wide
+from trainer.propagation.exponents import Exponent
+from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.values import Uniform, common, plain, split_number
+
+
+def _is_zero(x) -> bool:
+    return isinstance(x, Uniform) and x.zero
+
+
+def _mantissa(x) -> float | None:
+    """Of a number that is known, in [1, 2) but for its sign."""
+    return split_number(x.number)[0] if isinstance(x, Uniform) and x.known else None
+
+
+def _apart(call: Call, x):
+    """(wide data, exponent)."""
+    x = call.lift(x)
+    return wide(x.data), x.exponent
+
+
+@rule("mul", data="a b", exponent="ea + eb")
+def mul(call: Call, a, b):
+    if _is_zero(a) or _is_zero(b):
+        return call.number(0.0)
+    (da, ea), (db, eb) = _apart(call, a), _apart(call, b)
+    if abs(_mantissa(a) or 0) == 1.0:  # a power of two moves the scale alone
+        return call.store(db if _mantissa(a) > 0 else -db, ea + eb)
+    if abs(_mantissa(b) or 0) == 1.0:
+        return call.store(da if _mantissa(b) > 0 else -da, ea + eb)
+    return call.store(da * db, ea + eb)
+
+
+@rule("div", data="a / b", exponent="ea - eb")
+def div(call: Call, a, b):
+    if _is_zero(a):
+        return call.number(0.0)
+    (da, ea), (db, eb) = _apart(call, a), _apart(call, b)
+    if abs(_mantissa(b) or 0) == 1.0:
+        return call.store(da if _mantissa(b) > 0 else -da, ea - eb)
+    return call.store(da / db, ea - eb)
+
+
+@rule("integer_pow", data="a^n", exponent="n ea")
+def integer_pow(call: Call, a):
+    data, exponent = _apart(call, a)
+    power = call.params["y"]
+    return call.store(lax.integer_pow(data, power), exponent * power)
+
+
+@rule("square", data="a^2", exponent="2 ea")
+def square(call: Call, a):
+    data, exponent = _apart(call, a)
+    return call.store(data * data, exponent * 2)
+
+
+@rule("sqrt", data="sqrt(a 2^(ea mod 2))", exponent="floor(ea / 2)")
+def sqrt(call: Call, a):
+    data, half = _even(call, a)
+    return call.store(jnp.sqrt(data), half)
+
+
+@rule("rsqrt", data="1 / sqrt(a 2^(ea mod 2))", exponent="-floor(ea / 2)")
+def rsqrt(call: Call, a):
+    data, half = _even(call, a)
+    return call.store(lax.rsqrt(data), -half)
+
+
+def _even(call: Call, a):
+    """The data at an even exponent, and half of that."""
+    data, exponent = _apart(call, a)
+    half, odd = exponent.halved()
+    if isinstance(odd, int):
+        return (data * data.dtype.type(2.0) if odd else data), half
+    factor = (1 + odd).astype(data.dtype)
+    return data * (factor.reshape(factor.shape + (1,) * (data.ndim - factor.ndim)) if factor.ndim else factor), half
+
+
+@rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb)")
+def add(call: Call, a, b):
+    exponent = common((a, b))
+    if call.name == "sub":
+        if _is_zero(b):
+            return call.store(call.align(a, exponent), exponent)
+        return call.store(call.align(a, exponent) - call.align(b, exponent), exponent)
+    if _is_zero(a) or _is_zero(b):
+        return call.store(call.align(b if _is_zero(a) else a, exponent), exponent)
+    return call.store(call.align(a, exponent) + call.align(b, exponent), exponent)
+
+
+@rule("neg", "abs", "copy", "copy_p", "reduce_precision", "name", data="f(a)", exponent="ea")
+def on_data(call: Call, a):
+    if isinstance(a, Uniform) and a.known and call.name == "neg":
+        return call.number(-a.number)
+    a = call.lift(a)
+    return call.store(call.bind(a.data), a.exponent)
+
+
+@rule("sign", data="sign(a)", exponent="0")
+def sign(call: Call, a):
+    return call.store(jnp.sign(wide(call.lift(a).data)), Exponent())
+
+
+@rule("convert_element_type", data="cast(a)", exponent="ea")
+def convert_element_type(call: Call, a):
+    dtype = call.outs[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return call.fall_back(a)
+    if isinstance(a, Uniform) and a.known:
+        return call.number(float(np.asarray(a.number, dtype)))
+    a = call.lift(a)
+    return call.store(a.data, a.exponent)
+
+
+@rule("optimization_barrier", data="a", exponent="ea")
+def optimization_barrier(call: Call, *xs):
+    """Only data is held back: a known exponent is not in the program at all."""
+    lifted = [call.lift(x) if not isinstance(x, Uniform) and jnp.issubdtype(plain(x).dtype, jnp.floating) else x for x in xs]
+    arrays = call.bind(*[getattr(x, "data", None) if hasattr(x, "exponent") else plain(x) for x in lifted])
+    return [call.store(array, x.exponent, i) if hasattr(x, "exponent") else array for i, (array, x) in enumerate(zip(arrays, lifted))]
+
+
+@rule("atan2", data="atan2 of a and b at one scale", exponent="0")
+def atan2(call: Call, a, b):
+    exponent = common((a, b))
+    return call.store(jnp.arctan2(*jnp.broadcast_arrays(call.align(a, exponent), call.align(b, exponent))), Exponent())
+
+
+@rule("nextafter", "rem", data="f(a 2^(ea - e), b 2^(eb - e))", exponent="e = max(ea, eb)")
+def at_one_scale(call: Call, a, b):
+    """The remainder scales with its arguments; the next number of the data lies where the data's digits end."""
+    exponent = common((a, b))
+    shape = call.outs[0].shape
+    data = [jnp.broadcast_to(call.align(x, exponent), shape) for x in (a, b)]
+    return call.store(call.bind(*data), exponent)
+
+

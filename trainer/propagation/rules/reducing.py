@@ -1,0 +1,97 @@
+"""Sums and products over dimensions. A sum of n numbers of random sign grows by sqrt(n), so that much moves into the exponent."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from trainer.propagation.array import shift, wide
+from trainer.propagation.exponents import Exponent, highest
+from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.values import Scaled, collapse, unscaled_wide
+
+
+def growth(count: int) -> int:
+    """floor(log2(sqrt(count))): how far the sum of so many unit-scale numbers moves the exponent."""
+    return max(int(count).bit_length() - 1, 0) // 2
+
+
+def _keep(a: Scaled, axes) -> Scaled:
+    """a with exponents only for the leading dimensions before all of `axes`."""
+    return collapse(a, min(axes, default=a.ndim))
+
+
+@rule("reduce_sum", data="sum(a) / 2^c, added in float32", exponent="ea + c, c = floor(log2 sqrt(n))")
+def reduce_sum(call: Call, a):
+    axes = tuple(call.params["axes"])
+    a = _keep(a, axes)
+    steps = growth(int(np.prod([a.shape[i] for i in axes], dtype=np.int64)))
+    return call.store(shift(jnp.sum(wide(a.data), axis=axes), -steps), a.exponent + steps)
+
+
+@rule("cumsum", data="cumsum(a) / 2^c, added in float32", exponent="ea + c, c = floor(log2 sqrt(n))")
+def cumsum(call: Call, a):
+    axis = call.params["axis"]
+    a = _keep(a, (axis,))
+    steps = growth(a.shape[axis])
+    return call.store(shift(call.bind(wide(a.data)), -steps), a.exponent + steps)
+
+
+@rule("reduce_max", "reduce_min", data="f(a)", exponent="ea")
+def extreme(call: Call, a):
+    a = _keep(a, call.params["axes"])
+    return call.store(call.bind(a.data), a.exponent)
+
+
+@rule("cummax", "cummin", data="f(a)", exponent="ea")
+def running_extreme(call: Call, a):
+    a = _keep(a, (call.params["axis"],))
+    return call.store(call.bind(a.data), a.exponent)
+
+
+@rule("reduce_prod", data="prod(a), multiplied in float32", exponent="n ea")
+def reduce_prod(call: Call, a):
+    axes = call.params["axes"]
+    a = _keep(a, axes)
+    count = int(np.prod([a.shape[i] for i in axes], dtype=np.int64))
+    return call.settle(jnp.prod(wide(a.data), axis=tuple(axes)), a.exponent * count)
+
+
+@rule("dot_general", data="(a . b) / 2^c, added in float32", exponent="ea + eb + c, c = floor(log2 sqrt(K))")
+def dot_general(call: Call, a, b):
+    (contract, _), (batch_a, batch_b) = call.params["dimension_numbers"]
+    a, b = call.lift(a), call.lift(b)
+    if not a.ndim or not b.ndim:  # a known number was broadcast to a matrix
+        a, b = (x if x.ndim else Scaled(jnp.broadcast_to(x.data, aval.shape), x.exponent, x.dtype) for x, aval in zip((a, b), call.ins))
+    leading = tuple(range(len(batch_a)))
+    keep = len(leading) if tuple(batch_a) == leading == tuple(batch_b) else 0
+    a, b = collapse(a, keep), collapse(b, keep)
+    steps = growth(int(np.prod([a.shape[i] for i in contract], dtype=np.int64)))
+    data = _product(call, a.data, b.data, steps)
+    return call.store(data, a.exponent + b.exponent + steps)
+
+
+def _product(call: Call, a, b, steps: int):
+    """The product of the data over 2^steps, in float32 at least. The power of two goes where the fewest numbers are: it is exact."""
+    out = call.outs[0]
+    if a.dtype != b.dtype and not _narrow_floats(a, b):
+        a, b = wide(a), wide(b)
+    params = dict(call.params)
+    accumulate = np.promote_types(np.float32, out.dtype) if out.dtype.itemsize >= 4 else np.dtype(np.float32)
+    params["preferred_element_type"] = np.dtype(accumulate)
+    narrow = call.narrow(len(out.shape))
+    if narrow or min(a.size, b.size) >= int(np.prod(out.shape, dtype=np.int64)) or a.dtype.itemsize < 4:
+        return shift(call.bind_with(params, a, b), -steps)
+    if a.size <= b.size:
+        return call.bind_with(params, shift(a, -steps), b)
+    return call.bind_with(params, a, shift(b, -steps))
+
+
+def _narrow_floats(a, b) -> bool:
+    return a.dtype.itemsize == 1 and b.dtype.itemsize == 1
+
+
+@rule("cumlogsumexp", data="f(a 2^ea) 2^-e", exponent="e = max(ea, 0)")
+def cumlogsumexp(call: Call, a):
+    exponent = highest([a.exponent, Exponent()])
+    return call.store(shift(call.bind(unscaled_wide(a)), (-exponent).traced()), exponent)

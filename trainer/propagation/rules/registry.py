@@ -1,0 +1,105 @@
+"""The table of rules, and what a rule is given."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.propagation.array import floor_log2, shift
+from trainer.propagation.exponents import Exponent, of_array
+from trainer.propagation.values import Scaled, Uniform, align, lift, plain
+
+
+@dataclass(frozen=True)
+class Rule:
+    """function(call, *variables) -> variable, or a list of them. data, exponent: what it does, for the documentation."""
+
+    function: Callable
+    data: str
+    exponent: str
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str, data: str, exponent: str):
+    """Decorator: the rule of these primitives."""
+
+    def add(function):
+        for name in names:
+            RULES[name] = Rule(function, data, exponent)
+        return function
+
+    return add
+
+
+@dataclass(frozen=True)
+class Call:
+    """One equation under the transform: how its results are held, and its parameters.
+
+    params are passed on as they are, known or not: jax adds to them with every release.
+    """
+
+    name: str
+    params: dict[str, Any]
+    ins: tuple  # shape and dtype of the arguments in the program
+    outs: tuple  # shape and dtype of the results in the program
+    bind_with: Callable  # (params, *arrays): the primitive
+    data_dtype: np.dtype | None  # that results are held in, None for their own
+    memo: dict
+
+    def bind(self, *arrays):
+        """The primitive on arrays, with the parameters of the equation."""
+        return self.bind_with(self.params, *arrays)
+
+    def lift(self, x) -> Scaled:
+        return lift(x, self.memo)
+
+    def align(self, x, exponent: Exponent, saturate=None):
+        return align(x, exponent, self.memo, saturate)
+
+    def held_as(self, dtype, ndim: int) -> np.dtype:
+        """The dtype of the data of a result: scalars and what is narrower already keep their own."""
+        dtype = np.dtype(dtype)
+        if self.data_dtype is None or not ndim or dtype.itemsize < self.data_dtype.itemsize:
+            return dtype
+        return self.data_dtype
+
+    def store(self, data, exponent: Exponent, index: int = 0) -> Scaled:
+        """A result of the equation, rounded to what results are held in."""
+        dtype, shape = np.dtype(self.outs[index].dtype), tuple(self.outs[index].shape)
+        if data.shape != shape:  # of scalars alone
+            data = jnp.broadcast_to(data, shape)
+        return Scaled(data.astype(self.held_as(dtype, data.ndim)), exponent, dtype)
+
+    def number(self, number: float) -> Uniform:
+        """A result that is known now."""
+        return Uniform(number, tuple(self.outs[0].shape), np.dtype(self.outs[0].dtype))
+
+    def narrow(self, ndim: int, index: int = 0) -> bool:
+        """True if this result is held in fewer than 32 bits."""
+        return self.held_as(self.outs[index].dtype, ndim).itemsize < 4
+
+    def settle(self, data, exponent: Exponent) -> Scaled:
+        """A result whose magnitude no rule can foresee: where its dtype is narrow, its largest value is brought to [1, 2)."""
+        if not self.narrow(data.ndim):
+            return self.store(data, exponent)
+        top = floor_log2(jnp.max(jnp.abs(data), initial=0).astype(jnp.float32))
+        # Known zeros and infinities stay; everything else moves by what the largest value says.
+        down = jnp.where(jnp.abs(top) > 1024, 0, -top)
+        return self.store(shift(data, down), exponent + of_array(-down))
+
+    def fall_back(self, *xs):
+        """The primitive itself on unscaled values."""
+        return self.bind(*map(plain, xs))
+
+
+def describe_rules() -> dict[tuple[str, str], list[str]]:
+    """(data, exponent) -> primitives: the table of docs/scale_propagation.md."""
+    table: dict[tuple[str, str], list[str]] = {}
+    for name, entry in RULES.items():
+        table.setdefault((entry.data, entry.exponent), []).append(name)
+    return table

@@ -1,0 +1,85 @@
+"""Comparisons, maxima, clamps and masks: where variables meet that may have very different scales."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from trainer.propagation.array import wide
+from trainer.propagation.exponents import Exponent, highest
+from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.values import Scaled, Uniform, collapse, common, exponent_of
+
+
+@rule("eq", "ne", "lt", "le", "gt", "ge", data="compare(a 2^(ea - e), b 2^(eb - e)): what is larger may overflow, and stays larger",
+      exponent="e = min(ea, eb); the result has none")
+def compare(call: Call, a, b):
+    exponents = [exponent_of(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
+    exponent = highest(exponents, lowest=True) if exponents else Exponent()
+    data = [call.align(x, exponent) for x in (a, b)]
+    return call.bind(*(jnp.broadcast_to(x, call.outs[0].shape) for x in data))
+
+
+@rule("is_finite", data="is_finite(a)", exponent="the result has none")
+def is_finite(call: Call, a):
+    return jnp.isfinite(a.data)
+
+
+@rule("argmax", "argmin", data="f(a)", exponent="the result has none")
+def position(call: Call, a):
+    return call.bind(collapse(a).data)
+
+
+@rule("max", "min", data="f(a 2^(ea - e), b 2^(eb - e)); a bound that no value of the data reaches is the largest one",
+      exponent="e = max(ea, eb); ea for a bound on its own side of zero")
+def max_min(call: Call, a, b):
+    bind = jnp.maximum if call.name == "max" else jnp.minimum
+    bound, other = (a, b) if isinstance(a, Uniform) and a.known else (b, a)
+    if isinstance(bound, Uniform) and bound.known and isinstance(other, Scaled):
+        return _bounded(call, other, bound, bind)
+    exponent = common((a, b))
+    return call.store(bind(call.align(a, exponent), call.align(b, exponent)), exponent)
+
+
+def _bounded(call: Call, x: Scaled, bound: Uniform, bind):
+    """max(x, bound) or min(x, bound) of a known bound."""
+    largest = _largest(x)
+    harmless = bound.any_scale or (bound.number < 0) == (call.name == "max")
+    if harmless and not call.narrow(x.ndim):
+        return call.store(bind(wide(x.data), call.align(bound, x.exponent, largest)), x.exponent)
+    if bound.any_scale:
+        return call.store(bind(wide(x.data), call.align(bound, x.exponent)), x.exponent)
+    if harmless:  # where x is large and the bound small, what is left has the scale of the bound
+        return call.settle(bind(wide(x.data), call.align(bound, x.exponent, largest)), x.exponent)
+    exponent = common((x, bound))
+    return call.store(bind(call.align(x, exponent), call.align(bound, exponent)), exponent)
+
+
+def _largest(x: Scaled) -> float:
+    """The largest magnitude that data of its dtype can have."""
+    return float(jnp.finfo(x.data.dtype).max)
+
+
+@rule("clamp", data="clamp(lo, a, hi) at one scale", exponent="e = max of those that are not harmless bounds")
+def clamp(call: Call, low, x, high):
+    if not isinstance(x, Scaled):
+        x = call.lift(x)
+    if all(isinstance(b, Uniform) and b.known for b in (low, high)) and low.number <= 0 <= high.number:
+        largest = _largest(x)
+        data = [call.align(b, x.exponent, largest) for b in (low, high)]
+        return call.settle(jnp.clip(wide(x.data), *data), x.exponent)
+    exponent = common((low, x, high))
+    shape = call.outs[0].shape
+    low, x, high = (jnp.broadcast_to(call.align(v, exponent), shape) for v in (low, x, high))
+    return call.store(lax.clamp(low, x, high), exponent)
+
+
+@rule("select_n", data="select(a 2^(ea - e), b 2^(eb - e)); mask values such as -1e30 become the lowest number",
+      exponent="e = max over all but zeros, infinities and mask values")
+def select_n(call: Call, which, *cases):
+    if all(isinstance(c, Uniform) and c.known for c in cases) and len({c.number for c in cases}) == 1:
+        return call.number(cases[0].number)
+    exponent = common(cases)
+    shape = call.outs[0].shape
+    largest = min(float(jnp.finfo(call.held_as(call.outs[0].dtype, len(shape))).max), 3.0e38)
+    data = [call.align(c, exponent, largest if isinstance(c, Uniform) and c.sentinel else None) for c in cases]
+    return call.store(call.bind(which, *(jnp.broadcast_to(d, shape) for d in data)), exponent)

@@ -1,0 +1,182 @@
+"""`propagate_scales`: a function whose floating-point values carry a power of two each."""
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.propagation import structures  # noqa: F401 - registers the structural primitives
+from trainer.propagation.array import ScaledArray, is_float, is_scaled, scaled
+from trainer.propagation.exponents import Exponent, of_array
+from trainer.propagation.interpret import Context, interpret
+from trainer.propagation.values import Scaled, plain
+
+FALLBACKS = ("count", "raise")
+OUTPUTS = ("auto", "scaled", "plain")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the transform does to a program. equations: of the function's jaxpr and of the transformed one, nested ones included.
+    fallbacks: (primitive, source line) -> how often it was met without a rule. rescales: placed by a calibration."""
+
+    equations_before: int
+    equations_after: int
+    fallbacks: collections.Counter = field(default_factory=collections.Counter)
+    rescales: int = 0
+
+
+def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallback: str = "count", outputs: str = "auto", static_argnames=()):
+    """`fun` with every floating-point value held as data * 2**exponent: same signature, same values.
+
+    Apply it to what is already differentiated, propagate_scales(jax.value_and_grad(loss)); the gradient of the result is refused.
+    Arguments are pytrees of arrays and ScaledArrays. A value that no ScaledArray has reached stays an ordinary array.
+
+    data_dtype: hold all data of one or more dimensions in this dtype (float16, bfloat16), whatever the program says; float arguments
+    are then brought to unit scale on entry. None: the program's own dtypes. rescale: a `Plan` of `calibrate`, where data is brought
+    back to unit scale; "auto" makes one from the arguments of the first call, which must be concrete. on_fallback: what happens
+    at a primitive without a rule: "count" (unscale, apply, exponent 0; see .report) or "raise". outputs: "auto" (ScaledArrays for
+    what depends on one, arrays where no argument is one), "scaled" (all floats), "plain" (none). static_argnames: as of jax.jit.
+
+    Cached like jax.jit; .report(*args) tells the equations before and after, and the fall-backs.
+    """
+    for key, value, accepted in (("on_fallback", on_fallback, FALLBACKS), ("outputs", outputs, OUTPUTS)):
+        if value not in accepted:
+            raise ValueError(f"propagate_scales: {key}={value!r}; accepted: {', '.join(accepted)}")
+    if isinstance(rescale, str) and rescale != "auto":
+        raise ValueError(f"propagate_scales: rescale={rescale!r}; accepted: 'auto', a plan of calibrate(), or None")
+    return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, static_argnames)
+
+
+class _Transformed:
+    """The callable that propagate_scales returns."""
+
+    def __init__(self, fun, data_dtype, rescale, on_fallback, outputs, static_argnames):
+        functools.update_wrapper(self, fun, updated=())
+        self._fun, self._rescale, self._outputs, self._on_fallback = fun, rescale, outputs, on_fallback
+        self._data_dtype = None if data_dtype is None else np.dtype(data_dtype)
+        self._static = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self._jitted = jax.jit(lambda *a, **k: self._run(Counters(), *a, **k), static_argnames=self._static, inline=True)
+
+    def __call__(self, *args, **kwargs):
+        if self._rescale == "auto":
+            from trainer.propagation.calibrate import calibrate  # it runs the transform itself
+
+            self._rescale = calibrate(self, *args, **kwargs)
+        return self._jitted(*args, **kwargs)
+
+    def report(self, *args, **kwargs) -> Report:
+        """What the transform does with arguments like these (arrays or ShapeDtypeStructs)."""
+        counters = Counters()
+        static = {k: v for k, v in kwargs.items() if k in self._static}
+        traced = {k: v for k, v in kwargs.items() if k not in self._static}
+        after = jax.make_jaxpr(lambda a, k: self._run(counters, *a, **k, **static))(args, traced)
+        rescales = 0 if self._rescale is None else self._rescale.count
+        return Report(counters.before, _count(after.jaxpr), counters.fallbacks, rescales)
+
+    def trace(self, args, kwargs):
+        """(closed jaxpr, variables of its arguments, tree of its results, whether an argument carries a scale)."""
+        static = {k: v for k, v in kwargs.items() if k in self._static}
+        traced = {k: v for k, v in kwargs.items() if k not in self._static}
+        leaves, tree = jax.tree.flatten((args, traced), is_leaf=is_scaled)
+        out_tree = None
+
+        def flat(*xs):
+            nonlocal out_tree
+            args, kwargs = jax.tree.unflatten(tree, xs)
+            out, out_tree = jax.tree.flatten(self._fun(*args, **kwargs, **static))
+            return out
+
+        any_scaled = self._data_dtype is not None or any(map(is_scaled, leaves))
+        closed = jax.make_jaxpr(flat)(*map(self._program_view, leaves))
+        return closed, [self._enter(x) for x in leaves], out_tree, any_scaled
+
+    def _program_view(self, x):
+        """What the program sees of an argument: its shape and dtype."""
+        if not is_scaled(x):
+            return x
+        data = jnp.asarray(x.data)
+        return jax.ShapeDtypeStruct(data.shape, self._program_dtype(data.dtype))
+
+    def _program_dtype(self, dtype):
+        """Data that is held narrowly stands for float32 in the program."""
+        return np.dtype(np.float32) if self._data_dtype is not None and dtype == self._data_dtype else np.dtype(dtype)
+
+    def _enter(self, x):
+        """An argument as a variable."""
+        if not is_scaled(x):
+            if not is_float(x):
+                return x
+            x = _undifferentiable(jnp.asarray(x))
+            if self._data_dtype is None or not x.ndim or x.dtype.itemsize < self._data_dtype.itemsize:
+                return x
+            own = scaled(x, dtype=self._data_dtype)
+            return Scaled(own.data, of_array(own.exponent), np.dtype(x.dtype))
+        data = _undifferentiable(jnp.asarray(x.data))
+        dtype = self._program_dtype(data.dtype)
+        if self._data_dtype is not None and data.ndim and data.dtype.itemsize > self._data_dtype.itemsize:
+            data = data.astype(self._data_dtype)
+        exponent = x.exponent
+        if isinstance(exponent, int):
+            return Scaled(data, Exponent(exponent), dtype)
+        exponent = jnp.asarray(exponent, jnp.int32)
+        if exponent.shape != data.shape[: exponent.ndim]:
+            raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
+        return Scaled(data, of_array(exponent), dtype)
+
+    def _run(self, counters: Counters, *args, **kwargs):
+        closed, variables, tree, any_scaled = self.trace(args, kwargs)
+        counters.before = _count(closed.jaxpr)
+        move = None if self._rescale is None else self._rescale.move
+        ctx = Context(self._data_dtype, self._on_fallback, move=move, fallbacks=counters.fallbacks)
+        consts = [_undifferentiable(c) if isinstance(c, jax.core.Tracer) and is_float(c) else c for c in closed.consts]
+        results = interpret(ctx, closed.jaxpr, consts, variables)
+        return jax.tree.unflatten(tree, [self._leave(x, any_scaled) for x in results])
+
+    def _leave(self, x, any_scaled: bool):
+        """A variable as a result."""
+        if isinstance(x, Scaled) and (self._outputs == "scaled" or (self._outputs == "auto" and any_scaled)):
+            return ScaledArray(x.data, jnp.asarray(x.exponent.traced(), jnp.int32))
+        x = plain(x)
+        if self._outputs == "scaled" and is_float(x):
+            return ScaledArray(x, jnp.int32(0))
+        return x
+
+
+@dataclass
+class Counters:
+    """What one interpretation counts."""
+
+    before: int = 0
+    fallbacks: collections.Counter = field(default_factory=collections.Counter)
+
+
+def _count(jaxpr) -> int:
+    """Equations of a jaxpr and of those inside it."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += _count(inner)
+    return total
+
+
+@jax.custom_jvp
+def _undifferentiable(x):
+    return x
+
+
+@_undifferentiable.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "the gradient of a function that propagate_scales returned is not defined (it would be that of the data, not of the values): "
+        "differentiate first, propagate_scales(jax.grad(f)), not jax.grad(propagate_scales(f))"
+    )
