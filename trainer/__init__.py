@@ -8,5 +8,7 @@ from trainer import optimizers
 from trainer.api import config, policy, train
 from trainer.linear import dot_general, linear
 from trainer.precision import Operand, PrecisionPolicy, Quantizer
+from trainer.propagation import ScaledArray, propagate_scales, rescale, scale_rule, scaled, unscaled
 
-__all__ = ["Operand", "PrecisionPolicy", "Quantizer", "config", "dot_general", "linear", "optimizers", "policy", "train"]
+__all__ = ["Operand", "PrecisionPolicy", "Quantizer", "ScaledArray", "config", "dot_general", "linear", "optimizers", "policy",
+           "propagate_scales", "rescale", "scale_rule", "scaled", "train", "unscaled"]

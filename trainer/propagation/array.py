@@ -62,8 +62,8 @@ def is_float(x) -> bool:
 
 def pow2(exponent) -> jax.Array:
     """2**exponent as float32 for int32 exponents, exact; clamped to the normal range [2**-126, 2**127]."""
-    biased = jnp.clip(exponent, _LOWEST, _HIGHEST) + _BIAS
-    return lax.bitcast_convert_type((biased << _MANTISSA_BITS).astype(jnp.int32), jnp.float32)
+    biased = lax.clamp(np.int32(1), lax.add(exponent, lax.full_like(exponent, _BIAS)), np.int32(2 * _BIAS))
+    return lax.bitcast_convert_type(lax.shift_left(biased, lax.full_like(biased, _MANTISSA_BITS)), jnp.float32)
 
 
 def floor_log2(x) -> jax.Array:
@@ -93,13 +93,15 @@ def shift(x, exponent):
             x = x * x.dtype.type(2.0**step)
         return x
     exponent = trailing(exponent, x.ndim)
-    near = jnp.clip(exponent, _LOWEST, _HIGHEST)
     # Two factors: one alone cannot bring 2**100 down by 200.
-    return _times(_times(x, pow2(near)), pow2(exponent - near))
+    half = lax.shift_right_arithmetic(exponent, lax.full_like(exponent, 1))
+    return times(times(x, pow2(half)), pow2(lax.sub(exponent, half)))
 
 
-def _times(x, factor):
-    return x * lax.broadcast_in_dim(factor.astype(x.dtype), x.shape, tuple(range(factor.ndim)) if factor.ndim else ())
+def times(x, factor):
+    """x times a factor of its rank or a scalar."""
+    factor = factor if factor.dtype == x.dtype else factor.astype(x.dtype)
+    return lax.mul(x, factor if factor.shape == x.shape else jnp.broadcast_to(factor, x.shape) if factor.ndim else lax.broadcast(factor, x.shape))
 
 
 def wide(x):

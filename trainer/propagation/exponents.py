@@ -10,19 +10,22 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from trainer.propagation.array import trailing
+from trainer.propagation.array import pow2, shift, times, trailing
 
 _numbers = itertools.count()
+_LANES = 16
 
 
 class Atom:
-    """A traced int32 exponent, told from others by identity. Its shape is a prefix of its tensors' shape."""
+    """A traced int32 exponent, told from others by identity. Its shape is a prefix of its tensors' shape. `made`: what has been
+    computed of it already, so that no sum and no power of two is in the program twice."""
 
-    __slots__ = ("array", "number")
+    __slots__ = ("array", "made", "number")
 
     def __init__(self, array):
-        self.array, self.number = array, next(_numbers)
+        self.array, self.made, self.number = array, {}, next(_numbers)
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,42 @@ class Exponent:
         """The exponent as an int where it is known, else int32; with `ndim`, shaped to broadcast against that many dimensions."""
         if not self.terms:
             return self.known
+        made = self.terms[0][0].made
+        if self not in made:
+            made[self] = self._sum()
+        total = made[self]
+        return total if ndim is None or total.ndim == 0 else trailing(total, ndim)
+
+    def _sum(self):
         rank = self.ndim
         total = None
         for atom, count in self.terms:
             part = trailing(atom.array, rank) if atom.array.ndim else atom.array
-            part = part if count == 1 else part * jnp.int32(count)
-            total = part if total is None else lax_add(total, part)
-        if self.known:
-            total = total + jnp.int32(self.known)
-        return total if ndim is None or total.ndim == 0 else trailing(total, ndim)
+            part = part if count == 1 else lax.neg(part) if count == -1 else lax.mul(part, lax.full_like(part, count))
+            total = part if total is None else _add(total, part)
+        return lax.add(total, lax.full_like(total, self.known)) if self.known else total
+
+    def factors(self, narrow: bool) -> list:
+        """float32 powers of two whose product is 2**self, for exponents that are traced. Two, because one alone cannot bring 2**100
+        down by 200; one where the data is narrow and has nothing at 2**100."""
+        made = self.terms[0][0].made
+        if (self, narrow) not in made:
+            k = self.traced()
+            if narrow:
+                made[self, narrow] = [pow2(k)]
+            else:
+                half = lax.shift_right_arithmetic(k, lax.full_like(k, 1))
+                made[self, narrow] = [pow2(half), pow2(lax.sub(k, half))]
+        return made[self, narrow]
+
+    def shift(self, x, narrow: bool = False):
+        """x * 2**self, for float32 or float64 x; exact unless the result leaves the normal range. narrow: x was held in fewer bits."""
+        if not self.terms:
+            return shift(x, self.known)
+        for factor in self.factors(narrow):
+            factor = factor.reshape(()) if factor.ndim > x.ndim else factor
+            x = times(x, trailing(factor, x.ndim) if factor.ndim else factor)
+        return x
 
     def mapped(self, function) -> Exponent:
         """Each atom that has leading dimensions replaced by function of its array (a slice, a reversal, ...)."""
@@ -90,12 +120,14 @@ def _full(array, rank):
     return array if array.ndim == rank else trailing(array, rank)
 
 
-def lax_add(a, b):
+def _add(a, b):
     """Sum of two int32 arrays of which one may be a scalar or have dimensions of size one."""
-    if a.ndim == b.ndim or a.ndim == 0 or b.ndim == 0:
-        return a + b
-    rank = max(a.ndim, b.ndim)
-    return trailing(a, rank) + trailing(b, rank)
+    if a.shape == b.shape:
+        return lax.add(a, b)
+    if a.ndim and b.ndim:
+        rank = max(a.ndim, b.ndim)
+        a, b = trailing(a, rank), trailing(b, rank)
+    return a + b
 
 
 def of_array(array) -> Exponent:
@@ -115,11 +147,17 @@ def highest(exponents, lowest: bool = False) -> Exponent:
     if len(by_terms) == 1:
         ((terms, known),) = by_terms.items()
         return Exponent(known, terms)
-    join = jnp.minimum if lowest else jnp.maximum
-    found = None
     rank = max(e.ndim for e in exponents)
-    for terms, known in by_terms.items():
-        value = jnp.asarray(Exponent(known, terms).traced(), jnp.int32)
-        value = trailing(value, rank) if value.ndim else value
-        found = value if found is None else join(found, value)
-    return of_array(found)
+    values = [jnp.asarray(Exponent(known, terms).traced(rank), jnp.int32) for terms, known in by_terms.items()]
+    # As a reduction: XLA copies a chain of scalar maxima into every fused loop that reads its end (a hundred times, of a decoder's
+    # residual stream), but computes a reduction once. One of a concatenation it would turn into scalars again.
+    full = (_LANES, *jnp.broadcast_shapes(*(v.shape for v in values)))
+    lane = lax.broadcasted_iota(jnp.int32, full, 0)
+    stacked = _spread(values[0], full)
+    for number, value in enumerate(values[1:], 1):
+        stacked = lax.select(lax.eq(lane, lax.full_like(lane, number)), _spread(value, full), stacked)
+    return of_array(lax.reduce_min(stacked, (0,)) if lowest else lax.reduce_max(stacked, (0,)))
+
+
+def _spread(value, full):
+    return lax.broadcast_in_dim(value, full, tuple(range(1, len(full))) if value.ndim else ())

@@ -95,7 +95,7 @@ def plain(x):
 def unscaled_wide(x):
     """The values of a variable in the dtype that rules compute in; beyond its range they overflow or flush."""
     if isinstance(x, Scaled):
-        return shift(wide(x.data), x.exponent.traced())
+        return x.exponent.shift(wide(x.data), x.data.dtype.itemsize < 4)
     return wide(plain(x))
 
 
@@ -145,18 +145,10 @@ def align(x, exponent: Exponent, memo: dict, saturate=None):
                 value = max(-saturate, min(saturate, value))
             return np.full((), value, wide_dtype(x.dtype))
         mantissa, own = split_number(x.number)
-        value = shift(jnp.full((), mantissa, wide_dtype(x.dtype)), (Exponent(own) - exponent).traced())
+        value = (Exponent(own) - exponent).shift(jnp.full((), mantissa, wide_dtype(x.dtype)))
         return value if saturate is None else jnp.clip(value, -saturate, saturate)
     x = lift(x, memo)
-    return shift(wide(x.data), _difference(x, exponent))
-
-
-def _difference(x: Scaled, exponent: Exponent):
-    difference = x.exponent - exponent
-    if not difference.terms:
-        return difference.known
-    value = difference.traced()
-    return value if value.ndim <= x.ndim else value.reshape(())
+    return (x.exponent - exponent).shift(wide(x.data), x.data.dtype.itemsize < 4)
 
 
 def _ldexp(number: float, exponent: int) -> float:

@@ -8,7 +8,7 @@ from jax import lax
 from trainer.propagation.array import wide
 from trainer.propagation.exponents import Exponent
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Uniform, common, plain, split_number
+from trainer.propagation.values import Scaled, Uniform, common, plain, split_number
 
 
 def _is_zero(x) -> bool:
@@ -122,9 +122,8 @@ def convert_element_type(call: Call, a):
 @rule("optimization_barrier", data="a", exponent="ea")
 def optimization_barrier(call: Call, *xs):
     """Only data is held back: a known exponent is not in the program at all."""
-    lifted = [call.lift(x) if not isinstance(x, Uniform) and jnp.issubdtype(plain(x).dtype, jnp.floating) else x for x in xs]
-    arrays = call.bind(*[getattr(x, "data", None) if hasattr(x, "exponent") else plain(x) for x in lifted])
-    return [call.store(array, x.exponent, i) if hasattr(x, "exponent") else array for i, (array, x) in enumerate(zip(arrays, lifted))]
+    arrays = call.bind(*(x.data if isinstance(x, Scaled) else plain(x) for x in xs))
+    return [call.store(array, x.exponent, i) if isinstance(x, Scaled) else array for i, (array, x) in enumerate(zip(arrays, xs))]
 
 
 @rule("atan2", data="atan2 of a and b at one scale", exponent="0")
