@@ -143,26 +143,27 @@ class Program:
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
         return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
 
-    def evaluate(self, params, hyper, windows_WT1, wanted_M):
+    def evaluate(self, states, hyper, windows_WT1, wanted_M):
         """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""
 
-        def local(params, hyper, windows, wanted):
-            def measure(params, hyper):
+        def local(params, histories, hyper, windows, wanted):
+            def measure(params, histories, hyper):
                 key = fold_in(hyper.key, EVAL_SALT)
-                return steps.evaluate(self.graphdef, params, windows.astype(jnp.int32), hyper.policy, key, self._data_axis)
+                return steps.evaluate(self.graphdef, params, histories, windows.astype(jnp.int32), hyper.policy, key, self._data_axis)
 
-            def skip(params, hyper):
-                del params, hyper
+            def skip(params, histories, hyper):
+                del params, histories, hyper
                 return jnp.full((windows.shape[0],), jnp.nan, jnp.float32)
 
-            def member(params, hyper, wanted):
-                return lax.cond(wanted, measure, skip, params, hyper)
+            def member(params, histories, hyper, wanted):
+                return lax.cond(wanted, measure, skip, params, histories, hyper)
 
-            return self._each(member)((params, hyper, wanted))
+            return self._each(member)((params, histories, hyper, wanted))
 
-        specs = (P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
+        specs = (P(MEMBER), P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
         devices = self.layout.data_devices
         groups = steps.eval_groups(len(windows_WT1), devices)
         spread = _spread(windows_WT1, 0, groups, devices)
-        losses_MW = self._call("evaluate", local, specs, P(MEMBER, DATA), (params, hyper, spread, wanted_M))
+        args = (states.params, states.histories, hyper, spread, wanted_M)
+        losses_MW = self._call("evaluate", local, specs, P(MEMBER, DATA), args)
         return _spread(np.asarray(losses_MW), 1, devices, groups)

@@ -17,8 +17,10 @@ from jax import lax
 
 import formats
 from formats import noise
+from trainer import scales
 from trainer.keys import fold_in
-from trainer.precision import PrecisionPolicy, Quantizer
+from trainer.precision import Operand, PrecisionPolicy, Quantizer, Source
+from trainer.scales import Meter, Site
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,42 @@ class RowShards:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """Which operand this is (salts the random bits) and whether its rows are sharded."""
+class _Use:
+    """An operand of one of the products: its role, the dim that is contracted, and what salts its random bits."""
 
+    role: str
+    contract: int
     salt: int
-    rows: RowShards | None = None
+
+    def shards(self, rows: RowShards | None) -> RowShards | None:
+        """How its rows are split: weights are whole on every device."""
+        return None if self.role == "weights" else rows
 
 
-def _narrow(x, quantizer: Quantizer | None, contract: int, key, site: _Site):
-    """x [A, B] -> (narrow values, scale broadcasting against x or None)."""
+X_FORWARD, W_FORWARD = _Use("activations", 1, 0), _Use("weights", 0, 1)
+X_WGRAD, W_DGRAD = _Use("activations", 0, 2), _Use("weights", 1, 3)
+G_DGRAD, G_WGRAD = _Use("output_gradients", 1, 4), _Use("output_gradients", 0, 5)
+
+
+def _narrow(x, quantizer: Quantizer | None, use: _Use, key, rows: RowShards | None, amax=None):
+    """x [A, B] -> (narrow values, scale broadcasting against x or None). amax: of the whole tensor, None for the current one."""
     if quantizer is None:
         return x, None
-    fmt = quantizer.format
+    fmt, rows = quantizer.format, use.shards(rows)
     if isinstance(fmt, formats.Scaled):
-        fmt = replace(fmt, axis=contract)
+        fmt = replace(fmt, axis=use.contract)
     bits = None
     if quantizer.stochastic:
         start = 0
-        if site.rows is not None:
-            start = lax.axis_index(site.rows.axis_name) * x.shape[0]
-        bits = partial(noise.random_bits, fold_in(key, site.salt), x.shape, offset=start * x.shape[1])
+        if rows is not None:
+            start = lax.axis_index(rows.axis_name) * x.shape[0]
+        bits = partial(noise.random_bits, fold_in(key, use.salt), x.shape, offset=start * x.shape[1])
     reduce_max = None
-    if site.rows is not None and _crosses_rows(fmt, contract):
-        reduce_max = partial(lax.pmax, axis_name=site.rows.axis_name)
-    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max)
+    if amax is not None and fmt.two_level:  # the blocks' own scales stay current under that of the tensor
+        reduce_max, amax = partial(lambda given, current: given, amax), None
+    elif amax is None and rows is not None and _crosses_rows(fmt, use.contract):
+        reduce_max = partial(lax.pmax, axis_name=rows.axis_name)
+    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, amax=amax)
     return values, scale if isinstance(fmt, formats.Scaled) else None
 
 
@@ -87,52 +101,86 @@ def _product(a, b, contract_a: int, contract_b: int, dot_dtype):
     return out if b_scale is None else out * b_scale.reshape(1, -1)
 
 
-def _forward(rows, x_NK, w_KM, policy, key):
-    x = _narrow(x_NK, policy.activations.first, 1, key, _Site(0, rows))
-    w = _narrow(w_KM, policy.weights.first, 0, key, _Site(1))
-    return _product(x, w, 1, 0, policy.dot_dtype), x, w
+def _seen_amax(x, operand: Operand, use: _Use, rows: RowShards | None):
+    """amax of the whole tensor, float32, if a quantizer of the role is delayed; else None."""
+    if not operand.takes(Source.DELAYED):
+        return None
+    amax, rows = jnp.max(jnp.abs(x), initial=0.0), use.shards(rows)
+    return amax if rows is None else lax.pmax(amax, rows.axis_name)
+
+
+def _given_amax(quantizer: Quantizer | None, role: str, site: Site, current):
+    """The amax of the whole tensor by the quantizer's source, None where that is the tensor at hand."""
+    if quantizer is not None and quantizer.source == Source.DELAYED.value:
+        return scales.delayed_amax(site.remembered[role], current)
+    if quantizer is not None and quantizer.source == Source.STATIC.value:
+        return scales.static_amax(quantizer, site.expected.get(role))
+    return None
+
+
+def _forward(rows, x_NK, w_KM, policy, key, site):
+    """y, and of x and w each: the narrow pair, and the amax of the tensor if it is wanted."""
+    pairs, amax = [], []
+    for tensor, operand, use in ((x_NK, policy.activations, X_FORWARD), (w_KM, policy.weights, W_FORWARD)):
+        amax.append(_seen_amax(tensor, operand, use, rows))
+        pairs.append(_narrow(tensor, operand.first, use, key, rows, _given_amax(operand.first, use.role, site, amax[-1])))
+    return _product(*pairs, 1, 0, policy.dot_dtype), pairs, amax
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(rows, x_NK, w_KM, policy, key):
-    return _forward(rows, x_NK, w_KM, policy, key)[0]
+def _linear(rows, x_NK, w_KM, policy, key, site, meter):
+    del meter  # its cotangent is what the layer saw
+    return _forward(rows, x_NK, w_KM, policy, key, site)[0]
 
 
-def _linear_fwd(rows, x_NK, w_KM, policy, key):
-    y_NM, x, w = _forward(rows, x_NK, w_KM, policy, key)
+def _linear_fwd(rows, x_NK, w_KM, policy, key, site, meter):
+    y_NM, (x, w), amax = _forward(rows, x_NK, w_KM, policy, key, site)
     # A role that is quantized once saves its narrow values; otherwise the backward starts from the tensor itself.
     saved_x = x if policy.activations.shared else x_NK
     saved_w = w if policy.weights.shared else w_KM
-    return y_NM, (saved_x, saved_w, policy, key)
+    return y_NM, (saved_x, saved_w, amax, policy, key, site, meter)
 
 
 def _linear_bwd(rows, residuals, g_NM):
-    saved_x, saved_w, policy, key = residuals
-    x = saved_x if policy.activations.shared else _narrow(saved_x, policy.activations.second, 0, key, _Site(2, rows))
-    w = saved_w if policy.weights.shared else _narrow(saved_w, policy.weights.second, 1, key, _Site(3))
+    saved_x, saved_w, (x_amax, w_amax), policy, key, site, meter = residuals
+
+    def second(saved, operand: Operand, use: _Use, amax):
+        given = _given_amax(operand.second, use.role, site, amax)
+        return saved if operand.shared else _narrow(saved, operand.second, use, key, rows, given)
+
+    x = second(saved_x, policy.activations, X_WGRAD, x_amax)
+    w = second(saved_w, policy.weights, W_DGRAD, w_amax)
     out = policy.output_gradients
-    g_dgrad = _narrow(g_NM, out.first, 1, key, _Site(4, rows))
-    g_wgrad = g_dgrad if out.shared else _narrow(g_NM, out.second, 0, key, _Site(5, rows))
+    g_amax = _seen_amax(g_NM, out, G_DGRAD, rows)
+    g_dgrad = _narrow(g_NM, out.first, G_DGRAD, key, rows, _given_amax(out.first, G_DGRAD.role, site, g_amax))
+    g_wgrad = g_dgrad if out.shared else second(g_NM, out, G_WGRAD, g_amax)
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.
     dw_KM = lax.optimization_barrier(_product(x, g_wgrad, 0, 0, policy.dot_dtype))
-    return dx_NK, dw_KM, None, None
+    seen = {"activations": x_amax, "weights": w_amax, "output_gradients": g_amax}
+    return dx_NK, dw_KM, None, None, None, Meter({role: seen[role] for role in meter.amax})
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def linear(x_NK: jax.Array, w_KM: jax.Array, policy: PrecisionPolicy, key=None, rows: RowShards | None = None) -> jax.Array:
+def linear(x_NK: jax.Array, w_KM: jax.Array, policy: PrecisionPolicy, key=None, rows: RowShards | None = None,
+           site: Site | None = None) -> jax.Array:
     """x w in the policy's precision, float32 [N, M]; its backward runs dgrad and wgrad in theirs.
 
     `key`: uint32[2], needed when the policy rounds stochastically. `rows`: set inside shard_map when N is split over devices, so
-    that scales and random bits are those of the whole tensor.
+    that scales and random bits are those of the whole tensor. `site`: needed when scales are delayed; of static ones it tells the
+    size that tensors are expected to have.
     """
     if key is None:
         if policy.stochastic:
             raise ValueError("precision: stochastic rounding needs key=; pass a uint32[2] key or choose rounding='nearest_even'")
         key = jnp.zeros((2,), jnp.uint32)
-    return _linear(rows, x_NK, w_KM, policy, key)
+    site = site or Site()
+    for role in policy.roles(Source.DELAYED):
+        if role not in site.remembered:
+            raise ValueError(f"precision: source='delayed' of {role} goes by earlier steps, which nothing remembers here; accepted: current, static, none")
+    return _linear(rows, x_NK, w_KM, policy, key, replace(site, meter=Meter()), site.meter)
 
 
 def dot_general(policy: PrecisionPolicy, key=None):

@@ -169,7 +169,7 @@ class CohortRun:
             return None
         wanted = np.zeros(self.program.padded(len(self.members)), bool)
         wanted[[m.slot for m in members]] = True
-        return np.asarray(self.program.evaluate(self.states.params, self.hyper, self.windows, wanted))
+        return np.asarray(self.program.evaluate(self.states, self.hyper, self.windows, wanted))
 
     def _finish(self, member: Member, losses) -> Iterator[dict]:
         """The records of a run that ended, and of those that wait for a branch point which it will never reach."""

@@ -7,17 +7,21 @@ Shapes: B batch, T time, N = B*T tokens, L layers, D model width, F feed-forward
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from trainer import ops
+from trainer import ops, scales
 from trainer.keys import fold_in
 from trainer.linear import RowShards, linear
 from trainer.precision import PrecisionPolicy
+from trainer.scales import Site
+
+SITES = ("qkv", "attention_out", "gate_up", "down")  # the linear layers of a block, in the order of the forward pass
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class ModelConfig:
         return self.embedding_width**-0.5 * (self.embedding_width / self.d_model) if self.tied_head else 1.0
 
     @property
+    def init_stds(self) -> tuple[float, ...]:
+        """Standard deviations that the weights of SITES start with."""
+        residual = (2 * self.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        return self.d_model**-0.5, self.d_model**-0.5 * residual, self.d_model**-0.5, self.d_ff**-0.5 * residual
+
+    @property
     def num_params(self) -> int:
         per_layer = 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
         return self.num_layers * per_layer + self.d_model
@@ -67,11 +77,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Call:
-    """What one forward pass needs besides parameters and tokens."""
+    """What one forward pass needs besides parameters and tokens. num_tokens: over how many the loss is averaged (all devices and
+    micro-batches together), which is how large static scales expect gradients to be."""
 
     policy: PrecisionPolicy
     key: jax.Array | None = None  # uint32[2]; for stochastic rounding
     rows: RowShards | None = None
+    sites: Site = field(default_factory=Site)  # stacked [L, S]; [S] inside a layer
+    num_tokens: int = 1
+
+
+def _unstacked(tree, length: int) -> Iterator:
+    """The slices of stacked leaves, one tree at a time. lax.split transposes to one concatenation; indexing would transpose to a padded
+    sum per slice."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pieces = [lax.split(leaf, (1,) * length, axis=0) for leaf in leaves]
+    for index in range(length):
+        yield jax.tree.unflatten(treedef, [piece[index].reshape(piece[index].shape[1:]) for piece in pieces])
 
 
 def _normal(rngs: nnx.Rngs, shape, std):
@@ -83,24 +105,29 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
-        residual = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        self.stds = config.init_stds
+        qkv, attention_out, gate_up, down = self.stds
         self.attention_norm = nnx.Param(jnp.ones((d,), jnp.float32))
-        self.qkv = _normal(rngs, (d, 3 * d), d**-0.5)
-        self.attention_out = _normal(rngs, (d, d), d**-0.5 * residual)
+        self.qkv = _normal(rngs, (d, 3 * d), qkv)
+        self.attention_out = _normal(rngs, (d, d), attention_out)
         self.mlp_norm = nnx.Param(jnp.ones((d,), jnp.float32))
-        self.gate_up = _normal(rngs, (d, 2 * f), d**-0.5)
-        self.down = _normal(rngs, (f, d), f**-0.5 * residual)
+        self.gate_up = _normal(rngs, (d, 2 * f), gate_up)
+        self.down = _normal(rngs, (f, d), down)
         self.num_heads = config.num_heads
 
     def __call__(self, h_ND, batch: int, call: Call):
-        def project(x, weight, index):
-            key = None if call.key is None else fold_in(call.key, index)
-            return linear(x, weight[...], call.policy, key, call.rows)
+        sites = list(_unstacked(call.sites, len(SITES)))
 
-        qkv = project(ops.rms_norm(h_ND, self.attention_norm[...]), self.qkv, 0)
-        h_ND = h_ND + project(ops.rotary_attention(qkv, batch, self.num_heads), self.attention_out, 1)
-        gate_up = project(ops.rms_norm(h_ND, self.mlp_norm[...]), self.gate_up, 2)
-        return h_ND + project(ops.swiglu(gate_up), self.down, 3)
+        def project(x, name):
+            index = SITES.index(name)
+            key = None if call.key is None else fold_in(call.key, index)
+            site = replace(sites[index], expected=scales.expected_rms(call.policy, self.stds[index], call.num_tokens))
+            return linear(x, getattr(self, name)[...], call.policy, key, call.rows, site)
+
+        qkv = project(ops.rms_norm(h_ND, self.attention_norm[...]), "qkv")
+        h_ND = h_ND + project(ops.rotary_attention(qkv, batch, self.num_heads), "attention_out")
+        gate_up = project(ops.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
+        return h_ND + project(ops.swiglu(gate_up), "down")
 
 
 class Decoder(nnx.Module):
@@ -129,23 +156,19 @@ class Decoder(nnx.Module):
     def _run_layers(self, h_ND, batch, call):
         graphdef, stacked = nnx.split(self.layers)
 
-        def run(h_ND, layer, index):
+        def run(h_ND, layer, sites, index):
             key = None if call.key is None else fold_in(call.key, index)
-            return nnx.merge(graphdef, layer)(h_ND, batch, Call(call.policy, key, call.rows))
+            return nnx.merge(graphdef, layer)(h_ND, batch, replace(call, key=key, sites=sites))
 
         if self.config.remat:
             run = jax.checkpoint(run)
         num_layers = self.config.num_layers
         if self.config.scan_layers:
             indices = jnp.arange(num_layers, dtype=jnp.uint32)
-            h_ND, _ = lax.scan(lambda h, xs: (run(h, *xs), None), h_ND, (stacked, indices))
+            h_ND, _ = lax.scan(lambda h, xs: (run(h, *xs), None), h_ND, (stacked, call.sites, indices))
             return h_ND
-        # lax.split transposes to one concatenation; indexing would transpose to a padded sum per layer.
-        leaves, treedef = jax.tree.flatten(stacked)
-        pieces = [lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
-        for index in range(num_layers):
-            layer = jax.tree.unflatten(treedef, [piece[index].reshape(piece[index].shape[1:]) for piece in pieces])
-            h_ND = run(h_ND, layer, index)
+        for index, (layer, sites) in enumerate(_unstacked((stacked, call.sites), num_layers)):
+            h_ND = run(h_ND, layer, sites, index)
         return h_ND
 
 

@@ -5,7 +5,7 @@ Shapes: B sequences of a batch (this device's share of them, under data parallel
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from trainer import model as decoder
+from trainer import scales
 from trainer.keys import fold_in
 from trainer.linear import RowShards
 from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
@@ -59,6 +60,7 @@ class State:
     step: jax.Array  # int32: updates done
     first_loss: jax.Array  # float32: the loss of step 0, the reference of the divergence rule
     diverged_step: jax.Array  # int32
+    histories: dict = field(default_factory=dict)  # role -> AmaxHistory [H, L, S] of delayed scales; empty where there are none
 
 
 class Metrics(NamedTuple):
@@ -93,7 +95,13 @@ def init(structure: StepStructure, hyper: Hyper) -> State:
     """The state before the first step; a pure function of hyper.key."""
     params = decoder.init_params(structure.model, jax.random.wrap_key_data(hyper.key, impl="threefry2x32"))
     opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
-    return State(params, opt_state, jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(-1))
+    histories = scales.empty_histories(hyper.policy, _places(structure))
+    return State(params, opt_state, jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(-1), histories)
+
+
+def _places(structure: StepStructure) -> tuple[int, int]:
+    """Layers and linear sites of a layer."""
+    return structure.model.num_layers, len(decoder.SITES)
 
 
 def _rows(data_axis: str | None) -> RowShards | None:
@@ -101,37 +109,49 @@ def _rows(data_axis: str | None) -> RowShards | None:
 
 
 def loss_and_gradients(structure: StepStructure, graphdef, params, tokens_BT1, policy, key, data_axis=None):
-    """Mean loss and its gradients over the (global) batch; `accumulate` micro-batches are run one after another. Each part's loss
-    is its share of the mean, so that gradients inside have the size, and round as, in one large batch."""
+    """Mean loss and its gradients over the (global) batch, with nothing remembered: for policies without delayed scales."""
+    loss, grads, _ = differentiate(structure, graphdef, params, tokens_BT1, policy, key, data_axis, scales.Site())
+    return loss, grads
+
+
+def differentiate(structure: StepStructure, graphdef, params, tokens_BT1, policy, key, data_axis, sites: scales.Site):
+    """Mean loss and its gradients over the (global) batch, and what the meter of `sites` (stacked [L, S]) saw. `accumulate` micro-batches
+    are run one after another. Each part's loss is its share of the mean, so that gradients inside have the size, and round as, in one
+    large batch."""
     micro = structure.accumulate
     num_parts = micro * (1 if data_axis is None else lax.axis_size(data_axis))
 
-    def loss_fn(params, tokens_bT1, index):
-        call = decoder.Call(policy, fold_in(key, index) if policy.stochastic else None, _rows(data_axis))
+    def loss_fn(params, meter, tokens_bT1, index):
+        call = decoder.Call(policy, fold_in(key, index) if policy.stochastic else None, _rows(data_axis), replace(sites, meter=meter),
+                            structure.batch_size * structure.seq_len)
         return jnp.mean(decoder.next_token_losses(graphdef, params, tokens_bT1, call)) / num_parts
 
-    value_and_grad = jax.value_and_grad(loss_fn)
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
     if micro == 1:
-        loss, grads = value_and_grad(params, tokens_BT1, 0)
+        loss, (grads, seen) = value_and_grad(params, sites.meter, tokens_BT1, 0)
+        seen = jax.tree.map(lambda x: x[None], seen)
     else:
         parts = tokens_BT1.reshape(micro, -1, tokens_BT1.shape[-1])
 
         def add(total, xs):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *xs)), None
+            loss, (grads, seen) = value_and_grad(params, sites.meter, *xs)
+            return jax.tree.map(jnp.add, total, (loss, grads)), seen
 
         zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), _ = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
+        (loss, grads), seen = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
     if data_axis is not None:  # one collective for everything
         flat, unravel = ravel_pytree((loss, grads))
         loss, grads = unravel(lax.psum(flat, data_axis))
-    return loss, grads
+    return loss, grads, scales.combine(seen)
 
 
 def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> tuple[State, Metrics]:
     """One optimizer update. A loss or gradient that is not finite, or a loss above first_loss + divergence_margin, freezes the
     run: the update is not applied and `diverged_step` says where."""
     key = fold_in(hyper.key, state.step)
-    loss, grads = loss_and_gradients(structure, graphdef, state.params, tokens_BT1, hyper.policy, key, data_axis)
+    policy, histories = hyper.policy, state.histories
+    sites = scales.Site(scales.remembered(policy, histories), meter=scales.amax_meter(policy, _places(structure)))
+    loss, grads, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, key, data_axis, sites)
     grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
     # Not the best loss so far: that of one small batch can lie nats below the next one's.
     first_loss = jnp.where(state.step == 0, loss, state.first_loss)
@@ -150,6 +170,7 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
     after = State(
         keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
         first_loss, jnp.where(healthy, state.diverged_step, state.step),
+        keep({role: history.push(seen.amax[role]) for role, history in histories.items()}, histories),
     )
     return after, Metrics(loss, grad_norm, lr)
 
@@ -159,11 +180,12 @@ def eval_groups(num_windows: int, num_devices: int) -> int:
     return num_windows // (num_devices * math.gcd(max(EVAL_BATCH // num_devices, 1), num_windows // num_devices))
 
 
-def evaluate(graphdef, params, windows_WT1, policy: PrecisionPolicy, key, data_axis=None) -> jax.Array:
-    """Mean loss of every validation window of this device, nats per token, [W]."""
+def evaluate(graphdef, params, histories, windows_WT1, policy: PrecisionPolicy, key, data_axis=None) -> jax.Array:
+    """Mean loss of every validation window of this device, nats per token, [W]. The histories of delayed scales are read only."""
     num_devices = 1 if data_axis is None else lax.axis_size(data_axis)
     groups = eval_groups(windows_WT1.shape[0] * num_devices, num_devices)
     parts = windows_WT1.reshape(groups, -1, windows_WT1.shape[-1])
-    call = decoder.Call(policy, key if policy.stochastic else None, _rows(data_axis))
+    sites = scales.Site(scales.remembered(policy, histories))
+    call = decoder.Call(policy, key if policy.stochastic else None, _rows(data_axis), sites)
     losses = lax.map(lambda tokens: jnp.mean(decoder.next_token_losses(graphdef, params, tokens, call), axis=-1), parts)
     return losses.reshape(-1)

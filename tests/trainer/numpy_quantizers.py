@@ -19,9 +19,10 @@ def _to_element(x, element: str) -> np.ndarray:
     return np.clip(x, -np.float32(largest), np.float32(largest)).astype(dtype).astype(np.float32)
 
 
-def _exact(x, axis, largest: float, to_element) -> np.ndarray:
+def _exact(x, axis, largest: float, to_element, amax=None) -> np.ndarray:
     """One scale amax / largest for all values that differ in `axis` only (None: for all); float32 arithmetic throughout."""
-    scale = np.max(np.abs(x), axis=axis, keepdims=True) / np.float32(largest)
+    amax = np.max(np.abs(x), axis=axis, keepdims=True) if amax is None else np.float32(amax)
+    scale = amax / np.float32(largest)
     inverse = np.float32(1.0) / scale
     return to_element(x * inverse).astype(np.float64) * scale.astype(np.float64)
 
@@ -38,22 +39,22 @@ def bfloat16(x, contract):
     return x.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def integer(bits: int, per: str):
-    """Symmetric integers; `per`: "vector" (a scale per channel or token) or "tensor"."""
+def integer(bits: int, per: str, amax=None):
+    """Symmetric integers; `per`: "vector" (a scale per channel or token) or "tensor"; amax: given instead of the tensor's."""
     largest = 2.0 ** (bits - 1) - 1.0
 
     def quantize(x, contract):
-        return _exact(x, contract if per == "vector" else None, largest, lambda v: np.clip(np.rint(v), -largest, largest))
+        return _exact(x, contract if per == "vector" else None, largest, lambda v: np.clip(np.rint(v), -largest, largest), amax)
 
     return quantize
 
 
-def minifloat(element: str, per: str = "tensor"):
-    """A minifloat with one scale amax / largest per tensor, or per vector along the contraction."""
+def minifloat(element: str, per: str = "tensor", amax=None):
+    """A minifloat with one scale amax / largest per tensor, or per vector along the contraction; amax: given instead."""
 
     def quantize(x, contract):
         axis = contract if per == "vector" else None
-        return _exact(x, axis, ELEMENTS[element][1], lambda v: _to_element(v, element))
+        return _exact(x, axis, ELEMENTS[element][1], lambda v: _to_element(v, element), amax)
 
     return quantize
 
@@ -77,17 +78,17 @@ def mx(element: str, size: int = 32):
     return quantize
 
 
-def nvfp4(size: int = 16):
-    """Blocks along the contraction with e4m3 scales relative to amax / (448 * 6), in float32 steps."""
+def nvfp4(size: int = 16, amax=None):
+    """Blocks along the contraction with e4m3 scales relative to amax / (448 * 6), in float32 steps; amax: given instead of the tensor's."""
 
     def quantize(x, contract):
         rows = np.moveaxis(x, contract, 1)
         result = np.empty(rows.shape, np.float64)
-        tensor = np.max(np.abs(x)) / np.float32(448 * 6)
+        tensor = (np.max(np.abs(x)) if amax is None else np.float32(amax)) / np.float32(448 * 6)
         for begin in range(0, rows.shape[1], size):
             block = rows[:, begin : begin + size]
-            amax = np.max(np.abs(block), axis=1, keepdims=True)
-            factor = np.maximum(_to_element(amax / np.float32(6) / tensor, "e4m3fn"), 2.0**-9).astype(np.float32) * tensor
+            largest = np.max(np.abs(block), axis=1, keepdims=True)
+            factor = np.maximum(_to_element(largest / np.float32(6) / tensor, "e4m3fn"), 2.0**-9).astype(np.float32) * tensor
             result[:, begin : begin + size] = _to_element(block * (np.float32(1) / factor), "e2m1") * factor.astype(np.float64)
         return np.moveaxis(result, 1, contract)
 

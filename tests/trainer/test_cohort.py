@@ -58,7 +58,7 @@ def _train(layout: Layout, runs: list[Run]):
     hyper = prog.put(jax.tree.map(lambda *xs: np.stack(xs), *(hyper_of(run) for run in runs)))
     stops = np.array([run.steps for run in runs], np.int32)
     states, metrics, _ = prog.run(prog.init(hyper), hyper, np.stack([run.tokens() for run in runs]), stops)
-    losses = prog.evaluate(states.params, hyper, WINDOWS, np.ones(len(runs), bool))
+    losses = prog.evaluate(states, hyper, WINDOWS, np.ones(len(runs), bool))
     host = jax.device_get((states, metrics, losses))
     return [jax.tree.map(lambda x: x[m], host) for m in range(len(runs))]
 

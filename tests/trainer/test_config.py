@@ -56,6 +56,62 @@ def test_presets_and_overrides(overrides):
     assert precision.dot_dtype == ("bfloat16" if overrides[0] == "bfloat16" else "float32")
 
 
+def _sources(*overrides):
+    precision = trainer.config(*BASE, *overrides).precision
+    return [None if q is None else q.source for role in (precision.weights, precision.activations, precision.output_gradients) for q in role.both], precision
+
+
+def test_one_key_changes_the_source_and_nothing_else():
+    """precision.source is that of every quantizer without one of its own; format, rounding and granularity stay."""
+    _, before = _sources("precision=fp8")
+    for source in ("current", "delayed", "static"):
+        found, after = _sources("precision=fp8", f"precision.source={source}")
+        assert found == [source] * 6
+        assert dataclasses.replace(after.weights.first, source="current") == before.weights.first
+        assert (after.history, after.history_choice) == ((1024, "max") if source == "delayed" else (None, None))
+    found, precision = _sources("precision=nvfp4", "precision.source=delayed", "precision.weights.source=static", "precision.weights.static_rms=0.5",
+                                "precision.output_gradients.wgrad.source=current", "precision.history=7", "precision.history_choice=most_recent")  # fmt: skip
+    assert found == ["static", "static", "delayed", "delayed", "delayed", "current"]
+    assert (precision.weights.second.static_rms, precision.history, precision.history_choice) == (0.5, 7, "most_recent")
+    assert _sources("precision=fp8", "precision.source=none")[1].weights.first.granularity is None
+
+
+def test_one_key_changes_the_granularity():
+    """precision.granularity takes the place of every role's own."""
+    policy = trainer.policy("int4", "precision.granularity=tensor")
+    assert policy.weights.first.format.granularity is policy.activations.first.format.granularity is formats.Granularity.TENSOR
+    block = trainer.policy("fp8", "precision.granularity=block").output_gradients.first.format
+    assert (block.block, block.two_level, block.scale_element) == (32, False, None)
+    block = trainer.policy("fp8", "precision.granularity=block", "precision.block=16", "precision.two_level=true", "precision.source=delayed")
+    assert (block.weights.first.format.block, block.weights.first.format.two_level, block.weights.first.source) == (16, True, "delayed")
+    assert float(block.weights.first.format.scale_element.max_value) == 448
+
+
+REFUSED = {
+    ("fp8", "source=guessed"): ["precision.source=guessed", "current, delayed, static, none"],
+    ("mxfp8", "source=delayed"): ["precision.source=delayed", "mxfp8", "no scale of the whole tensor", "source=current"],
+    ("mxfp8", "source=none"): ["precision.source=none", "mxfp8", "accepted: current"],
+    ("nvfp4", "source=none"): ["precision.source=none", "accepted: current, delayed, static"],
+    ("int4", "source=static"): ["precision.source=static", "granularity=channel", "granularity=tensor"],
+    ("int4", "source=current", "activations.source=delayed"): ["precision.activations.source=delayed", "granularity=token", "granularity=tensor"],
+    ("fp8", "source=delayed", "granularity=block"): ["precision.source=delayed", "two_level=true"],
+    ("float32", "source=delayed"): ["precision.source=delayed", "precision=float32"],
+    ("mxfp8", "granularity=tensor"): ["precision.granularity=tensor", "precision=mxfp8"],
+    ("fp8", "block=16"): ["precision.block=16", "precision.granularity=block"],
+    ("fp8", "weights.static_rms=0.1"): ["precision.weights.static_rms=0.1", "source is current", "source=static"],
+    ("fp8", "source=static", "weights.static_rms=0"): ["precision.weights.static_rms=0", "2**-100"],
+    ("fp8", "source=delayed", "history=0"): ["precision.history=0", "1 to "],
+    ("fp8", "source=delayed", "history_choice=mean"): ["precision.history_choice=mean", "max, most_recent"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", REFUSED, ids=" ".join)
+def test_sources_are_refused_in_one_line(overrides):
+    with pytest.raises(ValueError) as caught:
+        trainer.config(*BASE, f"precision={overrides[0]}", *(f"precision.{own}" for own in overrides[1:]))
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in REFUSED[overrides])
+
+
 def test_one_gemm_can_differ():
     """A key of one product is overlaid on the role's; a format of its own starts from nothing."""
     precision = trainer.config(*BASE, "precision=int4", "precision.weights.dgrad.bits=8", "precision.activations.wgrad.format=float8_e5m2",
@@ -112,6 +168,19 @@ def test_identity_is_what_numbers_depend_on():
     assert len({mine, *rest[len(SAME) :]}) == 1 + len(OTHER)
     config = trainer.config(*BASE)
     assert run_id(config, DIGEST) != run_id(config, "1" * 64)
+
+
+def test_sources_are_part_of_the_identity_and_unset_ones_are_not():
+    """Runs of before keep their id: keys that came later count where they say something."""
+    for own in ([], ["precision=fp8"], ["precision=int4"]):
+        assert not {"static_rms", "two_level", "history"} & set(re.findall(r"\w+", str(trainer.config(*BASE, *own).identity())))
+    delayed = ["precision=fp8", "precision.source=delayed"]
+    static = ["precision=fp8", "precision.source=static"]
+    ids = [run_id(c, DIGEST) for c in _configs([["precision=fp8"], delayed, [*delayed, "precision.history=8"], [*delayed, "precision.history_choice=most_recent"],
+                                                static, [*static, "precision.weights.static_rms=0.1"]])]  # fmt: skip
+    assert len(set(ids)) == len(ids)
+    same = [run_id(c, DIGEST) for c in _configs([["precision=fp8", "precision.source=current"], ["precision=fp8", "precision.history=8"], [*delayed, "precision.history=1024"]])]
+    assert same == [ids[0], ids[0], ids[1]]
 
 
 def test_trunks():

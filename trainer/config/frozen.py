@@ -38,6 +38,8 @@ class QuantizerSpec:
     scale_rule: str | None
     rounding: str
     source: str
+    static_rms: float | None = None
+    two_level: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,15 @@ class RoleSpec:
 
 @dataclass(frozen=True)
 class PrecisionSpec:
+    """history, history_choice: of delayed scales; None where nothing is delayed."""
+
     name: str
     dot_dtype: str
     weights: RoleSpec
     activations: RoleSpec
     output_gradients: RoleSpec
+    history: int | None = None
+    history_choice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,17 @@ class TrainConfig:
         whole = dataclasses.asdict(self)
         del whole["options"], whole["model"]["name"], whole["precision"]["name"]
         whole["data"] = self.data.name
-        return whole
+        return _without_unset(whole)
+
+
+# Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
+LATER_KEYS = ("static_rms", "two_level", "history", "history_choice")
+
+
+def _without_unset(content: dict) -> dict:
+    """The same without later keys that are None, at any depth."""
+    inner = {key: _without_unset(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return {key: value for key, value in inner.items() if not (key in LATER_KEYS and value is None)}
 
 
 def digest(content: dict) -> str:

@@ -35,8 +35,10 @@ class GemmSchema:
     block: Optional[int] = None
     scale_format: Optional[str] = None
     scale_rule: Optional[str] = None
+    two_level: Optional[bool] = None  # blocks' scales under one float32 scale of the tensor, as NVFP4 has them
     rounding: Optional[str] = None
-    source: Optional[str] = None
+    source: Optional[str] = None  # current, delayed, static, none: where the scale comes from
+    static_rms: Optional[float] = None  # of source=static: the RMS that the tensor is expected to have; unset: the model says
 
 
 @dataclass
@@ -50,6 +52,12 @@ class RoleSchema(GemmSchema):
 class PrecisionSchema:
     name: str = MISSING
     bits: Optional[int] = None  # shorthand that presets refer to
+    source: Optional[str] = None  # shorthand for every quantizer that has none of its own
+    granularity: Optional[str] = None  # in the place of every role's own, with `block` (unset: 32) and `two_level`
+    block: Optional[int] = None
+    two_level: Optional[bool] = None
+    history: Optional[int] = None  # of source=delayed: how many steps are remembered; unset: 1024
+    history_choice: Optional[str] = None  # and which of their amax counts: max (unset) or most_recent
     dot_dtype: str = "float32"
     weights: RoleSchema = field(default_factory=RoleSchema)
     activations: RoleSchema = field(default_factory=RoleSchema)
