@@ -4,9 +4,10 @@
     loss, gradients = step(scaled(params), batch)
 """
 from trainer.propagation.array import ScaledArray, scaled, unscaled
+from trainer.propagation.calibrate import Plan
 from trainer.propagation.custom import register_rule, scale_rule
 from trainer.propagation.interpret import FallbackError
 from trainer.propagation.rescale import rescale
-from trainer.propagation.transform import Report, propagate_scales
+from trainer.propagation.transform import Report, calibrate, propagate_scales
 
-__all__ = ["FallbackError", "Report", "ScaledArray", "propagate_scales", "register_rule", "rescale", "scale_rule", "scaled", "unscaled"]
+__all__ = ["FallbackError", "Plan", "Report", "ScaledArray", "calibrate", "propagate_scales", "register_rule", "rescale", "scale_rule", "scaled", "unscaled"]

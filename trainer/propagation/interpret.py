@@ -33,8 +33,8 @@ class Context:
     data_dtype: np.dtype | None = None
     on_fallback: str = "count"
     user_rules: Mapping[str, Callable] = field(default_factory=dict)
-    watch: Callable | None = None  # watch(path, value) of every Scaled result, while calibrating
-    move: Callable | None = None  # move(path, value) -> value, where a calibration placed rescales
+    watch: Callable | None = None  # watch(path, equation, value) of every Scaled result, while calibrating
+    move: Callable | None = None  # move(path, value) -> value, which rescales where a calibration found it needed
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
     memo: dict = field(default_factory=dict)
     bodies: dict = field(default_factory=dict)
@@ -85,9 +85,11 @@ def interpret(ctx: Context, jaxpr, consts, args) -> list:
 def _visit(ctx: Context, path, eqn, value: Scaled) -> Scaled:
     if eqn.primitive.name in STRUCTURES:  # seen inside
         return value
+    if ctx.move is not None:
+        value = ctx.move(path, value)
     if ctx.watch is not None:
         ctx.watch(path, eqn, value)
-    return value if ctx.move is None else ctx.move(path, value)
+    return value
 
 
 def _apply(ctx: Context, eqn, values, number: int) -> list:

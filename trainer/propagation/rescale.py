@@ -69,13 +69,14 @@ def rescale(x: jax.Array, by: str = "rms", on: str = "forward") -> jax.Array:
     """x; under propagate_scales its data is divided by the power of two that brings `by` ("rms", "amax" or "mean_abs", taken in
     float32) to [1, 2), which goes into the exponent: values do not change. on: "forward" the value, "cotangent" what flows back
     through x, or "both" (Scalify, arXiv 2407.17353, section 3.3)."""
-    statistic, on = _parse(Statistic, "by", by), _parse(On, "on", on)
+    statistic, on = parse(Statistic, "by", by), parse(On, "on", on)
     if on is not On.COTANGENT:
         x = _rescale(x, statistic=statistic)
     return x if on is On.FORWARD else _rescale_cotangent(x, statistic)
 
 
-def _parse(kind, key: str, value):
+def parse(kind, key: str, value):
+    """The member of an Enum that a user named."""
     try:
         return kind(value)
     except ValueError:

@@ -118,7 +118,8 @@ class Body:
 def trace(ctx: Context, jaxpr, consts, kinds: tuple[Kind, ...], wanted: tuple[Kind, ...] | None = None) -> Body:
     """The body under the transform for arguments of these kinds, its results as of the kinds `wanted`. Bodies are kept: the
     second round of an outer loop finds those of the inner ones. `consts` must be concrete or belong to the jaxpr."""
-    key = (id(jaxpr), kinds, wanted)
+    # Paths matter where values are watched or moved: two calls of one jaxpr are two places then.
+    key = (id(jaxpr), kinds, wanted, ctx.path if ctx.watch or ctx.move else None)
     if key in ctx.bodies:
         return ctx.bodies[key][0]
     if wanted is not None:

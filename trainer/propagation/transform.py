@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.propagation import structures  # noqa: F401 - registers the structural primitives
 from trainer.propagation.array import ScaledArray, is_float, is_scaled, scaled
+from trainer.propagation.calibrate import Plan, make_plan
 from trainer.propagation.exponents import Exponent, of_array
 from trainer.propagation.interpret import Context, interpret
 from trainer.propagation.values import Scaled, plain
@@ -53,6 +54,16 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
     return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, static_argnames)
 
 
+def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str = "rms", **kwargs) -> Plan:
+    """The fewest rescales that keep the data of propagate_scales(fun) within 2**-threshold and 2**threshold of unit scale.
+
+    fun is run on these arguments (concrete; one batch will do), each time with one rescale more, placed at the first value whose
+    `by` ("rms", "amax", "mean_abs") lies outside; then those that turn out not to be needed are taken away again. Scalars and
+    all-zero arrays do not count. Give the result to propagate_scales(fun, rescale=plan); print(plan) says what is where.
+    """
+    return make_plan(propagate_scales(fun, data_dtype=data_dtype).watched, args, kwargs, threshold, by)
+
+
 class _Transformed:
     """The callable that propagate_scales returns."""
 
@@ -65,9 +76,10 @@ class _Transformed:
 
     def __call__(self, *args, **kwargs):
         if self._rescale == "auto":
-            from trainer.propagation.calibrate import calibrate  # it runs the transform itself
-
-            self._rescale = calibrate(self, *args, **kwargs)
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+                raise ValueError("propagate_scales: rescale='auto' needs concrete arguments, and is called under jit or another transformation; "
+                                 "make the plan before, rescale=trainer.propagation.calibrate(fun, *args)")
+            self._rescale = self.calibrate(*args, **kwargs)
         return self._jitted(*args, **kwargs)
 
     def report(self, *args, **kwargs) -> Report:
@@ -76,8 +88,12 @@ class _Transformed:
         static = {k: v for k, v in kwargs.items() if k in self._static}
         traced = {k: v for k, v in kwargs.items() if k not in self._static}
         after = jax.make_jaxpr(lambda a, k: self._run(counters, *a, **k, **static))(args, traced)
-        rescales = 0 if self._rescale is None else self._rescale.count
+        rescales = len(self._rescale.places) if isinstance(self._rescale, Plan) else 0
         return Report(counters.before, _count(after.jaxpr), counters.fallbacks, rescales)
+
+    def calibrate(self, *args, **kwargs) -> Plan:
+        """Where data drifts from unit scale with these arguments; see `calibrate`."""
+        return make_plan(self.watched, args, kwargs)
 
     def trace(self, args, kwargs):
         """(closed jaxpr, variables of its arguments, tree of its results, whether an argument carries a scale)."""
@@ -129,11 +145,16 @@ class _Transformed:
             raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
         return Scaled(data, of_array(exponent), dtype)
 
-    def _run(self, counters: Counters, *args, **kwargs):
+    def watched(self, plan, watch: Callable) -> Callable:
+        """This transform with the rescales of `plan`, which tells watch(path, equation, value) of every value."""
+        return lambda *args, **kwargs: self._run(Counters(), *args, _plan=plan, _watch=watch, **kwargs)
+
+    def _run(self, counters: Counters, *args, _plan=None, _watch=None, **kwargs):
         closed, variables, tree, any_scaled = self.trace(args, kwargs)
         counters.before = _count(closed.jaxpr)
-        move = None if self._rescale is None else self._rescale.move
-        ctx = Context(self._data_dtype, self._on_fallback, move=move, fallbacks=counters.fallbacks)
+        plan = _plan or (self._rescale if isinstance(self._rescale, Plan) else None)
+        move = plan.move if plan is not None and plan.places else None
+        ctx = Context(self._data_dtype, self._on_fallback, watch=_watch, move=move, fallbacks=counters.fallbacks)
         consts = [_undifferentiable(c) if isinstance(c, jax.core.Tracer) and is_float(c) else c for c in closed.consts]
         results = interpret(ctx, closed.jaxpr, consts, variables)
         return jax.tree.unflatten(tree, [self._leave(x, any_scaled) for x in results])

@@ -20,6 +20,7 @@ from trainer.propagation.exponents import Exponent, highest, of_array
 
 # Constants of this size stand for minus infinity in masks (-1e9, -1e30, finfo.min): they never set a tensor's scale.
 SENTINEL = 2.0**24
+_SQRT_HALF = 0.7071067811865476
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +101,12 @@ def unscaled_wide(x):
 
 
 def split_number(number: float) -> tuple[float, int]:
-    """(m, k) with number = m * 2**k and 1 <= |m| < 2; what is any scale stays as it is."""
+    """(m, k) with number = m * 2**k and m nearest to 1 on a logarithmic scale, so that a decay by 0.999 at every step leaves the
+    exponent where it is; what is any scale stays as it is."""
     if number == 0.0 or not math.isfinite(number):
         return number, 0
     mantissa, exponent = math.frexp(number)
-    return mantissa * 2, exponent - 1
+    return (mantissa, exponent) if abs(mantissa) >= _SQRT_HALF else (mantissa * 2, exponent - 1)
 
 
 def lift(x, memo: dict) -> Scaled:
@@ -124,7 +126,7 @@ def lift(x, memo: dict) -> Scaled:
         if data.dtype != jnp.float32:  # float64 has range enough
             parts = (data, Exponent())
         else:
-            k = floor_log2(data)
+            k = floor_log2(data * np.float32(1 / _SQRT_HALF))  # nearest, as in split_number
             parts = (shift(data, jnp.where(k == ZERO_EXPONENT, 0, -k)), of_array(k))
         memo[id(number)] = (*parts, number)  # the number itself too: its id must stay its own
     data, exponent, _ = memo[id(number)]

@@ -16,7 +16,7 @@ def _is_zero(x) -> bool:
 
 
 def _mantissa(x) -> float | None:
-    """Of a number that is known, in [1, 2) but for its sign."""
+    """Of a number that is known."""
     return split_number(x.number)[0] if isinstance(x, Uniform) and x.known else None
 
 
