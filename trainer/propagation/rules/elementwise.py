@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import wide
-from trainer.propagation.exponents import Exponent
+from trainer.propagation.array import shift, wide
+from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Scaled, Uniform, common, plain, split_number
+from trainer.propagation.values import Scaled, Uniform, common, exponent_of, plain, split_number
 
 
 def _is_zero(x) -> bool:
@@ -132,12 +132,22 @@ def atan2(call: Call, a, b):
     return call.store(jnp.arctan2(*jnp.broadcast_arrays(call.align(a, exponent), call.align(b, exponent))), Exponent())
 
 
-@rule("nextafter", "rem", data="f(a 2^(ea - e), b 2^(eb - e))", exponent="e = max(ea, eb)")
-def at_one_scale(call: Call, a, b):
-    """The remainder scales with its arguments; the next number of the data lies where the data's digits end."""
+@rule("nextafter", data="f(a, b 2^(eb - ea))", exponent="ea")
+def nextafter(call: Call, a, b):
+    """The next number of the data lies where the data's digits end; of b only the direction counts, and it may overflow."""
+    exponent = exponent_of(a)
+    return call.store(_at(call, exponent, a, b), exponent)
+
+
+@rule("rem", data="f(a 2^(ea - e), b 2^(eb - e)) 2^(e - m), e = max(ea, eb)", exponent="m = min(ea, eb)")
+def rem(call: Call, a, b):
+    """The remainder is smaller than both."""
     exponent = common((a, b))
+    lowest = highest([exponent_of(x) for x in (a, b)], lowest=True)
+    return call.store(shift(_at(call, exponent, a, b), (exponent - lowest).traced()), lowest)
+
+
+def _at(call: Call, exponent: Exponent, *xs):
+    """The primitive on wide data that has been brought to one exponent."""
     shape = call.outs[0].shape
-    data = [jnp.broadcast_to(call.align(x, exponent), shape) for x in (a, b)]
-    return call.store(call.bind(*data), exponent)
-
-
+    return call.bind(*(jnp.broadcast_to(call.align(x, exponent), shape) for x in xs))

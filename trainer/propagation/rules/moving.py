@@ -107,7 +107,8 @@ def dynamic_slice(call: Call, a, *starts):
 
 def _full(call: Call, x, index: int, exponent: Exponent):
     """Data of an argument at an exponent, in its own shape."""
-    return jnp.broadcast_to(call.align(x, exponent), call.ins[index].shape)
+    shape = call.ins[index].shape
+    return jnp.broadcast_to(call.align(x, exponent, shape=shape), shape)
 
 
 def _flat(call: Call, x):

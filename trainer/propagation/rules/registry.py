@@ -58,8 +58,16 @@ class Call:
     def lift(self, x) -> Scaled:
         return lift(x, self.memo)
 
-    def align(self, x, exponent: Exponent, saturate=None):
-        return align(x, exponent, self.memo, saturate)
+    def align(self, x, exponent: Exponent, saturate=None, shape=None):
+        """The data that x has at another exponent, wide; of its own shape, or of one that broadcasts to `shape` (the result's)."""
+        lifted = None if not exponent.ndim or isinstance(x, Uniform) and x.any_scale else self.lift(x)
+        if lifted is None or lifted.ndim:
+            return align(x, exponent, self.memo, saturate)
+        # One number that is to have an exponent for each leading index.
+        shape, rank = self.outs[0].shape if shape is None else shape, exponent.ndim
+        data = jnp.broadcast_to(lifted.data, (*shape[:rank], *(1,) * (len(shape) - rank)))
+        data = align(Scaled(data, lifted.exponent, lifted.dtype), exponent, self.memo)
+        return jnp.clip(data, -saturate, saturate) if saturate is not None and isinstance(x, Uniform) and x.known else data
 
     def held_as(self, dtype, ndim: int) -> np.dtype:
         """The dtype of the data of a result: scalars and what is narrower already keep their own."""
@@ -84,10 +92,12 @@ class Call:
         return self.held_as(self.outs[index].dtype, ndim).itemsize < 4
 
     def settle(self, data, exponent: Exponent) -> Scaled:
-        """A result whose magnitude no rule can foresee: where its dtype is narrow, its largest value is brought to [1, 2)."""
+        """A result whose magnitude no rule can foresee: where its dtype is narrow, its largest value is brought to [1, 2), for each
+        leading index that has an exponent of its own."""
         if not self.narrow(data.ndim):
             return self.store(data, exponent)
-        top = floor_log2(jnp.max(jnp.abs(data), initial=0).astype(jnp.float32))
+        largest = jnp.max(jnp.abs(data), axis=tuple(range(exponent.ndim, data.ndim)), initial=0)
+        top = floor_log2(largest.astype(jnp.float32))
         # Known zeros and infinities stay; everything else moves by what the largest value says.
         down = jnp.where(jnp.abs(top) > 1024, 0, -top)
         return self.store(shift(data, down), exponent + of_array(-down))
