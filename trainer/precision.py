@@ -29,17 +29,20 @@ class Source(str, Enum):
     CURRENT = "current"  # amax of the tensor at hand
     DELAYED = "delayed"  # amax of earlier steps, kept in the state
     STATIC = "static"  # a constant, from the size that the tensor is expected to have (unit scaling)
+    PROPAGATED = "propagated"  # the exponent that scale propagation carries beside the data: the data is at unit scale as it is
     NONE = "none"  # no scale: the element's own range
 
 
-FROM_ELSEWHERE = (Source.DELAYED.value, Source.STATIC.value)  # a scale that the tensor at hand does not set
+FROM_ELSEWHERE = (Source.DELAYED.value, Source.STATIC.value, Source.PROPAGATED.value)  # a scale that the tensor at hand does not set
 
 
-def unmovable(fmt: formats.Scaled) -> str | None:
-    """Why a format's scales cannot come from elsewhere than the tensor at hand, and what can; None where they can."""
+def unmovable(fmt: formats.Scaled, source: str = Source.DELAYED.value) -> str | None:
+    """Why a format's scales cannot come from elsewhere than the tensor at hand, and what can; None where they can. Blocks of
+    propagated data have scales of their own, relative to what is propagated."""
     if fmt.granularity in (Granularity.CHANNEL, Granularity.TOKEN):
-        return f"granularity={fmt.granularity.value} has many scales, and only one for a whole tensor can be delayed or static; accepted: granularity=tensor"
-    if fmt.granularity is Granularity.BLOCK and not fmt.two_level:
+        return (f"granularity={fmt.granularity.value} has many scales, and only one for a whole tensor can be delayed, static or propagated; "
+                "accepted: granularity=tensor")
+    if fmt.granularity is Granularity.BLOCK and not fmt.two_level and source != Source.PROPAGATED.value:
         return "its blocks have no scale of the whole tensor above them that could be delayed or static; accepted: source=current, or two_level=true"
     if fmt.zero_point or fmt.amax is not Amax.CURRENT:
         return "zero_point=True and other statistics than amax='current' are taken of the tensor at hand; accepted: source=current"
@@ -56,8 +59,8 @@ class Quantizer:
     """A format, and how values are rounded to it. The gradient is straight-through: the cotangent is never narrowed here.
 
     source: see `Source`; "none" with an element format (whose own range is then all there is), another one with a format that has
-    scales. Of "static" alone: static_rms, float32, the RMS that the tensor is expected to have (None: the model says);
-    static_clip, float32, amax over RMS for elements other than minifloats (None: chosen for Gaussian data).
+    scales. static_rms: of "static" alone, float32, the RMS that the tensor is expected to have (None: the model says). static_clip: of
+    "static" and "propagated", float32, amax over RMS for elements other than minifloats (None: chosen for Gaussian data).
     """
 
     format: formats.Format
@@ -71,9 +74,9 @@ class Quantizer:
             scaled = isinstance(self.format, formats.Scaled)
             accepted = ", ".join(s.value for s in Source if s is not Source.NONE) if scaled else "none, or the format wrapped in formats.scaled(...)"
             raise ValueError(f"source={self.source!r} with a format of type {type(self.format).__name__}; accepted: {accepted}")
-        if self.source in FROM_ELSEWHERE and (reason := unmovable(self.format)):
+        if self.source in FROM_ELSEWHERE and (reason := unmovable(self.format, self.source)):
             raise ValueError(f"source={self.source!r}: {reason}")
-        if self.source == Source.STATIC.value and self.static_clip is None and _needs_clip(self.format):
+        if self.source in (Source.STATIC.value, Source.PROPAGATED.value) and self.static_clip is None and _needs_clip(self.format):
             object.__setattr__(self, "static_clip", np.float32(formats.gaussian_clip(self.format.element)))
 
     @property
@@ -113,7 +116,9 @@ class Operand:
 @dataclass(frozen=True)
 class PrecisionPolicy:
     """Role -> quantizers; `dot_dtype` is the dtype of the product's inputs (accumulation is float32). history, history_choice: how many
-    steps delayed scales remember, and which of their amax counts ("max", "most_recent")."""
+    steps delayed scales remember, and which of their amax counts ("max", "most_recent"). data_dtype: the forward and backward pass run
+    under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: dtypes that the state is held
+    in between steps, as ScaledArrays where that is not None (float32)."""
 
     weights: Operand = Operand()
     activations: Operand = Operand()
@@ -121,6 +126,10 @@ class PrecisionPolicy:
     dot_dtype: str = _static(default="float32")
     history: int = _static(default=1024)
     history_choice: str = _static(default="max")
+    data_dtype: str | None = _static(default=None)
+    master_weights: str | None = _static(default=None)
+    adam_m: str | None = _static(default=None)
+    adam_v: str | None = _static(default=None)
 
     def roles(self, source: Source) -> tuple[str, ...]:
         """The roles in which a quantizer has its scale from there."""
@@ -133,4 +142,4 @@ class PrecisionPolicy:
 
     def without_quantizers(self) -> PrecisionPolicy:
         """The same dot dtype and nothing quantized: for layers that are kept high."""
-        return replace(PrecisionPolicy(), dot_dtype=self.dot_dtype)
+        return replace(PrecisionPolicy(), dot_dtype=self.dot_dtype, data_dtype=self.data_dtype)

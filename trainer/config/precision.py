@@ -9,7 +9,7 @@ import formats
 from formats.delayed import Choice
 from formats.modes import Rounding
 from trainer.config.checks import in_range, one_of
-from trainer.config.frozen import PrecisionSpec, QuantizerSpec, RoleSpec
+from trainer.config.frozen import STATE_PARTS, PrecisionSpec, QuantizerSpec, RoleSpec
 from trainer.precision import FROM_ELSEWHERE, GEMMS, ROLES, Operand, PrecisionPolicy, Quantizer, Source, unmovable
 
 WIDTHS = ("bits", "exp_bits", "man_bits", "variant")
@@ -19,6 +19,8 @@ KEYS = ("format", *WIDTHS, *SCALES, "rounding", "source", "static_rms")
 MAX_INTEGER_BITS = 16
 UNQUANTIZED_BITS = 32  # an integer width that means float32: one program then holds quantized and float32 members
 DOT_DTYPES = ("float32", "bfloat16")
+DATA_DTYPES = ("float16", "bfloat16", "float32")  # of scale propagation
+STATE_DTYPES = ("float32", "float16", "bfloat16")
 HISTORY, MAX_HISTORY = 1024, 1 << 20
 
 
@@ -34,7 +36,7 @@ def freeze_precision(name: str, precision: dict) -> PrecisionSpec:
     history = in_range("precision.history", HISTORY if precision["history"] is None else precision["history"], 1, MAX_HISTORY)
     choice = one_of("precision.history_choice", precision["history_choice"] or Choice.MAX.value, Choice)
     delayed = any(q.source == Source.DELAYED.value for q in quantizers)
-    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else ()))
+    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers))
     if precision["bits"] is not None and not any(q is not None and q.format == "integer" for role in ROLES for q in getattr(spec, role).both):
         raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
                          "like, or precision.weights.format=integer with precision.weights.bits")
@@ -43,6 +45,21 @@ def freeze_precision(name: str, precision: dict) -> PrecisionSpec:
             if spec.dot_dtype == "bfloat16" and q is not None and q.bits != UNQUANTIZED_BITS and not _fits_bfloat16(q):
                 raise ValueError(f"precision.dot_dtype=bfloat16 would round {role} again; accepted with their format: float32")
     return spec
+
+
+def _carried(precision: dict, quantizers) -> dict:
+    """The keys of scale propagation and of scaled state."""
+    data_dtype = precision["data_dtype"]
+    if data_dtype is not None:
+        one_of("precision.data_dtype", data_dtype, DATA_DTYPES)
+        if precision["dot_dtype"] != "float32":
+            raise ValueError(f"precision.data_dtype={data_dtype} with precision.dot_dtype={precision['dot_dtype']}: products then take the data as it is; accepted with it: float32")
+    elif any(q.source == Source.PROPAGATED.value for q in quantizers):
+        raise ValueError(f"source=propagated in precision={precision['name']}, where nothing carries scales; accepted: with precision.data_dtype={'|'.join(DATA_DTYPES)}")
+    state = {part: precision[part] for part in STATE_PARTS if precision[part] not in (None, "float32")}
+    for part, dtype in state.items():
+        one_of(f"precision.{part}", dtype, STATE_DTYPES)
+    return {"data_dtype": data_dtype, **state}
 
 
 def _shared(precision: dict) -> dict:
@@ -123,7 +140,7 @@ def _quantizer(key: str, keys: dict, shared: dict) -> QuantizerSpec | None:
     if source == Source.NONE.value and keys["granularity"] == "tensor":
         keys = keys | {"granularity": None}  # that of any format with a scale, unless it says otherwise
     if source == Source.NONE.value and any(keys[name] is not None for name in SCALES):
-        raise ValueError(f"{source_key}=none means no scale, so {', '.join(SCALES)} cannot be set; accepted with them: current, delayed, static")
+        raise ValueError(f"{source_key}=none means no scale, so {', '.join(SCALES)} cannot be set; accepted with them: current, delayed, static, propagated")
     if keys["static_rms"] is not None:
         if source != Source.STATIC.value:
             raise ValueError(f"{key}.static_rms={keys['static_rms']}: the scale's source is {source}; accepted with it: source=static")
@@ -141,7 +158,7 @@ def _check_source(key: str, spec: QuantizerSpec, fmt: formats.Format) -> None:
     """ValueError if the format's scales cannot come from there."""
     if not isinstance(fmt, formats.Scaled):
         return
-    reason = unmovable(fmt)
+    reason = unmovable(fmt, spec.source)
     if spec.source in FROM_ELSEWHERE and reason:
         raise ValueError(f"{key}={spec.source} with format '{spec.format}': {reason}")
     if spec.source == Source.NONE.value:
@@ -174,7 +191,7 @@ def _static_clip(spec: QuantizerSpec) -> np.float32 | None:
 def _build_quantizer(spec: QuantizerSpec | None) -> Quantizer | None:
     if spec is None:
         return None
-    if spec.source != Source.STATIC.value:
+    if spec.source not in (Source.STATIC.value, Source.PROPAGATED.value):
         return Quantizer(build_format(spec), spec.rounding, spec.source)
     rms = None if spec.static_rms is None else np.float32(spec.static_rms)
     return Quantizer(build_format(spec), spec.rounding, spec.source, rms, _static_clip(spec))
@@ -191,4 +208,5 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
         return Operand(first, None if shared else _build_quantizer(role.second), shared)
 
     delayed = {} if spec.history is None else {"history": spec.history, "history_choice": spec.history_choice}
-    return PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed)
+    return PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed,
+                           data_dtype=spec.data_dtype, **{part: getattr(spec, part) for part in STATE_PARTS})
