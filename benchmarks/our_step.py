@@ -47,9 +47,10 @@ def hyper(policy: PrecisionPolicy, seed: int = 0, learning_rate: float = 3e-3, w
     return Hyper(numbers, schedule, policy, np.array([0, seed], np.uint32), f32(1e3))
 
 
-def program(config: ModelConfig, policy: PrecisionPolicy, num_members: int = 1, steps: int = STEPS) -> Program:
+def program(config: ModelConfig, policy: PrecisionPolicy, num_members: int = 1, steps: int = STEPS, telemetry_every: int = 0) -> Program:
     """`steps` updates of every member in one dispatch, on all host devices; a unit is one update of one member."""
-    compiled = cohort.Program(StepStructure(config, "adamw", "wsd", BATCH, SEQ_LEN), cohort.choose_layout(num_members, BATCH))
+    structure = StepStructure(config, "adamw", "wsd", BATCH, SEQ_LEN, telemetry_every=telemetry_every)
+    compiled = cohort.Program(structure, cohort.choose_layout(num_members, BATCH))
     slots = compiled.padded(num_members)
     hypers = compiled.put(jax.tree.map(lambda *xs: np.stack(xs), *(hyper(policy, seed) for seed in range(slots))))
     state = compiled.init(hypers)

@@ -21,7 +21,8 @@ def model_config(model: ModelSpec, optimizer: OptimizerSpec | None, vocab_size: 
 def step_structure(config: TrainConfig, vocab_size: int) -> StepStructure:
     """Everything about the config's step that is compiled in."""
     model = model_config(config.model, config.optimizer, vocab_size)
-    return StepStructure(model, config.optimizer.name, config.schedule.name, config.batch_size, config.seq_len, config.accumulate)
+    return StepStructure(model, config.optimizer.name, config.schedule.name, config.batch_size, config.seq_len, config.accumulate,
+                         config.options.telemetry_every)
 
 
 def hyper(config: TrainConfig) -> Hyper:

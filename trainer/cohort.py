@@ -26,6 +26,7 @@ from trainer import step as steps
 from trainer.keys import fold_in
 
 MEMBER, DATA = "member", "data"
+INNER = "inner"  # the axis of the members of one device under vmap
 EVAL_SALT = 0x45564C  # evaluation's random bits are apart from every step's
 
 
@@ -104,7 +105,7 @@ class Program:
 
     def _each(self, function):
         """`function` over the members of one device."""
-        return partial(lax.map, lambda args: function(*args)) if self.layout.inner == "map" else lambda args: jax.vmap(function)(*args)
+        return partial(lax.map, lambda args: function(*args)) if self.layout.inner == "map" else lambda args: jax.vmap(function, axis_name=INNER)(*args)
 
     def _call(self, name, function, in_specs, out_specs, args, donate=()):
         signature = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
@@ -124,11 +125,12 @@ class Program:
     def run(self, states, hyper, tokens_MSBT1, stop_M):
         """Up to S steps of every member, none beyond its `stop`: (states, metrics [M, S], diverged_step [M]); a skipped step's
         metrics are NaN. The states passed in are donated."""
-        one_step = partial(steps.step, self.structure, self.graphdef, data_axis=self._data_axis)
+        member_axis = INNER if self.layout.inner == "vmap" else None
+        one_step = partial(steps.step, self.structure, self.graphdef, data_axis=self._data_axis, member_axis=member_axis)
 
         def idle(state, tokens, hyper):
             del tokens, hyper
-            return state, steps.Metrics(*(jnp.float32(jnp.nan),) * 3)
+            return state, steps.no_metrics(self.structure)
 
         def member(state, hyper, tokens_SBT1, stop):
             def body(state, tokens):

@@ -41,14 +41,14 @@ def _log_mse(spec: QuantizerSpec) -> float | None:
     return math.log(error) if error > 0 else None
 
 
-def _quantizes(spec: QuantizerSpec | None) -> bool:
+def quantizes(spec: QuantizerSpec | None) -> bool:
     """False for what leaves float32 as it is, such as the width that marks float32 members of a cohort of integers."""
     return spec is not None and spec.bits != UNQUANTIZED_BITS
 
 
 def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict:
     """The columns of one tensor role."""
-    if not _quantizes(spec):
+    if not quantizes(spec):
         fmt = {"float32": formats.identity, "bfloat16": lambda: formats.get("bfloat16")}[dot_dtype]()
         own = {"granularity": None, "rounding": "nearest_even" if dot_dtype != "float32" else None, "source": None, "log_mse": None}
     else:
@@ -92,7 +92,7 @@ def mean_and_stderr(losses_W: np.ndarray) -> tuple[float, float]:
 
 def config_columns(config: TrainConfig, dataset, model) -> dict:
     """The columns that are known before a run begins. `model`: its ModelConfig."""
-    quantized = any(_quantizes(spec) for role in ROLES for spec in getattr(config.precision, role).both)
+    quantized = any(quantizes(spec) for role in ROLES for spec in getattr(config.precision, role).both)
     return {
         "sweep": config.options.sweep, "seed": config.seed, "n_params": model.num_params, "n_params_total": model.num_params_total,
         "cooldown_steps": config.schedule.cooldown_steps if config.schedule.name == "wsd" else None,

@@ -17,7 +17,7 @@ from jax import lax
 
 import formats
 from formats import noise
-from trainer import scales
+from trainer import scales, telemetry
 from trainer.keys import fold_in
 from trainer.precision import Operand, PrecisionPolicy, Quantizer, Source
 from trainer.scales import Meter, Site
@@ -118,6 +118,13 @@ def _given_amax(quantizer: Quantizer | None, role: str, site: Site, current):
     return None
 
 
+def _statistics(tensor, narrow, quantizer: Quantizer | None):
+    """Telemetry's statistics of a tensor and its narrow pair, float32 [fields]."""
+    if quantizer is None:
+        return telemetry.statistics(tensor)
+    return telemetry.statistics(tensor, *narrow, quantizer.format.element if isinstance(quantizer.format, formats.Scaled) else quantizer.format)
+
+
 def _forward(rows, x_NK, w_KM, policy, key, site):
     """y, and of x and w each: the narrow pair, and the amax of the tensor if it is wanted."""
     pairs, amax = [], []
@@ -135,14 +142,17 @@ def _linear(rows, x_NK, w_KM, policy, key, site, meter):
 
 def _linear_fwd(rows, x_NK, w_KM, policy, key, site, meter):
     y_NM, (x, w), amax = _forward(rows, x_NK, w_KM, policy, key, site)
+    measured = {}
+    if meter.statistics:
+        measured = {"activations": _statistics(x_NK, x, policy.activations.first), "weights": _statistics(w_KM, w, policy.weights.first)}
     # A role that is quantized once saves its narrow values; otherwise the backward starts from the tensor itself.
     saved_x = x if policy.activations.shared else x_NK
     saved_w = w if policy.weights.shared else w_KM
-    return y_NM, (saved_x, saved_w, amax, policy, key, site, meter)
+    return y_NM, (saved_x, saved_w, amax, measured, policy, key, site, meter)
 
 
 def _linear_bwd(rows, residuals, g_NM):
-    saved_x, saved_w, (x_amax, w_amax), policy, key, site, meter = residuals
+    saved_x, saved_w, (x_amax, w_amax), measured, policy, key, site, meter = residuals
 
     def second(saved, operand: Operand, use: _Use, amax):
         given = _given_amax(operand.second, use.role, site, amax)
@@ -157,8 +167,10 @@ def _linear_bwd(rows, residuals, g_NM):
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.
     dw_KM = lax.optimization_barrier(_product(x, g_wgrad, 0, 0, policy.dot_dtype))
-    seen = {"activations": x_amax, "weights": w_amax, "output_gradients": g_amax}
-    return dx_NK, dw_KM, None, None, None, Meter({role: seen[role] for role in meter.amax})
+    amax = {"activations": x_amax, "weights": w_amax, "output_gradients": g_amax}
+    if meter.statistics:
+        measured = measured | {"output_gradients": _statistics(g_NM, g_dgrad, out.first)}
+    return dx_NK, dw_KM, None, None, None, Meter({role: amax[role] for role in meter.amax}, measured)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

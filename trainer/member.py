@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer import describe
+from trainer import describe, telemetry
 from trainer.config.frozen import TrainConfig
 from trainer.data import Dataset
 from trainer.mirrors import Mirror
-from trainer.model import ModelConfig
+from trainer.model import SITES, ModelConfig
+from trainer.precision import ROLES
 from trainer.records import RunFolder
 
 
@@ -37,6 +38,7 @@ class Member:
     evaluated_step: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
     _rows: list[dict] = field(default_factory=list)
+    _telemetry: list[dict] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -87,6 +89,15 @@ class Member:
             self.train_loss = row["loss"]
             if (step + 1) % self.config.options.log_every == 0 or step + 1 in (1, self.config.steps):
                 self._rows.append(row)
+            every = self.config.options.telemetry_every
+            if every and telemetry.due(step, every):
+                mine = {role: values[i] for role, values in metrics.sites.items()}
+                self._telemetry.extend(telemetry.rows(step + 1, mine, SITES, self._quantized))
+
+    @property
+    def _quantized(self) -> dict[str, bool]:
+        """Role -> whether its first product quantizes it."""
+        return {role: describe.quantizes(getattr(self.config.precision, role).first) for role in ROLES}
 
     def log_eval(self, losses_W: np.ndarray) -> None:
         """Book an evaluation before the end."""
@@ -95,7 +106,10 @@ class Member:
         self.evaluated_step = self.step
 
     def flush(self) -> None:
-        """Append the rows gathered so far to metrics.jsonl, and to the mirror."""
+        """Append the rows gathered so far to metrics.jsonl, and to the mirror; those of telemetry to its file."""
+        if self._telemetry:
+            self.folder.append_telemetry(self._telemetry)
+            self._telemetry = []
         if self._rows:
             self.folder.append_metrics(self._rows)
             for row in self._rows:
@@ -108,13 +122,13 @@ class Member:
 
     def restart(self) -> None:
         """From the beginning: whatever an earlier try logged is dropped."""
-        self.folder.truncate_metrics(0)
+        self.folder.truncate(0)
 
     def resume(self, step: int, diverged_step: int) -> None:
         """From a checkpoint at `step`; rows logged after it are dropped and will be written again."""
         self.step = self.saved_step = self.evaluated_step = step
         self.diverged_step = None if diverged_step < 0 else diverged_step
-        self.folder.truncate_metrics(step)
+        self.folder.truncate(step)
         for row in self.folder.metrics():
             self.wall_s = row.get("wall_s", self.wall_s)
             self.train_loss = row.get("loss", self.train_loss)
@@ -123,6 +137,7 @@ class Member:
         """Become a copy of the parent, which stands at fork_step; its log up to here is this run's too."""
         self.parent.flush()
         self._rows = [row for row in self.parent.folder.metrics() if row["step"] <= self.fork_step]
+        self._telemetry = [row for row in self.parent.folder.telemetry() if row["step"] <= self.fork_step]
         self.step, self.evaluated_step, self.waiting = self.fork_step, self.fork_step, False
         self.wall_s, self.train_loss = self.parent.wall_s, self.parent.train_loss
 
@@ -130,7 +145,7 @@ class Member:
         """The trunk diverged before this run's branch point: so would this run have, being the same run until then."""
         self.diverged_step = self.step = trunk.diverged_step
         self.waiting, self.wall_s, self.train_loss = False, trunk.wall_s, trunk.train_loss
-        self._rows = list(trunk.folder.metrics())
+        self._rows, self._telemetry = list(trunk.folder.metrics()), list(trunk.folder.telemetry())
 
     def finish(self, dataset: Dataset, layout: str, losses_W: np.ndarray | None, model: ModelConfig) -> dict:
         """Write record.json. `losses_W`: the final evaluation's loss per window, None for a diverged run."""

@@ -3,6 +3,9 @@
 A run folder, named by its run id, holds
   `config.json`    the frozen config, written first;
   `metrics.jsonl`  one JSON object per logged step, appended while it trains;
+  `telemetry.jsonl`  with telemetry_every=K, one per layer, linear site and role of every K-th step (and the first), likewise:
+                   step, layer, site, role, rms and amax of the tensor; where it is quantized the shares `underflow` (was not zero,
+                   became zero) and `overflow` (beyond the largest value) of all its values, and `exponent`, the mean log2 of its scales;
   `alive.json`     which process trains it, while one does; its modification time is the heartbeat;
   `record.json`    one object with every column of the run table, written once, at the end.
 
@@ -41,6 +44,7 @@ RECORD_COLUMNS: dict[str, type] = {
     "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str,
 }  # fmt: skip
 
+METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
 STATUSES = ("done", "diverged", "failed")
 _PTQ = "ptq_"  # columns ptq_<format>: loss after post-training quantization, float
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -122,23 +126,30 @@ class RunFolder:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows (each with a `step`) in one write, and beats the heart. A torn line that a kill left is cut off first."""
-        text = "".join(_row_json(row) + "\n" for row in rows)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "metrics.jsonl").open("ab") as file:
-            if file.tell() and not _ends_whole(self.path / "metrics.jsonl"):
-                file.truncate(_whole_length(self.path / "metrics.jsonl"))
-            file.write(text.encode())
+        self._append(METRICS, rows)
         if (self.path / "alive.json").exists():
             os.utime(self.path / "alive.json")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the rows after `step`, atomically: what a resumed run will log again."""
-        if not (self.path / "metrics.jsonl").exists():
-            return
-        rows = self.metrics()
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows) or not _ends_whole(self.path / "metrics.jsonl"):
-            _write_atomically(self.path / "metrics.jsonl", "".join(_row_json(row) + "\n" for row in kept))
+    def append_telemetry(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows (each with a `step`) in one write, as `append_metrics` does."""
+        self._append(TELEMETRY, rows)
+
+    def truncate(self, step: int) -> None:
+        """Drops the metrics and telemetry after `step`, each file atomically: what a resumed run will log again."""
+        for name in (METRICS, TELEMETRY):
+            path = self.path / name
+            rows = self._rows(name)
+            kept = [row for row in rows if row["step"] <= step]
+            if path.exists() and (len(kept) < len(rows) or not _ends_whole(path)):
+                _write_atomically(path, "".join(_row_json(row) + "\n" for row in kept))
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(_row_json(row) + "\n" for row in rows)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / name).open("ab") as file:
+            if file.tell() and not _ends_whole(self.path / name):
+                file.truncate(_whole_length(self.path / name))
+            file.write(text.encode())
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes `complete(record)` to `record.json`, atomically and durably: with it the run is over."""
@@ -156,7 +167,14 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows in order, without a torn last line; non-finite values as they were. ValueError for another broken line."""
-        path = self.path / "metrics.jsonl"
+        return self._rows(METRICS)
+
+    def telemetry(self) -> list[dict[str, Any]]:
+        """The rows of telemetry.jsonl, read as `metrics` are; none where there is no file."""
+        return self._rows(TELEMETRY)
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         rows = []
         for number, line in enumerate(lines, start=1):

@@ -11,7 +11,7 @@ Shapes: L layers, S linear sites of a layer.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax import lax
 
 import formats
 from formats import bits as fb
-from trainer.precision import PrecisionPolicy, Quantizer, Source
+from trainer import telemetry
+from trainer.precision import ROLES, PrecisionPolicy, Quantizer, Source
 
 SQRT2 = np.float32(2**0.5 * (1 + 5e-7))  # a hair above: what lies between two powers of two, as d**-0.5 of d = 32 does, goes up
 EXPONENT_FIELD = np.int32(0x7F800000)
@@ -69,9 +70,15 @@ def amax_meter(policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
     return Meter({role: jnp.zeros(shape, jnp.float32) for role in policy.roles(Source.DELAYED)})
 
 
-def combine(seen: Meter) -> Meter:
-    """What several micro-batches saw, [parts, L, S], as one: the largest amax."""
-    return Meter({role: jnp.max(amax, axis=0) for role, amax in seen.amax.items()})
+def watched(meter: Meter, shape: tuple[int, int]) -> Meter:
+    """The meter, with telemetry's statistics of every role."""
+    return replace(meter, statistics={role: jnp.zeros((*shape, len(telemetry.FIELDS)), jnp.float32) for role in ROLES})
+
+
+def combine(seen: Meter, data_axis: str | None) -> Meter:
+    """What several micro-batches saw, [parts, L, S, ...], as one: the largest amax (layers see to that of all devices, to scale by it)."""
+    return Meter({role: jnp.max(amax, axis=0) for role, amax in seen.amax.items()},
+                 {role: telemetry.combine(parts, data_axis) for role, parts in seen.statistics.items()})
 
 
 def delayed_amax(remembered_amax: jax.Array, current: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from trainer import model as decoder
-from trainer import scales
+from trainer import scales, telemetry
 from trainer.keys import fold_in
 from trainer.linear import RowShards
 from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
-from trainer.precision import PrecisionPolicy
+from trainer.precision import ROLES, PrecisionPolicy
 from trainer.schedules import SCHEDULES, ScheduleNumbers
 
 # Parameters whose learning rate scales as 1/width under muP (Yang et al. 2022, table 3, Adam: hidden and output weights).
@@ -36,6 +37,7 @@ class StepStructure:
     batch_size: int
     seq_len: int
     accumulate: int = 1
+    telemetry_every: int = 0  # 0: never
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +66,23 @@ class State:
 
 
 class Metrics(NamedTuple):
-    """Of one step, float32 scalars: training loss (nats per token), global gradient norm before clipping, learning rate."""
+    """Of one step, float32: training loss (nats per token), global gradient norm before clipping, learning rate; and role -> telemetry's
+    statistics [L, S, fields], NaN where the step is not due, empty where no step is."""
 
     loss: jax.Array
     grad_norm: jax.Array
     lr: jax.Array
+    sites: dict[str, jax.Array] = {}
+
+
+def no_metrics(structure: StepStructure) -> Metrics:
+    """The metrics of a step that is not taken: NaN."""
+    return Metrics(*(jnp.float32(jnp.nan),) * 3, _no_statistics(structure))
+
+
+def _no_statistics(structure: StepStructure) -> dict[str, jax.Array]:
+    shape = (*_places(structure), len(telemetry.FIELDS))
+    return {role: jnp.full(shape, jnp.nan, jnp.float32) for role in ROLES} if structure.telemetry_every else {}
 
 
 def _leaf_name(path) -> str:
@@ -142,16 +156,33 @@ def differentiate(structure: StepStructure, graphdef, params, tokens_BT1, policy
     if data_axis is not None:  # one collective for everything
         flat, unravel = ravel_pytree((loss, grads))
         loss, grads = unravel(lax.psum(flat, data_axis))
-    return loss, grads, scales.combine(seen)
+    return loss, grads, scales.combine(seen, data_axis)
 
 
-def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> tuple[State, Metrics]:
+def _observe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis, member_axis):
+    """`differentiate` for this state; with telemetry where it is due (or is for another member: under vmap all take the same branch)."""
+    policy, key = hyper.policy, fold_in(hyper.key, state.step)
+    meter = scales.amax_meter(policy, _places(structure))
+    sites = scales.Site(scales.remembered(policy, state.histories), meter=meter)
+    run = partial(differentiate, structure, graphdef, state.params, tokens_BT1, policy, key, data_axis)
+    if not structure.telemetry_every:
+        return run(sites)
+
+    def unwatched():
+        loss, grads, seen = run(sites)
+        return loss, grads, replace(seen, statistics=_no_statistics(structure))
+
+    due = telemetry.due(state.step, structure.telemetry_every)
+    if member_axis is not None:
+        due = lax.pmax(due.astype(jnp.int32), member_axis) > 0
+    return lax.cond(due, lambda: run(replace(sites, meter=scales.watched(meter, _places(structure)))), unwatched)
+
+
+def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None, member_axis=None) -> tuple[State, Metrics]:
     """One optimizer update. A loss or gradient that is not finite, or a loss above first_loss + divergence_margin, freezes the
-    run: the update is not applied and `diverged_step` says where."""
-    key = fold_in(hyper.key, state.step)
-    policy, histories = hyper.policy, state.histories
-    sites = scales.Site(scales.remembered(policy, histories), meter=scales.amax_meter(policy, _places(structure)))
-    loss, grads, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, key, data_axis, sites)
+    run: the update is not applied and `diverged_step` says where. data_axis: over which the batch is split; member_axis: the name of
+    an axis over which members are mapped by vmap."""
+    loss, grads, seen = _observe(structure, graphdef, state, tokens_BT1, hyper, data_axis, member_axis)
     grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
     # Not the best loss so far: that of one small batch can lie nats below the next one's.
     first_loss = jnp.where(state.step == 0, loss, state.first_loss)
@@ -170,9 +201,9 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
     after = State(
         keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
         first_loss, jnp.where(healthy, state.diverged_step, state.step),
-        keep({role: history.push(seen.amax[role]) for role, history in histories.items()}, histories),
+        keep({role: history.push(seen.amax[role]) for role, history in state.histories.items()}, state.histories),
     )
-    return after, Metrics(loss, grad_norm, lr)
+    return after, Metrics(loss, grad_norm, lr, seen.statistics)
 
 
 def eval_groups(num_windows: int, num_devices: int) -> int:

@@ -88,7 +88,7 @@ def test_one_key_changes_the_granularity():
 
 
 REFUSED = {
-    ("fp8", "source=guessed"): ["precision.source=guessed", "current, delayed, static, none"],
+    ("fp8", "source=guessed"): ["precision.source=guessed", "accepted: current", "delayed", "static", "none"],
     ("mxfp8", "source=delayed"): ["precision.source=delayed", "mxfp8", "no scale of the whole tensor", "source=current"],
     ("mxfp8", "source=none"): ["precision.source=none", "mxfp8", "accepted: current"],
     ("nvfp4", "source=none"): ["precision.source=none", "accepted: current, delayed, static"],
@@ -146,7 +146,7 @@ def test_warm_up_gives_way_in_a_short_run():
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
-SAME = ["runs_dir=elsewhere", "sweep=other", "log_every=3", "steps_per_dispatch=2", "host_devices=1", "checkpoint.every_steps=5", "eval.every_steps=5",
+SAME = ["runs_dir=elsewhere", "sweep=other", "log_every=3", "telemetry_every=7", "steps_per_dispatch=2", "host_devices=1", "checkpoint.every_steps=5", "eval.every_steps=5",
         "logger=wandb", "model.name=mine", "batch_size=16", "data.tokens=5000"]  # fmt: skip
 OTHER = ["seed=1", "steps=101", "optimizer.lr=0.01", "precision.bits=5", "precision.weights.bits=5", "model.d_ff=44", "model.remat=true", "batch_size=8",
          "accumulate=2", "seq_len=64", "schedule=cosine", "schedule.final_factor=0.1", "eval.sequences=8", "divergence_margin=3"]  # fmt: skip

@@ -134,17 +134,17 @@ def test_a_broken_line_inside_is_not_passed_over(run):
 
 
 def test_truncation_drops_what_a_resumed_run_logs_again(run):
-    run.truncate_metrics(3)
+    run.truncate(3)
     assert run.metrics() == []
     run.append_metrics([{"step": step, "loss": math.nan if step == 2 else 1.0} for step in range(1, 6)])
     before = (run.path / "metrics.jsonl").read_bytes()
-    run.truncate_metrics(5)
+    run.truncate(5)
     assert (run.path / "metrics.jsonl").read_bytes() == before
     with (run.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 6, "lo')
-    run.truncate_metrics(5)
+    run.truncate(5)
     assert (run.path / "metrics.jsonl").read_bytes() == before
-    run.truncate_metrics(3)
+    run.truncate(3)
     assert (run.path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(keepends=True)[:3])
 
 

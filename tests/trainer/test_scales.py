@@ -260,6 +260,7 @@ def test_two_devices_see_what_one_does(empty):
         jax.tree.map(np.testing.assert_array_equal, sharded[:3], tuple(whole))
 
 
+@pytest.mark.slow
 def test_a_split_batch_remembers_what_a_whole_one_does():
     """To summation order; parameters are held still."""
     begun, _ = _run(ONE, PAIR)

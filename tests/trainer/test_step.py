@@ -160,7 +160,7 @@ def test_three_steps_equal_the_textbook():
         loss, grads = _textbook_gradients(params, tokens)
         norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
         lr = LR * min(1.0, (index + 1) / WARMUP)
-        np.testing.assert_allclose([*map(float, metrics)], [loss, norm, lr], rtol=1e-5)
+        np.testing.assert_allclose([*map(float, metrics[:3])], [loss, norm, lr], rtol=1e-5)
         assert norm > 1.1 * CLIP  # clipping is at work
 
         def update(path, p, g, m, s):

@@ -133,6 +133,7 @@ def _data(d: dict) -> frozen.DataSpec:
 def _options(c: dict) -> frozen.Options:
     for key in ("log_every", "steps_per_dispatch"):
         in_range(key, c[key], 1)
+    in_range("telemetry_every", c["telemetry_every"], 0, MAX_STEPS)
     if c["host_devices"] is not None:
         in_range("host_devices", c["host_devices"], 1, 1024)
     for key in ("eval.every_steps", "checkpoint.every_steps"):
@@ -148,5 +149,6 @@ def _options(c: dict) -> frozen.Options:
         runs_dir=c["runs_dir"], sweep=c["sweep"], logger=c["logger"]["name"],
         eval_every_steps=c["eval"]["every_steps"], checkpoint_seconds=c["checkpoint"]["every_seconds"],
         checkpoint_steps=c["checkpoint"]["every_steps"], checkpoint_keep=c["checkpoint"]["keep"], log_every=c["log_every"],
+        telemetry_every=c["telemetry_every"],
         steps_per_dispatch=c["steps_per_dispatch"], host_devices=c["host_devices"], plugins=tuple(c["plugins"]),
     )

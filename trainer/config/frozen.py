@@ -113,6 +113,7 @@ class Options:
     checkpoint_steps: int | None
     checkpoint_keep: int
     log_every: int
+    telemetry_every: int
     steps_per_dispatch: int
     host_devices: int | None
     plugins: tuple[str, ...]

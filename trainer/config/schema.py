@@ -136,6 +136,7 @@ class TrainSchema:
     runs_dir: str = "runs"
     sweep: str = "train"
     log_every: int = 10
+    telemetry_every: int = 0
     steps_per_dispatch: int = 25
     host_devices: Optional[int] = None
     plugins: List[str] = field(default_factory=list)

@@ -1,0 +1,79 @@
+"""What low precision does to a tensor, measured now and then: size, what is lost at both ends of the range, and the scale.
+
+Every `telemetry_every` steps each linear layer reports, for its weights, activations and output gradients, the `statistics` of the tensor and
+of how its role's first product quantizes it. They leave the step as `delayed` amax do (see `trainer.scales`), and the run folder holds
+them in `telemetry.jsonl`. Steps in between run a program that has no trace of it.
+
+Shapes: P parts (micro-batches, devices), L layers, S linear sites of a layer, F the fields.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from formats import bits as fb
+
+FIELDS = ("rms", "amax", "underflow", "overflow", "exponent")
+LOSSES = FIELDS[2:]  # of quantized tensors only
+SLACK = np.float32(1 + 2.0**-20)  # amax divided by a scale that was rounded may lie an ulp beyond the largest value: that is not clipped
+DIGITS = 6  # significant ones, in the file
+
+
+def due(step, every: int):
+    """Whether the update from `step` (int or int32 array) to the next is measured: the first, and every `every`-th."""
+    return ((step + 1) % every == 0) | (step == 0)
+
+
+def statistics(x: jax.Array, values: jax.Array | None = None, scale: jax.Array | None = None, element=None) -> jax.Array:
+    """float32 [F] of a float32 tensor x: its RMS and amax; the share of its values that were not zero and became zero; the share that
+    lay beyond the largest value of the element at its scale; the mean of log2 of the scales.
+
+    values: x as numbers of the element, None where x is not quantized (the last three are then NaN). scale: what multiplies them,
+    broadcasting against x, None for 1. Sizes down to 2**-100 and up to 2**100 do not lose their squares.
+    """
+    amax = jnp.max(jnp.abs(x), initial=0.0)
+    unit = jnp.clip(_power_of_two_below(amax), np.float32(2.0**-100), np.float32(2.0**100))
+    rms = jnp.sqrt(jnp.mean(jnp.square(x * (1 / unit)))) * unit
+    if values is None:
+        return jnp.stack([rms, amax, *(jnp.float32(jnp.nan) for _ in LOSSES)])
+    underflow = jnp.mean((x != 0) & (values == 0), dtype=jnp.float32)
+    factor = jnp.float32(1.0) if scale is None else scale
+    low, high = (jnp.asarray(limit, jnp.float32) * (factor * SLACK) for limit in element.limits)
+    overflow = jnp.mean((x < low) | (x > high), dtype=jnp.float32)
+    return jnp.stack([rms, amax, underflow, overflow, jnp.mean(_log2(factor))])
+
+
+def _power_of_two_below(x):
+    return fb.to_value(fb.to_pattern(x) & fb.INFINITY)
+
+
+def _log2(x):
+    """log2 of normal float32 x > 0, exact for powers of two, which a float32 logarithm is not."""
+    below = _power_of_two_below(x)
+    return ((fb.to_pattern(below) >> 23) - 127).astype(jnp.float32) + jnp.log2(x / below)
+
+
+def combine(parts: jax.Array, data_axis: str | None = None) -> jax.Array:
+    """The statistics of a whole from those of equal parts, [P, ..., F] -> [..., F]; the parts of all devices, with data_axis."""
+    if data_axis is not None:
+        parts = lax.all_gather(parts, data_axis, axis=0, tiled=True)
+    rms, amax, *shares = (parts[..., i] for i in range(len(FIELDS)))
+    largest = jnp.max(rms, axis=0)
+    unit = jnp.where(largest > 0, largest, np.float32(1.0))
+    rms = unit * jnp.sqrt(jnp.mean(jnp.square(rms / unit[None]), axis=0))
+    return jnp.stack([rms, jnp.max(amax, axis=0), *(jnp.mean(share, axis=0) for share in shares)], axis=-1)
+
+
+def rows(step: int, measured: Mapping[str, np.ndarray], sites: Sequence[str], quantized: Mapping[str, bool]) -> Iterator[dict]:
+    """The rows of telemetry.jsonl for one update: a row for every layer, site and role. measured: role -> [L, S, F]; quantized: whether
+    the role's tensors are: others have RMS and amax only."""
+    for role, values_LSF in measured.items():
+        fields = FIELDS if quantized[role] else FIELDS[: -len(LOSSES)]
+        for layer, values_SF in enumerate(values_LSF):
+            for site, values_F in zip(sites, values_SF, strict=True):
+                numbers = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(fields, values_F)}
+                yield {"step": step, "layer": layer, "site": site, "role": role, **numbers}
