@@ -130,6 +130,8 @@ def _without_scales(eqn, values) -> list:
     """No scale has come here: the program's own equation, but numbers stay known through broadcasts and casts."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval
     first = values[0] if values else None
+    if name == "convert_element_type" and isinstance(first, (bool, int, np.integer, np.bool_)) and _is_float_aval(out):
+        return [Uniform(float(np.asarray(first, out.dtype)), (), np.dtype(out.dtype))]  # the 0 of where(mask, x, 0)
     if len(values) == 1 and floats(first) and _is_float_aval(out):
         number = first.number if isinstance(first, Uniform) else first if not np.ndim(first) and name == "broadcast_in_dim" else None
         if number is not None:

@@ -67,7 +67,7 @@ class Uniform:
 
     @property
     def sentinel(self) -> bool:
-        return self.known and abs(self.number) >= SENTINEL
+        return self.known and abs(self.number) >= min(SENTINEL, float(jnp.finfo(self.dtype).max))
 
     def array(self):
         """As the program's own array."""

@@ -19,7 +19,7 @@ from trainer import ScaledArray, propagate_scales
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 ONE = ((0,), (60,), (-60,))
 TWO = ((0, 0), (60, 60), (-60, -60), (60, -60), (-60, 60), (3, -5), (0, 60))
-FIXED = {"1": 1}  # a size that is not drawn
+FIXED = {str(n): n for n in range(1, 10)}  # sizes that are not drawn
 
 
 def normal(rng, shape):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.trainer.propagation.harness import MODES, Case, check, check_plain_dies, normal, positive
 
+ON_ONE = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("device",)), PartitionSpec())
 NEAR = ((0, 0), (60, 60), (-60, -60), (3, -5), (60, 58))
 
 TABLE = {
@@ -38,6 +40,7 @@ TABLE = {
     "copy": Case("copy", lambda a: jnp.array(a, copy=True), lambda a: a, dies=True),
     "name": Case("name", lambda a: checkpoint_name(a, "x"), lambda a: a, dies=True),
     "reduce_precision": Case("reduce_precision", lambda a: lax.reduce_precision(a, 8, 23), lambda a: a, dies=True),
+    "sharding_constraint": Case("sharding_constraint", lambda a: lax.with_sharding_constraint(a, ON_ONE), lambda a: a, dies=True),
     "sign": Case("sign", jnp.sign, np.sign),
     "convert to float32": Case("convert_element_type", lambda a: (a.astype(jnp.float16) if a.dtype == jnp.float32 else a.astype(jnp.float32)), lambda a: a, dies=True),
     "convert to int": Case("convert_element_type", lambda a: a.astype(jnp.int32), np.trunc, exponents=((0,), (4,), (-60,)), rows=None),
@@ -46,6 +49,8 @@ TABLE = {
     "rem": Case("rem", lax.rem, np.fmod, "ABC ABC", (normal, positive), NEAR, dies=True),
     "nextafter": Case("nextafter", jnp.nextafter, lambda a, b: a, "ABC ABC"),
 }  # fmt: skip
+if hasattr(lax, "one_minus_square"):  # jax 0.11
+    TABLE["one_minus_square"] = Case("one_minus_square", lax.one_minus_square, lambda a: 1 - a * a)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,7 @@ from jax import lax
 from trainer.propagation.array import shift, wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Scaled, Uniform, common, exponent_of, plain, split_number
+from trainer.propagation.values import Scaled, Uniform, plain, split_number
 
 
 def _is_zero(x) -> bool:
@@ -61,6 +61,14 @@ def square(call: Call, a):
     return call.store(data * data, exponent * 2)
 
 
+@rule("one_minus_square", data="2^-e - a^2 2^(2 ea - e)", exponent="e = max(2 ea, 0)")
+def one_minus_square(call: Call, a):
+    """The derivative of tanh, from jax 0.11 on."""
+    data, exponent = _apart(call, a)
+    top = highest([exponent * 2, Exponent()])
+    return call.store(call.align(Uniform(1.0, (), data.dtype), top) - (exponent * 2 - top).shift(data * data, call.narrow(data.ndim)), top)
+
+
 @rule("sqrt", data="sqrt(a 2^(ea mod 2))", exponent="floor(ea / 2)")
 def sqrt(call: Call, a):
     data, half = _even(call, a)
@@ -85,7 +93,7 @@ def _even(call: Call, a):
 
 @rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb)")
 def add(call: Call, a, b):
-    exponent = common((a, b))
+    exponent = call.common(a, b)
     if call.name == "sub":
         if _is_zero(b):
             return call.store(call.align(a, exponent), exponent)
@@ -95,7 +103,7 @@ def add(call: Call, a, b):
     return call.store(call.align(a, exponent) + call.align(b, exponent), exponent)
 
 
-@rule("neg", "abs", "copy", "copy_p", "reduce_precision", "name", data="f(a)", exponent="ea")
+@rule("neg", "abs", "copy", "reduce_precision", "name", "sharding_constraint", data="f(a)", exponent="ea")
 def on_data(call: Call, a):
     if isinstance(a, Uniform) and a.known and call.name == "neg":
         return call.number(-a.number)
@@ -128,22 +136,22 @@ def optimization_barrier(call: Call, *xs):
 
 @rule("atan2", data="atan2 of a and b at one scale", exponent="0")
 def atan2(call: Call, a, b):
-    exponent = common((a, b))
+    exponent = call.common(a, b)
     return call.store(jnp.arctan2(*jnp.broadcast_arrays(call.align(a, exponent), call.align(b, exponent))), Exponent())
 
 
 @rule("nextafter", data="f(a, b 2^(eb - ea))", exponent="ea")
 def nextafter(call: Call, a, b):
     """The next number of the data lies where the data's digits end; of b only the direction counts, and it may overflow."""
-    exponent = exponent_of(a)
+    exponent = call.exponent(a)
     return call.store(_at(call, exponent, a, b), exponent)
 
 
 @rule("rem", data="f(a 2^(ea - e), b 2^(eb - e)) 2^(e - m), e = max(ea, eb)", exponent="m = min(ea, eb)")
 def rem(call: Call, a, b):
     """The remainder is smaller than both."""
-    exponent = common((a, b))
-    lowest = highest([exponent_of(x) for x in (a, b)], lowest=True)
+    exponent = call.common(a, b)
+    lowest = highest([call.exponent(x) for x in (a, b)], lowest=True)
     return call.store(shift(_at(call, exponent, a, b), (exponent - lowest).traced()), lowest)
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from trainer.propagation.array import trailing, wide
 from trainer.propagation.exponents import Exponent, highest, of_array
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Scaled, Uniform, collapse, common
+from trainer.propagation.values import Scaled, Uniform, collapse
 
 
 def _same_leading(a_shape, b_shape) -> int:
@@ -30,7 +31,7 @@ def reshape(call: Call, a):
     return call.store(call.bind(a.data), a.exponent)
 
 
-@rule("squeeze", "expand_dims", data="squeeze(a)", exponent="ea")
+@rule("squeeze", data="squeeze(a)", exponent="ea")
 def squeeze(call: Call, a):
     dims = call.params["dimensions"]
     rank = a.exponent.ndim
@@ -111,15 +112,15 @@ def _full(call: Call, x, index: int, exponent: Exponent):
     return jnp.broadcast_to(call.align(x, exponent, shape=shape), shape)
 
 
-def _flat(call: Call, x):
+def _flat(x):
     """A variable with at most one exponent for the whole tensor."""
     return collapse(x) if isinstance(x, Scaled) else x
 
 
 @rule("dynamic_update_slice", data="update of a by b, both at e", exponent="e = max(ea, eb)")
 def dynamic_update_slice(call: Call, a, b, *starts):
-    a, b = _flat(call, a), _flat(call, b)
-    exponent = common((a, b))
+    a, b = _flat(a), _flat(b)
+    exponent = call.common(a, b)
     return call.store(call.bind(_full(call, a, 0, exponent), _full(call, b, 1, exponent), *starts), exponent)
 
 
@@ -131,13 +132,13 @@ def concatenate(call: Call, *pieces):
     if stackable:
         return _stack(call, lifted)
     lifted = [collapse(p, axis) if isinstance(p, Scaled) else p for p in lifted]
-    exponent = common(lifted)
+    exponent = call.common(*lifted)
     return call.store(call.bind(*(_full(call, p, i, exponent) for i, p in enumerate(lifted))), exponent) if shape else lifted[0]
 
 
-def _stack(call: Call, pieces):
-    """Layers laid side by side: each keeps its exponent, unless all have the same."""
-    pieces = [collapse(p, 1) if isinstance(p, Scaled) else p for p in pieces]
+def _stack(call: Call, pieces, rank: int = 0):
+    """Layers laid side by side: each keeps its exponent, or one for each of its `rank` leading indices, unless all have the same."""
+    pieces = [collapse(p, max(rank, 1)) if isinstance(p, Scaled) else p for p in pieces]
     exponents = [p.exponent if isinstance(p, Scaled) else None for p in pieces]
     real = [e for e in exponents if e is not None]
     if not any(e.terms for e in real) and len({e.known for e in real}) == 1:
@@ -146,14 +147,52 @@ def _stack(call: Call, pieces):
     top = highest(real)
     each = [top if e is None else e for e in exponents]
     data = [_full(call, p, i, e) for i, (p, e) in enumerate(zip(pieces, each))]
-    stacked = jnp.concatenate([jnp.reshape(jnp.asarray(e.traced(), jnp.int32), (1,)) for e in each])
+    shape = call.ins[0].shape[:rank]
+    stacked = jnp.concatenate([_as_row(jnp.asarray(e.traced(), jnp.int32), shape) for e in each])
     return call.store(call.bind(*data), of_array(stacked))
+
+
+def _as_row(exponent, shape):
+    """An exponent for each index of `shape`, as one slice of a stack."""
+    if not shape:
+        return jnp.reshape(exponent, (1,))
+    return jnp.broadcast_to(trailing(exponent, len(shape)), shape)[None]
+
+
+@rule("stack", data="stack(a 2^(ea - e), ...)", exponent="e = max; along the first dimension, each keeps its own")
+def stack(call: Call, *pieces):
+    axis = call.params["axis"]
+    pieces = [p if isinstance(p, Uniform) and p.any_scale else call.lift(p) for p in pieces]
+    if axis == 0:
+        return _stack(call, pieces, max(p.exponent.ndim for p in pieces if isinstance(p, Scaled)))
+    pieces = [collapse(p, axis) if isinstance(p, Scaled) else p for p in pieces]
+    exponent = call.common(*pieces)
+    return call.store(call.bind(*(_full(call, p, i, exponent) for i, p in enumerate(pieces))), exponent)
+
+
+@rule("unstack", data="unstack(a)", exponent="ea")
+def unstack(call: Call, a):
+    axis = call.params["axis"]
+    pieces = call.bind(a.data)
+    if axis >= a.exponent.ndim:
+        return [call.store(piece, a.exponent, i) for i, piece in enumerate(pieces)]
+    each = [a.exponent.mapped(lambda e, i=i: lax.index_in_dim(_whole(e, a.shape), i, axis, keepdims=False)) for i in range(len(pieces))]
+    return [call.store(piece, e, i) for i, (piece, e) in enumerate(zip(pieces, each))]
+
+
+@rule("tile", data="tile(a)", exponent="ea")
+def tile(call: Call, a):
+    reps = call.params["reps"][: a.exponent.ndim]
+    exponent = a.exponent if all(r == 1 for r in reps) else a.exponent.mapped(lambda e: jnp.tile(_whole(e, a.shape), reps))
+    return call.store(call.bind(a.data), exponent)
 
 
 @rule("pad", data="pad(a, b) at e", exponent="e = max(ea, eb); ea where b is 0")
 def pad(call: Call, a, value):
-    a, value = _flat(call, a), _flat(call, value)
-    exponent = common((a, value))
+    untouched = next((i for i, sizes in enumerate(call.params["padding_config"]) if any(sizes)), 0)
+    if isinstance(a, Scaled):
+        a = collapse(a, untouched if isinstance(value, Uniform) and value.any_scale else 0)
+    exponent = call.common(a, value)
     return call.store(call.bind(_full(call, a, 0, exponent), call.align(value, exponent)), exponent)
 
 
@@ -161,14 +200,24 @@ def pad(call: Call, a, value):
 def gather(call: Call, a, indices):
     if call.params.get("fill_value") not in (None, 0) and np.isfinite(call.params["fill_value"]):
         return call.fall_back(a, indices)
-    a = _flat(call, a)
-    return call.store(call.bind(a.data, indices), a.exponent)
+    if not a.exponent.ndim:
+        return call.store(call.bind(a.data, indices), a.exponent)
+    # What is taken may be much smaller than the largest of what was there.
+    a = collapse(Scaled(wide(a.data), a.exponent, a.dtype))
+    return call.settle(call.bind(a.data, indices), a.exponent)
 
 
-@rule("scatter", "scatter-add", "scatter_add", "scatter-min", "scatter_min", "scatter-max", "scatter_max", data="f(a 2^(ea - e), b 2^(eb - e)), added in float32", exponent="e = max(ea, eb)")
+SCATTERS = {"scatter": lax.scatter, "scatter_add": lax.scatter_add, "scatter_sub": lax.scatter_sub, "scatter_min": lax.scatter_min,
+            "scatter_max": lax.scatter_max}  # fmt: skip
+
+
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-min", "scatter-max", data="f(a 2^(ea - e), b 2^(eb - e)), added in float32", exponent="e = max(ea, eb)")
 def scatter(call: Call, a, indices, updates):
-    a, updates = _flat(call, a), _flat(call, updates)
-    exponent = common((a, updates))
-    return call.store(call.bind(_full(call, a, 0, exponent), indices, _full(call, updates, 2, exponent)), exponent)
+    a, updates = _flat(a), _flat(updates)
+    exponent = call.common(a, updates)
+    params = {k: call.params[k] for k in ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")}
+    # By jax's function: the primitive holds a program of the combination in the dtype of the data.
+    function = SCATTERS[call.name.replace("-", "_")]
+    return call.store(function(_full(call, a, 0, exponent), indices, _full(call, updates, 2, exponent), **params), exponent)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from trainer.propagation.array import shift, wide
-from trainer.propagation.exponents import Exponent, highest
+from trainer.propagation.exponents import Exponent, highest, of_array
 from trainer.propagation.rules.registry import Call, rule
 from trainer.propagation.values import Scaled, collapse, unscaled_wide
 
@@ -49,12 +49,15 @@ def running_extreme(call: Call, a):
     return call.store(call.bind(a.data), a.exponent)
 
 
-@rule("reduce_prod", data="prod(a), multiplied in float32", exponent="n ea")
+@rule("reduce_prod", data="prod(a), multiplied in float32", exponent="sum of ea")
 def reduce_prod(call: Call, a):
-    axes = call.params["axes"]
-    a = _keep(a, axes)
-    count = int(np.prod([a.shape[i] for i in axes], dtype=np.int64))
-    return call.settle(jnp.prod(wide(a.data), axis=tuple(axes)), a.exponent * count)
+    axes, rank = tuple(call.params["axes"]), a.exponent.ndim
+    inside = tuple(i for i in axes if i < rank)
+    count = int(np.prod([a.shape[i] for i in axes if i >= rank], dtype=np.int64))
+    exponent = a.exponent * count
+    if inside:
+        exponent = of_array(jnp.sum(jnp.broadcast_to(jnp.asarray(exponent.traced(), jnp.int32), a.shape[:rank]), axis=inside))
+    return call.settle(jnp.prod(wide(a.data), axis=axes), exponent)
 
 
 @rule("dot_general", data="(a . b) / 2^c, added in float32", exponent="ea + eb + c, c = floor(log2 sqrt(K))")
@@ -65,10 +68,17 @@ def dot_general(call: Call, a, b):
         a, b = (x if x.ndim else Scaled(jnp.broadcast_to(x.data, aval.shape), x.exponent, x.dtype) for x, aval in zip((a, b), call.ins))
     leading = tuple(range(len(batch_a)))
     keep = len(leading) if tuple(batch_a) == leading == tuple(batch_b) else 0
-    a, b = collapse(a, keep), collapse(b, keep)
+    apart = max(a.exponent.ndim, b.exponent.ndim) > keep
+    a, b = _together(a, keep), _together(b, keep)
     steps = growth(int(np.prod([a.shape[i] for i in contract], dtype=np.int64)))
     data = _product(call, a.data, b.data, steps)
-    return call.store(data, a.exponent + b.exponent + steps)
+    # The largest of a may have met the smallest of b.
+    return (call.settle if apart else call.store)(data, a.exponent + b.exponent + steps)
+
+
+def _together(x: Scaled, keep: int) -> Scaled:
+    """x with exponents for its first `keep` dimensions: wide where exponents fall together, as small ones must not get lost yet."""
+    return x if x.exponent.ndim <= keep else collapse(Scaled(wide(x.data), x.exponent, x.dtype), keep)
 
 
 def _product(call: Call, a, b, steps: int):

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.propagation.array import floor_log2, shift
 from trainer.propagation.exponents import Exponent, of_array
-from trainer.propagation.values import Scaled, Uniform, align, lift, plain
+from trainer.propagation.values import Scaled, Uniform, align, common, exponent_of, lift, plain
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,19 @@ class Call:
 
     def lift(self, x) -> Scaled:
         return lift(x, self.memo)
+
+    def split(self, x):
+        """A scalar that is known only when the program runs, apart in mantissa and exponent; anything else as it is."""
+        known = isinstance(x, Scaled) or isinstance(x, Uniform) and x.known
+        return x if known or not isinstance(x, Uniform) and x.ndim else self.lift(x)
+
+    def exponent(self, x) -> Exponent:
+        """The exponent of a variable, that of its own for a scalar."""
+        return exponent_of(self.split(x))
+
+    def common(self, *xs) -> Exponent:
+        """The largest exponent among variables, of those that have a scale of their own."""
+        return common(tuple(map(self.split, xs)))
 
     def align(self, x, exponent: Exponent, saturate=None, shape=None):
         """The data that x has at another exponent, wide; of its own shape, or of one that broadcasts to `shape` (the result's)."""

@@ -7,13 +7,13 @@ from jax import lax
 from trainer.propagation.array import wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Scaled, Uniform, collapse, common, exponent_of
+from trainer.propagation.values import Scaled, Uniform, collapse
 
 
 @rule("eq", "ne", "lt", "le", "gt", "ge", data="compare(a 2^(ea - e), b 2^(eb - e)): what is larger may overflow, and stays larger",
       exponent="e = min(ea, eb); the result has none")
 def compare(call: Call, a, b):
-    exponents = [exponent_of(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
+    exponents = [call.exponent(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
     exponent = highest(exponents, lowest=True) if exponents else Exponent()
     data = [call.align(x, exponent) for x in (a, b)]
     return call.bind(*(jnp.broadcast_to(x, call.outs[0].shape) for x in data))
@@ -26,7 +26,8 @@ def is_finite(call: Call, a):
 
 @rule("argmax", "argmin", data="f(a)", exponent="the result has none")
 def position(call: Call, a):
-    return call.bind(collapse(a).data)
+    data = Scaled(wide(a.data), a.exponent, a.dtype)
+    return call.bind(collapse(data, min(call.params["axes"], default=0)).data)
 
 
 @rule("max", "min", data="f(a 2^(ea - e), b 2^(eb - e)); a bound that no value of the data reaches is the largest one",
@@ -36,7 +37,7 @@ def max_min(call: Call, a, b):
     bound, other = (a, b) if isinstance(a, Uniform) and a.known else (b, a)
     if isinstance(bound, Uniform) and bound.known and isinstance(other, Scaled):
         return _bounded(call, other, bound, bind)
-    exponent = common((a, b))
+    exponent = call.common(a, b)
     return call.store(bind(call.align(a, exponent), call.align(b, exponent)), exponent)
 
 
@@ -50,7 +51,7 @@ def _bounded(call: Call, x: Scaled, bound: Uniform, bind):
         return call.store(bind(wide(x.data), call.align(bound, x.exponent)), x.exponent)
     if harmless:  # where x is large and the bound small, what is left has the scale of the bound
         return call.settle(bind(wide(x.data), call.align(bound, x.exponent, largest)), x.exponent)
-    exponent = common((x, bound))
+    exponent = call.common(x, bound)
     return call.store(bind(call.align(x, exponent), call.align(bound, exponent)), exponent)
 
 
@@ -67,10 +68,10 @@ def clamp(call: Call, low, x, high):
         largest = _largest(x)
         data = [call.align(b, x.exponent, largest) for b in (low, high)]
         return call.settle(jnp.clip(wide(x.data), *data), x.exponent)
-    exponent = common((low, x, high))
+    exponent = call.common(low, x, high)
     shape = call.outs[0].shape
     low, x, high = (jnp.broadcast_to(call.align(v, exponent), shape) for v in (low, x, high))
-    return call.store(lax.clamp(low, x, high), exponent)
+    return call.settle(lax.clamp(low, x, high), exponent)  # the bounds may be much smaller than what they bound
 
 
 @rule("select_n", data="select(a 2^(ea - e), b 2^(eb - e)); mask values such as -1e30 become the lowest number",
@@ -78,7 +79,7 @@ def clamp(call: Call, low, x, high):
 def select_n(call: Call, which, *cases):
     if all(isinstance(c, Uniform) and c.known for c in cases) and len({c.number for c in cases}) == 1:
         return call.number(cases[0].number)
-    exponent = common(cases)
+    exponent = call.common(*cases)
     shape = call.outs[0].shape
     largest = min(float(jnp.finfo(call.held_as(call.outs[0].dtype, len(shape))).max), 3.0e38)
     data = [call.align(c, exponent, largest if isinstance(c, Uniform) and c.sentinel else None) for c in cases]

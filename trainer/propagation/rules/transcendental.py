@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from trainer.propagation.array import floor_log2, shift, wide
@@ -63,18 +65,19 @@ def of_values(call: Call, a):
     return call.settle(_exactly(call, unscaled_wide(a)), Exponent())
 
 
-@rule("log", data="log(m) + (k + ea) log 2 of a = m 2^k; log(a 2^ea) where that is a float32", exponent="0")
+@rule("log", "log2", data="log(m) + (k + ea) log 2 of a = m 2^k; log(a 2^ea) where that is a float32", exponent="0")
 def log(call: Call, a):
     a = call.lift(a)
+    function, of_two = (jnp.log, 0.6931471805599453) if call.name == "log" else (jnp.log2, 1.0)
     data, exponent = wide(a.data), a.exponent
+    values = function(unscaled_wide(a))
     if data.dtype != jnp.float32:
-        return call.store(jnp.log(unscaled_wide(a)), Exponent())
-    values = jnp.log(unscaled_wide(a))
+        return call.store(values, Exponent())
     if exponent.terms or abs(exponent.known) > 60:
         # The same number whatever power of two lies in the data: mantissa and exponent are taken apart first.
         total = floor_log2(data) + exponent.traced(data.ndim)
         mantissa = shift_each(data, -floor_log2(data))
-        apart = jnp.log(mantissa) + total.astype(jnp.float32) * jnp.float32(0.6931471805599453)
+        apart = function(mantissa) + total.astype(jnp.float32) * jnp.float32(of_two)
         outside = (jnp.abs(total) > 120) & (data > 0) & jnp.isfinite(data)
         values = jnp.where(outside, apart, values)
     return call.store(values, Exponent())
@@ -87,6 +90,8 @@ def shift_each(data, exponent):
 
 @rule("pow", data="as sqrt, rsqrt or integer_pow where the power is one; else f(a 2^ea)", exponent="theirs; else 0; narrow data: that of the largest")
 def pow(call: Call, a, power):
+    if is_integer(power) and not np.ndim(power) and not isinstance(power, jax.core.Tracer) and abs(int(power)) <= 64:
+        return integer_pow(_with_power(call, int(power)), a)
     if isinstance(power, Uniform) and power.known and jnp.issubdtype(power.dtype, jnp.floating):
         if power.number in (0.5, -0.5):
             return (sqrt if power.number > 0 else rsqrt)(call, a)

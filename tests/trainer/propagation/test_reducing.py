@@ -1,0 +1,78 @@
+"""Sums, products, maxima over dimensions, and products of matrices."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from tests.trainer.propagation.harness import MODES, Case, check, check_plain_dies, within
+
+APART = ((0, 0), (60, 60), (-60, -60), (60, -60), (-60, 60), (3, -5))
+
+
+def _logcumsumexp(a):
+    return np.logaddexp.accumulate(a, axis=1)
+
+
+def _dot(fun, oracle, shapes, rows=False):
+    return Case("dot_general", fun, oracle, shapes, exponents=APART, dies=True, rows=rows)
+
+
+def _einsum(words, shapes, rows=False):
+    return _dot(lambda *xs: jnp.einsum(words, *xs), lambda *xs: np.einsum(words, *xs), shapes, rows)
+
+
+TABLE = {
+    "sum": Case("reduce_sum", lambda a: a.sum(), lambda a: a.sum(), dies=True, rows=False),
+    "sum over some": Case("reduce_sum", lambda a: a.sum((1, 2)), lambda a: a.sum((1, 2)), dies=True),
+    "sum over the first": Case("reduce_sum", lambda a: a.sum(0), lambda a: a.sum(0), dies=True, rows=False),
+    "mean": Case("reduce_sum", lambda a: a.mean(1), lambda a: a.mean(1), dies=True),
+    "sum of many": Case("reduce_sum", lambda a: jnp.broadcast_to(a[..., None], (*a.shape, 60)).sum((1, 2, 3)), lambda a: 60 * a.sum((1, 2)), dies=True),
+    "cumsum": Case("cumsum", lambda a: jnp.cumsum(a, 1), lambda a: np.cumsum(a, 1), dies=True),
+    "cumsum from the end": Case("cumsum", lambda a: lax.cumsum(a, 0, reverse=True), lambda a: np.cumsum(a[::-1], 0)[::-1], dies=True, rows=False),
+    "max": Case("reduce_max", lambda a: a.max(1), lambda a: a.max(1), dies=True),
+    "min of all": Case("reduce_min", lambda a: a.min(), lambda a: a.min(), dies=True, rows=False),
+    "cummax": Case("cummax", lambda a: lax.cummax(a, 1), lambda a: np.maximum.accumulate(a, 1), dies=True),
+    "cummin": Case("cummin", lambda a: lax.cummin(a, 0), lambda a: np.minimum.accumulate(a, 0), dies=True, rows=False),
+    "prod": Case("reduce_prod", lambda a: a.prod(2), lambda a: a.prod(2), "AB2", dies=True),
+    "prod of all": Case("reduce_prod", lambda a: a.prod(), lambda a: a.prod(), "22", within(0.5, 2.0), dies=True, rows=False),
+    "cumlogsumexp": Case("cumlogsumexp", lambda a: lax.cumlogsumexp(a, 1), _logcumsumexp, exponents=((0,), (60,), (-60,), (5,)), rows=None),
+    "matmul": _dot(lambda a, b: a @ b, np.matmul, "AB BC", rows=None),
+    "matmul of a vector": _dot(lambda a, b: a @ b, np.matmul, "AB B", rows=None),
+    "inner": _dot(lambda a, b: a @ b, np.matmul, "B B"),
+    "outer": _einsum("a,b->ab", "A B"),
+    "batched": _dot(lambda a, b: a @ b, np.matmul, "ABC ACD", rows=True),
+    "batched twice": _einsum("abqd,abkd->abqk", "ABCD ABED", rows=True),
+    "batch in the middle": _einsum("bqhd,bkhd->bhqk", "ABCD AECD", rows=False),
+    "two contracted": _einsum("abc,bcd->ad", "ABC BCD"),
+    "contracted first": _einsum("ab,ac->bc", "AB AC"),
+    "transposed batch": _einsum("abc,bad->cd", "ABC BAD"),
+    "three factors": Case("dot_general", lambda a, b, c: jnp.einsum("ab,bc,cd->ad", a, b, c), lambda a, b, c: np.einsum("ab,bc,cd->ad", a, b, c),
+                          "AB BC CD", exponents=((0, 0, 0), (60, 60, 60), (-60, -60, -60), (60, -60, 3)), dies=True, rows=None),
+    "with a known matrix": Case("dot_general", lambda a: a @ jnp.full((a.shape[1], 3), 0.25, a.dtype), lambda a: a @ np.full((a.shape[1], 3), 0.25),
+                                "AB", dies=True, rows=False),
+    "in float32": _dot(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32), np.matmul, "AB BC", rows=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TABLE)
+def test_values(name, mode):
+    check(TABLE, name, mode)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_other_shapes(name):
+    check(TABLE, name, "float32", seed=1)
+
+
+@pytest.mark.parametrize("mode", ("float32", "held in float16"))
+@pytest.mark.parametrize("name", TABLE)
+def test_an_exponent_for_each_leading_index(name, mode):
+    check(TABLE, name, mode, leading=True)
+
+
+@pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.dies])
+def test_plain_float16_dies(name):
+    check_plain_dies(TABLE, name)
