@@ -13,7 +13,7 @@ from scaling.laws import Law, laws
 from scaling.report import report
 from scaling.result import Estimate, Fit, Prediction, load
 from scaling.summary import summary
-from scaling.table import curves, table, write_table
+from scaling.table import curves, table, telemetry, write_table
 
 __all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load", "report",
-           "summary", "table", "write_table"]
+           "summary", "table", "telemetry", "write_table"]

@@ -248,6 +248,34 @@ def training_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]], runs: Sequ
     return figure
 
 
+def heat_maps(steps: Sequence[int], places: Sequence[str], exponent: dict[str, np.ndarray], underflow: dict[str, np.ndarray]) -> Figure:
+    """One column per role. Above: log2 of the scale in use by layer and site (rows, from the first layer down) and step (columns), each
+    role with colours of its own; below: the share of values that became zero, white for none. Arrays [places, steps], NaN: not measured."""
+    height = max(1.5, 0.14 * len(places))
+    figure = Figure(figsize=(3.2 * len(exponent) + 1.2, 2 * height + 1.0), layout="constrained")
+    axes = figure.subplots(2, len(exponent), squeeze=False, sharex=True, sharey=True)
+    shares = matplotlib.colors.LogNorm(1e-6, 1.0)
+    for column, (role, values) in zip(axes.T, exponent.items(), strict=True):
+        low, high = np.nanmin(values), np.nanmax(values)
+        room = max(0.5 - 0.5 * (high - low), 0.0)  # a scale that hardly moves has one colour
+        grids = (column[0].imshow(values, cmap="viridis", vmin=low - room, vmax=high + room, aspect="auto", interpolation="nearest"),
+                 column[1].imshow(np.where(underflow[role] > 0, underflow[role], np.nan), cmap="YlOrRd", norm=shares, aspect="auto", interpolation="nearest"))
+        for axis, grid, label in zip(column, grids, ("log2 of the scale", "share that became 0"), strict=True):
+            axis.grid(False)
+            bar = figure.colorbar(grid, ax=axis, pad=0.02)
+            bar.outline.set_visible(False)
+            if role == list(exponent)[-1]:
+                bar.set_label(label)
+        column[0].set_title(role.replace("_", " "))
+        column[1].set_xlabel("step")
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).round().astype(int))
+        column[1].set_xticks(shown, [str(steps[i]) for i in shown])
+    every = math.ceil(len(places) / 32)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(0, len(places), every), places[::every], fontsize=7.0)
+    return figure
+
+
 def _log_tokens(axis, values: list[float]) -> None:
     """A log axis whose ticks are the budgets themselves when there are few."""
     axis.set_xscale("log")

@@ -11,8 +11,11 @@ from scaling.analysis import Analysis
 from scaling.result import MAX_CONDITION, Fit
 from scaling.statistics import columns_of, paired_gaps
 from scaling.summary import noise_level
-from scaling.table import curves
+from scaling.table import curves, telemetry
 
+MAX_MAPS = 3  # runs whose telemetry is drawn
+TELEMETRY_ROLES = ("weights", "activations", "output_gradients")
+MAX_COLUMNS = 200  # steps in a heat map
 MADE_OF = "Final validation loss of each run"
 
 
@@ -29,6 +32,7 @@ def figures(analysis: Analysis, source) -> list[str]:
         if analysis.runs:
             _of_losses(analysis, add, plots)
         _of_training(analysis, source, add, plots)
+        _of_telemetry(analysis, source, add, plots)
     return ["<h2>Figures</h2>", *made] if made else [page.paragraph("No run has finished with a finite loss: there is nothing to draw.")]
 
 
@@ -82,7 +86,7 @@ def _of_losses(analysis: Analysis, add, plots) -> None:
 
 def _of_training(analysis: Analysis, source, add, plots) -> None:
     """Training curves, when the source is a folder that has them."""
-    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir() or next(Path(source).rglob("metrics.jsonl"), None) is None:
+    if not _has_file(source, "metrics.jsonl"):
         return
     rows = columns_of(curves(source).filter("loss IS NOT NULL AND tokens > 0").project("run_id, tokens, loss"))
     order, starts = np.unique(np.array(rows["run_id"], dtype=object).astype(str), return_index=True)
@@ -96,3 +100,48 @@ def _of_training(analysis: Analysis, source, add, plots) -> None:
         add("Training curves", plots.training_curves(lines, analysis.runs, ended), "Training curves.",
             "Training loss of the longest run of each precision and size." + (" Dashed red: runs that diverged, up to where they ended."
                                                                               if ended else ""))
+
+
+def _has_file(source, name: str) -> bool:
+    """True for a folder with a file of that name below it."""
+    return isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and next(Path(source).rglob(name), None) is not None
+
+
+def _of_telemetry(analysis: Analysis, source, add, plots) -> None:
+    """Heat maps of scales and underflow, when the source is a folder whose runs measured them: of the longest run of the largest size for
+    each precision and its sources of scales."""
+    if not _has_file(source, "telemetry.jsonl"):
+        return
+    measured = telemetry(source).filter(f"exponent IS NOT NULL AND role IN {TELEMETRY_ROLES}")
+    present = {str(run_id) for run_id in columns_of(measured.project("run_id").distinct())["run_id"]}
+    names = ("precision", "weights_source", "activations_source", "output_gradients_source")
+    wanted = analysis.relation.project(", ".join(("run_id", "n_params", "tokens", "seed", *names))).order("n_params DESC, tokens DESC, seed, run_id")
+    kinds: dict[tuple, tuple[str, float]] = {}
+    for run_id, n_params, _, _, *kind in zip(*columns_of(wanted).values(), strict=True):
+        if str(run_id) in present and n_params is not None:
+            kinds.setdefault(tuple(kind), (str(run_id), float(n_params)))
+    for (precision, *sources), (run_id, n_params) in list(kinds.items())[:MAX_MAPS]:
+        steps, places, exponent, underflow = _grids(columns_of(measured.filter("run_id = '{}'".format(run_id.replace("'", "''")))))
+        kinds_of_scale = " and ".join(sorted({str(source) for source in sources if source is not None}))
+        add(f"Scales of {run_id}", plots.heat_maps(steps, places, exponent, underflow), f"Scales and what they lose: {precision}, {kinds_of_scale}.",
+            f"Run {run_id}, {plots.count_label(n_params)} parameters. Above: log2 of the scale by layer and linear layer, mean over the scales of a "
+            "tensor. Below: share of a tensor's values that were not zero and were quantized to zero; white: none."
+            + (f" {len(kinds) - MAX_MAPS} further kinds of run with telemetry are not drawn." if len(kinds) > MAX_MAPS else ""))
+
+
+def _grids(rows: dict) -> tuple[list[int], list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Steps (at most MAX_COLUMNS of them), places, and role -> exponent and underflow as [places, steps], from columns of telemetry. Where a
+    step was written twice the last one counts."""
+    every = sorted({int(step) for step in rows["step"]})
+    steps = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, min(MAX_COLUMNS, len(every))).round().astype(int))]
+    order = {(int(layer), str(site)): None for layer, site in zip(rows["layer"], rows["site"], strict=True)}  # as written: sites in forward order
+    places = sorted(order, key=lambda place: place[0])
+    row_of, column_of = {place: i for i, place in enumerate(places)}, {step: i for i, step in enumerate(steps)}
+    found = set(map(str, rows["role"]))
+    roles = [role for role in TELEMETRY_ROLES if role in found]
+    grids = tuple({role: np.full((len(places), len(steps)), np.nan) for role in roles} for _ in range(2))
+    for name, grid in zip(("exponent", "underflow"), grids, strict=True):
+        for step, layer, site, role, value in zip(*(rows[key] for key in ("step", "layer", "site", "role", name)), strict=True):
+            if int(step) in column_of and value is not None:
+                grid[str(role)][row_of[int(layer), str(site)], column_of[int(step)]] = float(value)
+    return steps, [f"{layer} {site}" for layer, site in places], *grids

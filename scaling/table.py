@@ -37,6 +37,9 @@ RUN_COLUMNS: dict[str, str] = {
 CURVE_COLUMNS: dict[str, str] = {"step": "BIGINT", "tokens": "BIGINT", "loss": "DOUBLE", "lr": "DOUBLE", "grad_norm": "DOUBLE",
                                  "val_loss": "DOUBLE", "val_stderr": "DOUBLE"}
 
+TELEMETRY_COLUMNS: dict[str, str] = {"step": "BIGINT", "layer": "BIGINT", "site": "VARCHAR", "role": "VARCHAR", "rms": "DOUBLE", "amax": "DOUBLE",
+                                     "underflow": "DOUBLE", "overflow": "DOUBLE", "exponent": "DOUBLE"}
+
 _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", ".json": "read_json", ".jsonl": "read_json",
             ".ndjson": "read_json"}
 TABLE_SUFFIXES = (".parquet", ".csv")
@@ -73,9 +76,21 @@ def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.Du
     Columns run_id and CURVE_COLUMNS (absent ones NULL), ordered by run and line. A torn last line (a run killed while writing) is
     left out; any other line that is not JSON is a ValueError that names it.
     """
+    return _from_lines(source, "metrics.jsonl", CURVE_COLUMNS)
+
+
+def telemetry(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:
+    """What linear layers measured: one row per line of every `telemetry.jsonl` below the folder(s): run_id and TELEMETRY_COLUMNS, read as
+    `curves` are. A row is of one step, layer, site and role (weights, activations, output_gradients); underflow and overflow are shares of
+    its values, exponent is log2 of its scale; these three are NULL where nothing was quantized."""
+    return _from_lines(source, "telemetry.jsonl", TELEMETRY_COLUMNS)
+
+
+def _from_lines(source, name: str, columns: Mapping[str, str]) -> duckdb.DuckDBPyRelation:
+    """Every line of every file called `name` below the folder(s)."""
     folders = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
     rows = []
-    for path in _find(folders, "metrics.jsonl"):
+    for path in _find(folders, name):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
@@ -84,8 +99,8 @@ def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.Du
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error.msg})") from None
-            rows.append({"run_id": path.parent.name} | {name: row.get(name) for name in CURVE_COLUMNS})
-    return _from_rows(rows, {"run_id": "VARCHAR"} | CURVE_COLUMNS)
+            rows.append({"run_id": path.parent.name} | {column: row.get(column) for column in columns})
+    return _from_rows(rows, {"run_id": "VARCHAR"} | columns)
 
 
 def _find(folders: list[Path], name: str) -> list[Path]:

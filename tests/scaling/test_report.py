@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 
+import numpy as np
 import pytest
 
 import scaling
+from scaling import report_figures
+from scaling.statistics import columns_of
 from tests.scaling import fake_runs
 
 
@@ -70,6 +74,53 @@ def test_every_kind_of_folder_gets_a_report(tmp_path, design, svgs, parts):
     for part in parts:
         assert part in text
     assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).replace("finance", "").split("<h2>Runs")[0]
+
+
+SITES = ("qkv", "attention_out", "gate_up", "down")
+
+
+def _exponent(step, layer, site, role):
+    return {"weights": -9, "activations": -7}[role] + layer + 0.25 * SITES.index(site) + step / 100
+
+
+def write_telemetry(folder, run_id, steps=(1, 10, 20)):
+    """As the trainer writes it: roles in any order, sites in that of the forward pass; output gradients were not quantized."""
+    rows = [{"step": step, "layer": layer, "site": site, "role": role, "rms": 0.5, "amax": 2.0}
+            | ({} if role == "output_gradients" else {"underflow": 0.01 * layer, "overflow": 0.0, "exponent": _exponent(step, layer, site, role)})
+            for step in steps for role in ("activations", "output_gradients", "weights") for layer in (0, 1) for site in SITES]
+    (folder / run_id / "telemetry.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "lay')
+    return rows
+
+
+def test_telemetry_is_drawn_where_runs_have_it(tmp_path):
+    """One figure for each kind of run, of the largest and longest; the torn last line of a killed run is passed over."""
+    folder = fake_runs.write_runs(tmp_path / "runs", bits={"int4": 4.0, "float32": 32.0})
+    for run_id in ("2k-600k-int4-s0", "25k-1500k-int4-s0"):
+        rows = write_telemetry(folder, run_id)
+    text = scaling.report(folder, tmp_path / "report.html", scaling.analyse(folder, bootstrap=0)).read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.count["svg"] == 6 and all(address.startswith("data:image/png") for address in outline.fetched)
+    for part in ("Run 25k-1500k-int4-s0", "Scales and what they lose: int4", "1 attention_out", "log2 of the scale", "share that became 0"):
+        assert part in text
+    assert "Run 2k-600k-int4-s0" not in text and "output gradients</text>" not in text
+    relation = scaling.telemetry(folder / "25k-1500k-int4-s0")
+    assert len(relation) == len(rows) and relation.filter("exponent IS NULL").project("role").distinct().fetchall() == [("output_gradients",)]
+
+
+def test_heat_maps_are_of_the_right_places(tmp_path):
+    """Rows from the first layer down in forward order, columns in order of steps, also of one that was written twice."""
+    folder = fake_runs.write_runs(tmp_path / "runs", sizes={"2k": 2_304}, budgets=(600_000,), bits={"int4": 4.0})
+    write_telemetry(folder, "2k-600k-int4-s0", steps=(20, 1, 10, 20))
+    steps, places, exponent, underflow = report_figures._grids(columns_of(scaling.telemetry(folder).filter("exponent IS NOT NULL")))
+    assert steps == [1, 10, 20] and places == [f"{layer} {site}" for layer in (0, 1) for site in SITES]
+    assert list(exponent) == ["weights", "activations"]
+    for role, grid in exponent.items():
+        expected = [[_exponent(step, layer, site, role) for step in steps] for layer in (0, 1) for site in SITES]
+        np.testing.assert_array_equal(grid, expected)
+        np.testing.assert_array_equal(underflow[role], [[0.0] * 3] * 4 + [[0.01] * 3] * 4)
+    write_telemetry(folder, "2k-600k-int4-s0", steps=range(1, 1001))
+    steps, _, exponent, _ = report_figures._grids(columns_of(scaling.telemetry(folder).filter("exponent IS NOT NULL")))
+    assert len(steps) == report_figures.MAX_COLUMNS and (steps[0], steps[-1]) == (1, 1000) and exponent["weights"].shape == (8, 200)
 
 
 def test_text_from_records_is_escaped(tmp_path):
