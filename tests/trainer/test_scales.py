@@ -1,4 +1,4 @@
-"""Delayed and static scales: against plain numpy, and histories that are the same however a step is cut up.
+"""Delayed scales: against plain numpy, and histories that are the same however a step is cut up.
 
 Shapes: N tokens (rows), K inputs, M outputs; H remembered steps, L layers, S linear sites of a layer.
 """
@@ -19,46 +19,18 @@ from jax.sharding import PartitionSpec as P
 import formats
 import trainer
 from tests.trainer import numpy_quantizers as nq
+from tests.trainer.products import FP8, K, M, N, assert_products, products
 from trainer import checkpoint, step
 from trainer import model as decoder
 from trainer.cohort import Layout, Program
 from trainer.linear import RowShards, linear
 from trainer.optimizers import OptimizerNumbers
 from trainer.precision import ROLES, Quantizer
-from trainer.scales import Meter, Site, nearest_power_of_two
+from trainer.scales import Site
 from trainer.schedules import ScheduleNumbers
-
-N, K, M = 32, 48, 40
-
-
-@partial(jax.jit, static_argnames="rows")
-def _products(x, w, dy, policy, remembered, rows=None):
-    """y, dx, dw, and the amax that the meter saw, by role."""
-    meter = Meter({role: jnp.float32(0.0) for role in remembered})
-
-    def product(x, w, meter):
-        return linear(x, w, policy, rows=rows, site=Site(remembered, meter=meter))
-
-    y, backward = jax.vjp(product, jnp.asarray(x), jnp.asarray(w), meter)
-    dx, dw, seen = backward(jnp.asarray(dy))
-    return y, dx, dw, seen.amax
-
-
-def _assert_products(found, x, w, dy, quantize):
-    """y, dx, dw are the products of what numpy's quantizers (role, contracted dim) give, to what float32 accumulation allows."""
-    def q(role, tensor, contract):
-        return quantize[role](tensor, contract)
-
-    pairs = ((q("activations", x, 1), q("weights", w, 0)), (q("output_gradients", dy, 1), q("weights", w, 1).T),
-             (q("activations", x, 0).T, q("output_gradients", dy, 0)))  # fmt: skip
-    for what, got, (left, right) in zip(("y", "dx", "dw"), found, pairs):
-        error, size = np.abs(np.asarray(got, np.float64) - left @ right), np.abs(left) @ np.abs(right)
-        assert np.all(error <= 2e-6 * size), what
-
 
 # --- delayed ----------------------------------------------------------------------------------------------------------
 
-FP8 = {"weights": "e4m3fn", "activations": "e4m3fn", "output_gradients": "e5m2"}
 SIZES = (1.0, 3.0, 0.2, 0.1, 8.0, 0.05)  # of the steps' tensors: both choices and forgetting show
 
 
@@ -79,10 +51,10 @@ def test_delayed_scaling_equals_numpy(name, choice):
     for size in SIZES:
         x, w, dy = ((rng.standard_normal(shape) * size).astype(np.float32) for shape in ((N, K), (K, M), (N, M)))
         remembered = {role: history[role].get(0.0, policy.history_choice) for role in ROLES}
-        *found, amax = _products(x, w, dy, policy, remembered)
+        *found, amax = products(x, w, dy, policy, remembered)
         given = {role: _remember(seen[role], length, choice) for role in ROLES}
         quantize = {role: nq.nvfp4(amax=given[role]) if name == "nvfp4" else nq.minifloat(FP8[role], amax=given[role]) for role in ROLES}
-        _assert_products(found, x, w, dy, quantize)
+        assert_products(found, x, w, dy, quantize)
         for role, tensor in (("activations", x), ("weights", w), ("output_gradients", dy)):
             assert float(amax[role]) == np.max(np.abs(tensor))
             seen[role].append(float(amax[role]))
@@ -95,10 +67,10 @@ def test_one_role_or_one_product_can_be_delayed():
     assert policy.roles(trainer.precision.Source.DELAYED) == ("activations",)
     rng = np.random.default_rng(1)
     x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((N, K), (K, M), (N, M)))
-    y, dx, dw, amax = _products(x, w, dy, policy, {"activations": jnp.float32(0.5)})
+    y, dx, dw, amax = products(x, w, dy, policy, {"activations": jnp.float32(0.5)})
     assert set(amax) == {"activations"}
     quantize = {role: nq.minifloat(FP8[role]) for role in ROLES}
-    current = _products(x, w, dy, trainer.policy("fp8"), {})
+    current = products(x, w, dy, trainer.policy("fp8"), {})
     np.testing.assert_array_equal(y, current[0])
     np.testing.assert_array_equal(dx, current[1])
     left, right = nq.minifloat("e4m3fn", amax=0.5)(x, 0).T, quantize["output_gradients"](dy, 0)
@@ -112,7 +84,7 @@ def test_what_is_not_finite_shows(name, bad):
     policy = trainer.policy(name, "precision.source=delayed")
     x, w, dy = np.ones((N, K), np.float32), np.ones((K, M), np.float32), np.ones((N, M), np.float32)
     x[3, 5] = bad
-    y, _, dw, amax = _products(x, w, dy, policy, {role: jnp.float32(1.0) for role in ROLES})
+    y, _, dw, amax = products(x, w, dy, policy, {role: jnp.float32(1.0) for role in ROLES})
     assert np.all(np.isnan(y[3])) and np.all(np.isnan(dw[5])) and not np.isfinite(amax["activations"])
     assert float(formats.amax_history(2).push(2.0).push(amax["activations"]).get(0.0)) == 2.0
 
@@ -249,12 +221,12 @@ def test_two_devices_see_what_one_does(empty):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
 
     def local(x, w, dy):
-        y, dx, dw, amax = _products(x, w, dy, policy, remembered, RowShards("data"))
+        y, dx, dw, amax = products(x, w, dy, policy, remembered, RowShards("data"))
         return y, dx, lax.psum(dw, "data"), amax
 
     specs = (P("data"), P(), P("data"))
     sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data"), P(), P()), check_vma=False))(x, w, dy)
-    *whole, amax = _products(x, w, dy, policy, remembered)
+    *whole, amax = products(x, w, dy, policy, remembered)
     jax.tree.map(np.testing.assert_array_equal, sharded[3], amax)
     if not empty:  # scales of 1 and 2**-7: products of whole numbers and their 128ths
         jax.tree.map(np.testing.assert_array_equal, sharded[:3], tuple(whole))
@@ -301,113 +273,6 @@ def test_evaluation_goes_by_the_histories():
     call, graphdef = decoder.Call(PAIR[0].policy, sites=Site(remembered)), decoder.blueprint(SMALL.model)[0]
     expected = jax.jit(lambda params: decoder.next_token_losses(graphdef, params, WINDOWS, call))(params)
     np.testing.assert_allclose(losses[0], np.mean(expected, axis=1), rtol=1e-6)
-
-
-# --- static -----------------------------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames="accumulate")
-def _gradients(params, policy, accumulate=1):
-    structure = dataclasses.replace(SMALL, accumulate=accumulate)
-    return step.loss_and_gradients(structure, decoder.blueprint(SMALL.model)[0], params, TOKENS[0], policy, np.zeros(2, np.uint32))
-
-
-def test_the_power_of_two_next_to_a_size():
-    """By logarithm; what lies in the middle, as 32**-0.5 does, goes up."""
-    x = np.exp(np.random.default_rng(0).uniform(-40, 40, 10000)).astype(np.float32)
-    np.testing.assert_array_equal(nearest_power_of_two(jnp.asarray(x)), np.exp2(np.round(np.log2(x.astype(np.float64)))))
-    odd = np.float32(2.0) ** np.arange(-60, 60) * np.float32(2**0.5)
-    np.testing.assert_array_equal(nearest_power_of_two(jnp.asarray(odd)), np.float32(2.0) ** np.arange(-59, 61))
-    assert nearest_power_of_two(jnp.float32(32**-0.5)) == 0.25
-
-
-RMS = {"weights": 0.09, "activations": 1.0, "output_gradients": 3e-4}
-STATIC = [f"precision.{role}.static_rms={rms}" for role, rms in RMS.items()]
-POWERS = {"weights": 2.0**-3, "activations": 1.0, "output_gradients": 2.0**-12}
-INTEGERS = [f"precision.{role}.{key}" for role in RMS for key in ("format=integer", "bits=4", "granularity=tensor")]
-CLIP_4 = 0.352 * 7  # Max 1960, table II: the uniform quantizer of 15 levels best for N(0, 1) has steps of 0.352 to 0.354
-CASES = {
-    "fp8": (["fp8"], {role: nq.minifloat(FP8[role], amax=POWERS[role] * nq.ELEMENTS[FP8[role]][1]) for role in ROLES}),
-    "nvfp4": (["nvfp4"], {role: nq.nvfp4(amax=POWERS[role] * 448 * 6) for role in ROLES}),
-    **{f"scale rule {rule}": (["fp8", *(f"precision.{role}.scale_rule={rule}" for role in ROLES)],
-                              {role: nq.minifloat(FP8[role], amax=POWERS[role] * nq.ELEMENTS[FP8[role]][1]) for role in ROLES})
-       for rule in ("floor", "ceil", "rceil", "even")},
-}  # fmt: skip
-
-
-def _tensors():
-    rng = np.random.default_rng(3)
-    shapes = {"activations": (N, K), "weights": (K, M), "output_gradients": (N, M)}
-    return [(rng.standard_normal(shape) * RMS[role]).astype(np.float32) for role, shape in shapes.items()]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_minifloats_see_values_of_size_one(name):
-    """The scale (of the tensor, with two levels) is the power of two next to the expected size, whatever the tensor holds."""
-    overrides, quantize = CASES[name]
-    policy = trainer.policy(*overrides, "precision.source=static", *STATIC)
-    x, w, dy = _tensors()
-    for factor in (1.0, 50.0):  # beyond the element's range: clipped
-        *found, seen = _products(x * np.float32(factor), w, dy, policy, {})
-        assert seen == {}
-        _assert_products(found, x * np.float32(factor), w, dy, quantize)
-
-
-def test_integers_are_clipped_where_gaussian_data_want_it():
-    policy = trainer.policy("float32", *INTEGERS, "precision.source=static", *STATIC)
-    clips = {role: float(getattr(policy, role).first.static_clip) for role in ROLES}
-    assert clips == {role: pytest.approx(CLIP_4, rel=6e-3) for role in ROLES}
-    x, w, dy = _tensors()
-    quantize = {role: nq.integer(4, "tensor", amax=np.float32(RMS[role]) * np.float32(clips[role])) for role in ROLES}
-    _assert_products(_products(x, w, dy, policy, {})[:3], x, w, dy, quantize)
-
-
-def test_the_width_that_means_float32_has_no_scale():
-    policy = trainer.policy("int", "precision.bits=32", "precision.granularity=tensor", "precision.source=static", *STATIC[:2])
-    x, w, dy = _tensors()
-    jax.tree.map(np.testing.assert_array_equal, _products(x, w, dy, policy, {}), _products(x, w, dy, trainer.policy("float32"), {}))
-
-
-def test_the_model_says_how_large_tensors_are():
-    """Weights as they are initialised, activations 1, gradients one over the tokens of a step, however it is cut up: what saying the same by
-    hand gives, bit for bit."""
-    model = dataclasses.replace(MODEL, d_model=32, d_ff=88, num_layers=4)
-    params = jax.tree.map(np.asarray, jax.jit(partial(decoder.init_params, model))(jax.random.key(0)))
-    for name, std in zip(decoder.SITES, model.init_stds, strict=True):
-        assert np.std(params["layers"][name]) == pytest.approx(std, rel=0.05)
-    fp8, by_hand, other = (trainer.policy("fp8", "precision.source=static", "precision.weights.source=none", *own) for own in (
-        [], ["precision.activations.static_rms=1", f"precision.output_gradients.static_rms={1 / (4 * 6)}"],
-        ["precision.activations.static_rms=1", "precision.output_gradients.static_rms=1e9"]))  # fmt: skip
-    params = _init(SMALL, _hyper("precision.source=static")).params
-    loss, grads = _gradients(params, fp8)
-    jax.tree.map(np.testing.assert_array_equal, (loss, grads), _gradients(params, by_hand))
-    assert np.all(np.asarray(_gradients(params, other)[1]["layers"]["qkv"]) == 0)
-    split_loss, split_grads = _gradients(params, fp8, accumulate=2)
-    assert float(split_loss) == pytest.approx(float(loss), rel=2e-6)
-    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(split_grads)):
-        assert np.linalg.norm(one - two) <= 2e-6 * np.linalg.norm(one)
-
-
-def test_static_widths_and_sizes_are_numbers_of_the_program():
-    """Members of a cohort may differ in them: one structure, stacked leaves."""
-    policies = [trainer.policy("int", f"precision.bits={bits}", "precision.granularity=tensor", "precision.source=static",
-                               f"precision.weights.static_rms={rms}") for bits, rms in ((4, 0.1), (8, 0.2), (32, 0.3))]  # fmt: skip
-    assert len({jax.tree.structure(policy) for policy in policies}) == 1
-    stacked = jax.tree.map(lambda *xs: np.stack(xs), *policies)
-    x, w, dy = _tensors()
-    expected = {"activations": np.float32(1.0)}
-    both = jax.jit(jax.vmap(lambda policy: linear(x, w, policy, site=Site(expected=expected))))(stacked)
-    for policy, one in zip(policies, both):
-        np.testing.assert_allclose(linear(x, w, policy, site=Site(expected=expected)), one, rtol=1e-5, atol=1e-6)
-
-
-def test_static_elsewhere_needs_a_size():
-    x, w = jnp.ones((4, 4)), jnp.ones((4, 4))
-    apply = trainer.dot_general(trainer.policy("fp8", "precision.source=static"))
-    with pytest.raises(ValueError, match=r"source='static' needs the RMS.*static_rms="):
-        apply(x, w, (((1,), (0,)), ((), ())))
-    apply = trainer.dot_general(trainer.policy("fp8", "precision.source=static", *STATIC))
-    np.testing.assert_array_equal(apply(x, w, (((1,), (0,)), ((), ()))), np.full((4, 4), 4.0))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
