@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling.files import write_whole
 
-_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
+_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights", "adam_m", "adam_v")
 _ROLE_FIELDS = {"format": "VARCHAR", "granularity": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE",
                 "man_bits": "DOUBLE", "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from trainer.precision import PrecisionPolicy
-from trainer.propagation import ScaledArray, floor_log2, pow2, propagate_scales, scaled, unscaled
+from trainer.propagation import ScaledArray, floor_log2, is_scaled, pow2, propagate_scales, unscaled
+from trainer.propagation.rescale import Statistic, to_unit
 
 STACKED = "layers"  # parameters below this key have a leading dimension of layers, and a scale for each
 TOP = 13  # moments are stored with their largest value at 2**13: float16 reaches from there down to 2**-24
@@ -28,7 +29,20 @@ def under_policy(function: Callable, policy: PrecisionPolicy) -> Callable:
 
 def _with_scales(params, dtype=None):
     """Parameters as ScaledArrays of unit scale, stacked layers with one exponent each; those that are already stay."""
-    return {name: scaled(value, leading=1 if name == STACKED else 0, dtype=dtype) for name, value in params.items()}
+
+    def scale(path, x):
+        if is_scaled(x):
+            return x
+        one = jax.vmap(_unit) if path[0].key == STACKED else _unit
+        data, exponent = one(x)
+        return ScaledArray(data if dtype is None else data.astype(dtype), exponent)
+
+    return jax.tree_util.tree_map_with_path(scale, params, is_leaf=is_scaled)
+
+
+def _unit(x):
+    """(data, exponent) of float32 x whose squares are normal numbers, as those of parameters are, with the RMS of the data in [1, 2)."""
+    return to_unit(x, Statistic.RMS)
 
 
 def stored_params(params, policy: PrecisionPolicy):

@@ -8,12 +8,13 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
 from trainer.config.precision import UNQUANTIZED_BITS, build_format
-from trainer.precision import ROLES
+from trainer.precision import ROLES, Source
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
 PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -46,11 +47,11 @@ def quantizes(spec: QuantizerSpec | None) -> bool:
     return spec is not None and spec.bits != UNQUANTIZED_BITS
 
 
-def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict:
-    """The columns of one tensor role."""
+def _role_columns(role: str, spec: QuantizerSpec | None, held: str, source: str | None) -> dict:
+    """The columns of one tensor role. held: the dtype of what is not quantized, whose scale is from `source`."""
     if not quantizes(spec):
-        fmt = {"float32": formats.identity, "bfloat16": lambda: formats.get("bfloat16")}[dot_dtype]()
-        own = {"granularity": None, "rounding": "nearest_even" if dot_dtype != "float32" else None, "source": None, "log_mse": None}
+        fmt = formats.identity() if held == "float32" else formats.get(held)
+        own = {"granularity": None, "rounding": "nearest_even" if held != "float32" else None, "source": source, "log_mse": None}
     else:
         fmt = build_format(spec)
         granularity = fmt.granularity.value if isinstance(fmt, formats.Scaled) else None
@@ -66,10 +67,19 @@ def _role_columns(role: str, spec: QuantizerSpec | None, dot_dtype: str) -> dict
 def precision_columns(precision: PrecisionSpec) -> dict:
     """What was quantized to what, by role (as in the role's first product)."""
     columns = {}
+    source = Source.PROPAGATED.value if precision.data_dtype else None
+    held = precision.data_dtype or precision.dot_dtype
     for role in ROLES:
-        columns |= _role_columns(role, getattr(precision, role).first, precision.dot_dtype)
-    columns |= {"kv_format": "float32", "kv_bits": 32, "master_weights_format": "float32", "master_weights_bits": 32}
+        columns |= _role_columns(role, getattr(precision, role).first, held, source)
+    kv = precision.data_dtype or "float32"
+    columns |= {"kv_format": kv, "kv_bits": _bits(kv)}
+    for part, dtype in precision.state.items():
+        columns |= {f"{part}_format": dtype, f"{part}_bits": _bits(dtype)}
     return columns
+
+
+def _bits(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize * 8
 
 
 def mfu(flops_per_token: float, tokens_per_s: float) -> float | None:

@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import formats
@@ -20,6 +21,7 @@ from formats import noise
 from trainer import scales, telemetry
 from trainer.keys import fold_in
 from trainer.precision import Operand, PrecisionPolicy, Quantizer, Source
+from trainer.propagation import ScaledArray, floor_log2, pow2, scale_rule, unscaled
 from trainer.scales import Meter, Site
 
 
@@ -43,15 +45,22 @@ class _Use:
         return None if self.role == "weights" else rows
 
 
+FLOAT16_QUANTUM = -24  # log2 of the smallest float16
 X_FORWARD, W_FORWARD = _Use("activations", 1, 0), _Use("weights", 0, 1)
 X_WGRAD, W_DGRAD = _Use("activations", 0, 2), _Use("weights", 1, 3)
 G_DGRAD, G_WGRAD = _Use("output_gradients", 1, 4), _Use("output_gradients", 0, 5)
 
 
-def _narrow(x, quantizer: Quantizer | None, use: _Use, key, rows: RowShards | None, amax=None):
+def _narrow(x, quantizer: Quantizer | None, use: _Use, key, rows: RowShards | None, amax, policy: PrecisionPolicy):
     """x [A, B] -> (narrow values, scale broadcasting against x or None). amax: of the whole tensor, None for the current one."""
     if quantizer is None:
         return x, None
+    if policy.data_dtype is None:
+        return _split(x, quantizer, key, amax, use=use, rows=rows)
+    return _split_data(x, quantizer, key, amax, use=use, rows=rows)
+
+
+def _split(x, quantizer: Quantizer, key, amax, *, use: _Use, rows: RowShards | None):
     fmt, rows = quantizer.format, use.shards(rows)
     if isinstance(fmt, formats.Scaled):
         fmt = replace(fmt, axis=use.contract)
@@ -68,6 +77,37 @@ def _narrow(x, quantizer: Quantizer | None, use: _Use, key, rows: RowShards | No
         reduce_max = partial(lax.pmax, axis_name=rows.axis_name)
     values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, amax=amax)
     return values, scale if isinstance(fmt, formats.Scaled) else None
+
+
+_split_data = scale_rule(_split)
+
+
+@_split_data.defrule
+def _(x: ScaledArray, quantizer, key, amax, *, use: _Use, rows: RowShards | None):
+    """Under scale propagation the data is quantized and keeps its exponent: its scale is 1 if it was propagated, and relative to the
+    exponent otherwise."""
+    quantizer = unscaled(quantizer)
+    data, exponent = x.data.astype(jnp.float32), jnp.asarray(x.exponent, jnp.int32)
+    rows = use.shards(rows)
+    if rows is not None and quantizer.source != Source.PROPAGATED.value:
+        top = lax.pmax(exponent, rows.axis_name)  # the scales below are of the whole tensor
+        data, exponent = data * pow2(exponent - top), top
+    if quantizer.source == Source.PROPAGATED.value:
+        if amax is not None:
+            amax = unscaled(amax)
+        values, scale = _split(data, quantizer, key, amax, use=use, rows=rows)
+        return ScaledArray(values, x.exponent), scale
+    if amax is not None:
+        amax = unscaled(ScaledArray(amax.data, amax.exponent - exponent))
+    values, scale = _split(data, quantizer, key, amax, use=use, rows=rows)
+    # Elements fill their range, which float16 could not multiply: their largest value is brought to 1, as far as the smallest stays one
+    # of float16's, and so is that of the scales.
+    element = quantizer.format.element if isinstance(quantizer.format, formats.Scaled) else quantizer.format
+    top = floor_log2(jnp.asarray(element.max_value, jnp.float32))
+    if isinstance(element, formats.Element):
+        top = jnp.clip(top, 0, jnp.maximum(element.quantum_exp - FLOAT16_QUANTUM, 0))
+    size = jnp.int32(0) if scale is None else floor_log2(jnp.max(scale))
+    return ScaledArray(values * pow2(-top), exponent + top + size), scale if scale is None else scale * pow2(-size)
 
 
 def _crosses_rows(fmt, contract: int) -> bool:
@@ -115,6 +155,8 @@ def _given_amax(quantizer: Quantizer | None, role: str, site: Site, current):
         return scales.delayed_amax(site.remembered[role], current)
     if quantizer is not None and quantizer.source == Source.STATIC.value:
         return scales.static_amax(quantizer, site.expected.get(role))
+    if quantizer is not None and quantizer.source == Source.PROPAGATED.value and (quantizer.format.block is None or quantizer.format.two_level):
+        return scales.static_amax(quantizer, np.float32(1.0))  # of the data
     return None
 
 
@@ -130,7 +172,7 @@ def _forward(rows, x_NK, w_KM, policy, key, site):
     pairs, amax = [], []
     for tensor, operand, use in ((x_NK, policy.activations, X_FORWARD), (w_KM, policy.weights, W_FORWARD)):
         amax.append(_seen_amax(tensor, operand, use, rows))
-        pairs.append(_narrow(tensor, operand.first, use, key, rows, _given_amax(operand.first, use.role, site, amax[-1])))
+        pairs.append(_narrow(tensor, operand.first, use, key, rows, _given_amax(operand.first, use.role, site, amax[-1]), policy))
     return _product(*pairs, 1, 0, policy.dot_dtype), pairs, amax
 
 
@@ -156,13 +198,13 @@ def _linear_bwd(rows, residuals, g_NM):
 
     def second(saved, operand: Operand, use: _Use, amax):
         given = _given_amax(operand.second, use.role, site, amax)
-        return saved if operand.shared else _narrow(saved, operand.second, use, key, rows, given)
+        return saved if operand.shared else _narrow(saved, operand.second, use, key, rows, given, policy)
 
     x = second(saved_x, policy.activations, X_WGRAD, x_amax)
     w = second(saved_w, policy.weights, W_DGRAD, w_amax)
     out = policy.output_gradients
     g_amax = _seen_amax(g_NM, out, G_DGRAD, rows)
-    g_dgrad = _narrow(g_NM, out.first, G_DGRAD, key, rows, _given_amax(out.first, G_DGRAD.role, site, g_amax))
+    g_dgrad = _narrow(g_NM, out.first, G_DGRAD, key, rows, _given_amax(out.first, G_DGRAD.role, site, g_amax), policy)
     g_wgrad = g_dgrad if out.shared else second(g_NM, out, G_WGRAD, g_amax)
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.

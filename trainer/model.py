@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from trainer import ops, scales
+from trainer import ops, scaled_ops, scales
 from trainer.keys import fold_in
 from trainer.linear import RowShards, linear
 from trainer.precision import PrecisionPolicy
@@ -100,6 +100,11 @@ def _normal(rngs: nnx.Rngs, shape, std):
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std)
 
 
+def _ops(call: Call):
+    """The module of the block's operations: with scale rules of their own where scales are carried."""
+    return ops if call.policy.data_dtype is None else scaled_ops
+
+
 class Block(nnx.Module):
     """One pre-norm block. Four matmuls: fused qkv, attention output, fused gate and up, down."""
 
@@ -124,10 +129,11 @@ class Block(nnx.Module):
             site = replace(sites[index], expected=scales.expected_rms(call.policy, self.stds[index], call.num_tokens))
             return linear(x, getattr(self, name)[...], call.policy, key, call.rows, site)
 
-        qkv = project(ops.rms_norm(h_ND, self.attention_norm[...]), "qkv")
-        h_ND = h_ND + project(ops.rotary_attention(qkv, batch, self.num_heads), "attention_out")
-        gate_up = project(ops.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
-        return h_ND + project(ops.swiglu(gate_up), "down")
+        own = _ops(call)
+        qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
+        h_ND = h_ND + project(own.rotary_attention(qkv, batch, self.num_heads), "attention_out")
+        gate_up = project(own.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
+        return h_ND + project(own.swiglu(gate_up), "down")
 
 
 class Decoder(nnx.Module):
@@ -147,7 +153,7 @@ class Decoder(nnx.Module):
         # The table is small enough for the head's logits; this brings the residual stream to unit variance.
         h_ND = ops.embed(self.embedding[...], tokens_BT.reshape(-1)) * config.embedding_width**0.5
         h_ND = self._run_layers(h_ND, batch, call)
-        h_ND = ops.rms_norm(h_ND, self.final_norm[...])
+        h_ND = _ops(call).rms_norm(h_ND, self.final_norm[...])
         if config.tied_head:
             h_ND = h_ND * config.logit_scale
         head_VD = self.embedding if self.head is None else self.head

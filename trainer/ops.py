@@ -31,7 +31,8 @@ def rms_norm(x_ND: jax.Array, gain_D: jax.Array, eps: float = 1e-6) -> jax.Array
     return x_ND * lax.rsqrt(jnp.mean(x_ND * x_ND, axis=-1, keepdims=True) + eps) * gain_D[None, :]
 
 
-def _halves(x):
+def halves(x):
+    """The two halves of the last dimension."""
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
 
@@ -39,7 +40,7 @@ def _halves(x):
 @jax.custom_vjp
 def swiglu(gate_up_N2F: jax.Array) -> jax.Array:
     """silu(gate) * up, with gate and up side by side in one array (Shazeer 2020, eq. 6)."""
-    gate, up = _halves(gate_up_N2F)
+    gate, up = halves(gate_up_N2F)
     return gate * jax.nn.sigmoid(gate) * up
 
 
@@ -47,14 +48,15 @@ def _swiglu_fwd(gate_up_N2F):
     return swiglu(gate_up_N2F), gate_up_N2F
 
 
-def _swiglu_bwd(gate_up_N2F, g_NF):
-    gate, up = _halves(gate_up_N2F)
+def swiglu_bwd(gate_up_N2F, g_NF):
+    """The gradient of gate_up."""
+    gate, up = halves(gate_up_N2F)
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = g_NF * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
     return (jnp.concatenate([d_gate, g_NF * gate * sigmoid], axis=-1),)
 
 
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+swiglu.defvjp(_swiglu_fwd, swiglu_bwd)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -78,43 +80,50 @@ def _rotate(x, cos, sin, dim):
     return turned.reshape(x.shape)
 
 
-def _bdot(a, b, contract_a, contract_b):
-    """A product over the last two dims with [B, H] as batch."""
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), precision=HIGHEST)
+def bdot(a, b, contract_a, contract_b):
+    """A product over the last two dims with [B, H] as batch, added in float32."""
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def causal_attention(q_BHTK: jax.Array, k_BHKT: jax.Array, v_BHKT: jax.Array) -> jax.Array:
     """softmax(q k, causal) v -> [B, H, T, K]. Scale q by K**-0.5 before."""
-    return _attention_fwd(q_BHTK, k_BHKT, v_BHKT)[0]
+    return attention_fwd(q_BHTK, k_BHKT, v_BHKT)[0]
 
 
-def _attention_fwd(q_BHTK, k_BHKT, v_BHKT):
-    seq_len = q_BHTK.shape[2]
-    scores = _bdot(q_BHTK, k_BHKT, 3, 2)
+def causal_softmax(scores_BHTT):
+    """(weights that are not normalised, what normalises them): each at most 1, zero above the diagonal."""
+    seq_len = scores_BHTT.shape[2]
     row = lax.broadcasted_iota(jnp.int32, (1, 1, seq_len, seq_len), 2)
     col = lax.broadcasted_iota(jnp.int32, (1, 1, seq_len, seq_len), 3)
-    scores = jnp.where(col <= row, scores, -1e30)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))  # not normalised: [B, H, T, T]
-    inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
-    out = _bdot(weights, v_BHKT, 3, 3) * inverse
+    scores = jnp.where(col <= row, scores_BHTT, -1e30)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights, 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def attention_fwd(q_BHTK, k_BHKT, v_BHKT):
+    """(result, residuals)."""
+    weights, inverse = causal_softmax(bdot(q_BHTK, k_BHKT, 3, 2))
+    out = bdot(weights, v_BHKT, 3, 3) * inverse
     return out, (q_BHTK, k_BHKT, v_BHKT, weights, inverse, out)
 
 
-def _attention_bwd(residuals, g_BHTK):
+def attention_bwd(residuals, g_BHTK, dtype=jnp.float32):
+    """Gradients of q, k and v, float32; dtype: of what goes into products."""
     q, k, v, weights, inverse, out = residuals
-    g = g_BHTK * inverse
-    dv = _bdot(g, weights, 2, 2)
-    delta = jnp.sum(g * out, axis=-1, keepdims=True)
-    d_scores = weights * (_bdot(g, v, 3, 2) - delta)
-    return _bdot(d_scores, k, 3, 3), _bdot(q, d_scores, 2, 2), dv
+    g = g_BHTK.astype(jnp.float32) * inverse.astype(jnp.float32)
+    narrow_g = g.astype(dtype)
+    dv = bdot(narrow_g, weights, 2, 2)
+    delta = jnp.sum(g * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (weights.astype(jnp.float32) * (bdot(narrow_g, v, 3, 2) - delta)).astype(dtype)
+    return bdot(d_scores, k, 3, 3), bdot(q, d_scores, 2, 2), dv
 
 
-causal_attention.defvjp(_attention_fwd, _attention_bwd)
+causal_attention.defvjp(attention_fwd, attention_bwd)
 
 
-def rotary_attention(qkv_NX: jax.Array, batch: int, num_heads: int) -> jax.Array:
-    """Causal self-attention with rotary positions from the fused projection [N, 3*D] to [N, D]."""
+def rotary_attention(qkv_NX: jax.Array, batch: int, num_heads: int, attention=causal_attention) -> jax.Array:
+    """Causal self-attention with rotary positions from the fused projection [N, 3*D] to [N, D]; attention(q, k, v) as `causal_attention`."""
     num_tokens, width = qkv_NX.shape[0], qkv_NX.shape[1] // 3
     seq_len, head_dim = num_tokens // batch, width // num_heads
     cos, sin = rope_tables(seq_len, head_dim)
@@ -123,7 +132,7 @@ def rotary_attention(qkv_NX: jax.Array, batch: int, num_heads: int) -> jax.Array
     scale = np.float32(head_dim**-0.5)
     q_BHTK = _rotate(q.transpose(0, 2, 1, 3), cos[None, None] * scale, sin[None, None] * scale, 3)
     k_BHKT = _rotate(k.transpose(0, 2, 3, 1), cos.T[None, None], sin.T[None, None], 2)
-    out_BHTK = causal_attention(q_BHTK, k_BHKT, v.transpose(0, 2, 3, 1))
+    out_BHTK = attention(q_BHTK, k_BHKT, v.transpose(0, 2, 3, 1))
     return out_BHTK.transpose(0, 2, 1, 3).reshape(num_tokens, width)
 
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights")
+_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights", "adam_m", "adam_v")
 _ROLE_COLUMNS: dict[str, type] = {
     "format": str, "granularity": str, "bits": float, "bits_effective": float, "exp_bits": int, "man_bits": int, "block": int, "rounding": str,
     "source": str, "log_mse": float,

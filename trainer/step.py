@@ -15,11 +15,12 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from trainer import model as decoder
-from trainer import scales, telemetry
+from trainer import carried, scales, telemetry
 from trainer.keys import fold_in
 from trainer.linear import RowShards
 from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
 from trainer.precision import ROLES, PrecisionPolicy
+from trainer.propagation import unscaled
 from trainer.schedules import SCHEDULES, ScheduleNumbers
 
 # Parameters whose learning rate scales as 1/width under muP (Yang et al. 2022, table 3, Adam: hidden and output weights).
@@ -109,6 +110,7 @@ def init(structure: StepStructure, hyper: Hyper) -> State:
     """The state before the first step; a pure function of hyper.key."""
     params = decoder.init_params(structure.model, jax.random.wrap_key_data(hyper.key, impl="threefry2x32"))
     opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
+    params, opt_state = carried.stored_params(params, hyper.policy), carried.stored_moments(opt_state, hyper.policy)
     histories = scales.empty_histories(hyper.policy, _places(structure))
     return State(params, opt_state, jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(-1), histories)
 
@@ -141,10 +143,11 @@ def differentiate(structure: StepStructure, graphdef, params, tokens_BT1, policy
         return jnp.mean(decoder.next_token_losses(graphdef, params, tokens_bT1, call)) / num_parts
 
     value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
-    if micro == 1:
-        loss, (grads, seen) = value_and_grad(params, sites.meter, tokens_BT1, 0)
-        seen = jax.tree.map(lambda x: x[None], seen)
-    else:
+
+    def here(params, tokens_BT1):
+        if micro == 1:
+            loss, (grads, seen) = value_and_grad(params, sites.meter, tokens_BT1, 0)
+            return loss, grads, jax.tree.map(lambda x: x[None], seen)
         parts = tokens_BT1.reshape(micro, -1, tokens_BT1.shape[-1])
 
         def add(total, xs):
@@ -153,6 +156,9 @@ def differentiate(structure: StepStructure, graphdef, params, tokens_BT1, policy
 
         zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
         (loss, grads), seen = lax.scan(add, zeros, (parts, jnp.arange(micro, dtype=jnp.uint32)))
+        return loss, grads, seen
+
+    loss, grads, seen = carried.under_policy(here, policy)(params, tokens_BT1)
     if data_axis is not None:  # one collective for everything
         flat, unravel = ravel_pytree((loss, grads))
         loss, grads = unravel(lax.psum(flat, data_axis))
@@ -190,10 +196,12 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 
     lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
     clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
-    optimizer = _optimizer(structure, state.params, hyper, lr)
+    params, opt_state = unscaled(state.params), unscaled(state.opt_state)
+    optimizer = _optimizer(structure, params, hyper, lr)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 counts with our float32 numbers
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
+    params = carried.stored_params(jax.tree.map(jnp.add, params, updates), hyper.policy)
+    opt_state = carried.stored_moments(opt_state, hyper.policy)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
@@ -218,5 +226,6 @@ def evaluate(graphdef, params, histories, windows_WT1, policy: PrecisionPolicy, 
     parts = windows_WT1.reshape(groups, -1, windows_WT1.shape[-1])
     sites = scales.Site(scales.remembered(policy, histories))
     call = decoder.Call(policy, key if policy.stochastic else None, _rows(data_axis), sites)
-    losses = lax.map(lambda tokens: jnp.mean(decoder.next_token_losses(graphdef, params, tokens, call), axis=-1), parts)
+    measure = carried.under_policy(lambda params, tokens: jnp.mean(decoder.next_token_losses(graphdef, params, tokens, call), axis=-1), policy)
+    losses = lax.map(lambda tokens: measure(params, tokens), parts)
     return losses.reshape(-1)

@@ -41,8 +41,8 @@ def test_columns_are_those_of_the_design_in_order():
     braces = re.search(r"\{([^}]*)\}_\{([^}]*)\}", plain)
     roles = [f"{role}_{name}" for role in braces[1].split(",") for name in braces[2].split(",")]
     plain = plain.replace(braces[0], ",".join(roles))
-    # What we add: the granularity of the scales beside each format, and the use made of the device's peak.
-    added = {"mfu", *(name for name in RECORD_COLUMNS if name.endswith("_granularity"))}
+    # What we add: the granularity of the scales beside each format, the formats of the moments, and the use made of the device's peak.
+    added = {"mfu", *(name for name in RECORD_COLUMNS if name.endswith("_granularity") or name.startswith("adam_"))}
     assert [name for name in RECORD_COLUMNS if name not in added] == [name.strip() for name in plain.split(",")]
 
 

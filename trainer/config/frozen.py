@@ -11,6 +11,9 @@ from dataclasses import dataclass
 NUMERICS_VERSION = 2
 
 
+STATE_PARTS = ("master_weights", "adam_m", "adam_v")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     name: str
@@ -56,7 +59,8 @@ class RoleSpec:
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """history, history_choice: of delayed scales; None where nothing is delayed."""
+    """history, history_choice: of delayed scales; None where nothing is delayed. data_dtype: of scale propagation, None without it.
+    master_weights, adam_m, adam_v: dtypes of the state as scaled arrays, None for plain float32."""
 
     name: str
     dot_dtype: str
@@ -65,6 +69,15 @@ class PrecisionSpec:
     output_gradients: RoleSpec
     history: int | None = None
     history_choice: str | None = None
+    data_dtype: str | None = None
+    master_weights: str | None = None
+    adam_m: str | None = None
+    adam_v: str | None = None
+
+    @property
+    def state(self) -> dict[str, str]:
+        """Part of the state -> the dtype that it is held in."""
+        return {part: getattr(self, part) or "float32" for part in STATE_PARTS}
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class TrainConfig:
 
 
 # Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
-LATER_KEYS = ("static_rms", "two_level", "history", "history_choice")
+LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS)
 
 
 def _without_unset(content: dict) -> dict:

@@ -59,6 +59,10 @@ class PrecisionSchema:
     history: Optional[int] = None  # of source=delayed: how many steps are remembered; unset: 1024
     history_choice: Optional[str] = None  # and which of their amax counts: max (unset) or most_recent
     dot_dtype: str = "float32"
+    data_dtype: Optional[str] = None  # scale propagation: forward and backward pass with data in float16, bfloat16 or float32; unset: off
+    master_weights: Optional[str] = None  # kept between steps as scaled arrays of this dtype; unset: float32
+    adam_m: Optional[str] = None  # first moments, likewise
+    adam_v: Optional[str] = None  # second moments, likewise
     weights: RoleSchema = field(default_factory=RoleSchema)
     activations: RoleSchema = field(default_factory=RoleSchema)
     output_gradients: RoleSchema = field(default_factory=RoleSchema)
