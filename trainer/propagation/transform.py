@@ -113,11 +113,12 @@ class _Transformed:
         return closed, [self._enter(x) for x in leaves], out_tree, any_scaled
 
     def _program_view(self, x):
-        """What the program sees of an argument: its shape and dtype."""
+        """What the program sees of an argument."""
         if not is_scaled(x):
             return x
         data = jnp.asarray(x.data)
-        return jax.ShapeDtypeStruct(data.shape, self._program_dtype(data.dtype))
+        # What it is otherwise stays: inside shard_map, an array varies over devices or not.
+        return jax.typeof(data).update(dtype=self._program_dtype(data.dtype), weak_type=False)
 
     def _program_dtype(self, dtype):
         """Data that is held narrowly stands for float32 in the program."""

@@ -145,8 +145,9 @@ def results(key: int, mode: str, leading: bool = False, seed: int = 0):
     return found
 
 
-def check(table: dict[str, Case], name: str, mode: str, leading: bool = False, seed: int = 0) -> None:
+def check(table: dict[str, Case], name: str, mode: str, leading: bool = False) -> None:
     """The case against float64: relative to the largest result, or to the largest of each leading index."""
+    seed = list(MODES).index(mode)  # each in shapes of its own
     case = table[name]
     if leading and case.rows is None:
         return
@@ -165,6 +166,35 @@ def check(table: dict[str, Case], name: str, mode: str, leading: bool = False, s
             wrong = np.abs(g - w) > tolerance * scale
             wrong |= ~np.isfinite(g)
             assert not wrong.any(), f"{where}: {g[wrong][:4]} should be {w[wrong][:4]}, largest {np.max(scale)}"
+
+
+@functools.lru_cache(maxsize=None)
+def moved(key: int):
+    """name -> list of (values, values with powers of two moved from data to exponents or back, how far) for each round."""
+    table, run = _TABLES[key], transformed(key, None)
+    found: dict[str, list] = {name: [] for name in table}
+    for number in range(max(len(case.rounds) for case in table.values())):
+        arguments, others, steps = {}, {}, {}
+        for place, (name, case) in enumerate(table.items()):
+            data = draw(case, 0, 100 * number + place, F32)
+            exponents = exponents_of(case, number, data, False, None)
+            far = 60
+            if len(set(map(int, exponents))) > 1:  # twice as far apart, small ones go below float32 next to large ones, as they may
+                exponents, far = [e // 2 for e in exponents], 30
+            steps[name] = np.random.default_rng([number, place]).integers(-far, far + 1, len(data)).astype(np.int32)
+            arguments[name] = tuple(map(ScaledArray, data, exponents))
+            others[name] = tuple(ScaledArray(np.ldexp(x, s), e - s) for x, e, s in zip(data, exponents, steps[name]))
+        before, after = values(run(arguments)), values(run(others))
+        for name in table:
+            found[name].append((before[name], after[name], steps[name]))
+    return found
+
+
+def check_moved(table: dict[str, Case], name: str) -> None:
+    """No bit of a result changes when powers of two move between data and exponents of the arguments."""
+    for before, after, steps in moved(register(table))[name]:
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=f"{name}: data times 2^{steps.tolist()}")
 
 
 def check_plain_dies(table: dict[str, Case], name: str) -> None:
@@ -200,7 +230,7 @@ def primitives(fun, *arguments) -> set[str]:
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             found.add(eqn.primitive.name)
-            for parameter in jax.tree.leaves(eqn.params.values(), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
                 inner = getattr(parameter, "jaxpr", parameter)
                 if hasattr(inner, "eqns"):
                     walk(inner)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.trainer.propagation.harness import MODES, Case, check, check_plain_dies, normal, positive
+from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies, normal, positive
 
 ON_ONE = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("device",)), PartitionSpec())
 NEAR = ((0, 0), (60, 60), (-60, -60), (3, -5), (60, 58))
@@ -60,8 +60,8 @@ def test_values(name, mode):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_other_shapes(name):
-    check(TABLE, name, "float32", seed=1)
+def test_a_power_of_two_moved_changes_no_bit(name):
+    check_moved(TABLE, name)
 
 
 @pytest.mark.parametrize("mode", ("float32", "held in float16"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tests.trainer.propagation.harness import MODES, Case, check, check_plain_dies, within
+from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies, within
 
 APART = ((0, 0), (60, 60), (-60, -60), (60, -60), (-60, 60), (3, -5))
 
@@ -63,8 +63,8 @@ def test_values(name, mode):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_other_shapes(name):
-    check(TABLE, name, "float32", seed=1)
+def test_a_power_of_two_moved_changes_no_bit(name):
+    check_moved(TABLE, name)
 
 
 @pytest.mark.parametrize("mode", ("float32", "held in float16"))

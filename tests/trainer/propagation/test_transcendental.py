@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from scipy import special
 
-from tests.trainer.propagation.harness import MODES, Case, check, normal, positive, within
+from tests.trainer.propagation.harness import MODES, Case, check, check_moved, normal, positive, within
 
 SMALL = ((0,), (-60,), (-12,), (3,))  # where the values are float32 numbers
 TINY = ((0,), (-60,), (-24,), (-12,))
@@ -46,9 +46,9 @@ TABLE = {
     "acos": _case("acos", jnp.arccos, np.arccos, INSIDE, TINY),
     "floor": _case("floor", jnp.floor, np.floor, exponents=(*ANY, (4,))),
     "ceil": _case("ceil", jnp.ceil, np.ceil, exponents=(*ANY, (4,))),
-    "round": _case("round", jnp.round, np.round, exponents=(*ANY, (4,))),
+    "round": _case("round", lambda a: lax.round(a, lax.RoundingMethod.TO_NEAREST_EVEN), np.round, exponents=(*ANY, (4,))),
     "cbrt": _case("cbrt", jnp.cbrt, np.cbrt, exponents=ANY),
-    "acosh": _case("acosh", jnp.arccosh, np.arccosh, within(1.5, 4.0), ((0,), (60,), (3,))),
+    "acosh": _case("acosh", lax.acosh, np.arccosh, within(1.5, 4.0), ((0,), (60,), (3,))),
     "lgamma": _case("lgamma", lax.lgamma, special.gammaln, positive, ((0,), (-60,), (3,)), XLA),
     "digamma": _case("digamma", lax.digamma, special.digamma, positive, ((0,), (-60,), (3,)), XLA),
     "bessel_i0e": _case("bessel_i0e", jax.scipy.special.i0e, special.i0e, exponents=ANY),
@@ -72,5 +72,5 @@ def test_values(name, mode):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_other_shapes(name):
-    check(TABLE, name, "float32", seed=1)
+def test_a_power_of_two_moved_changes_no_bit(name):
+    check_moved(TABLE, name)

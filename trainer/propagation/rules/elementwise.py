@@ -7,7 +7,7 @@ from jax import lax
 
 from trainer.propagation.array import shift, wide
 from trainer.propagation.exponents import Exponent, highest
-from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.rules.registry import Call, rule, to_unit
 from trainer.propagation.values import Scaled, Uniform, plain, split_number
 
 
@@ -48,11 +48,16 @@ def div(call: Call, a, b):
     return call.store(da / db, ea - eb)
 
 
-@rule("integer_pow", data="a^n", exponent="n ea")
+@rule("integer_pow", data="a^n", exponent="n ea; n > 2: of a at unit scale")
 def integer_pow(call: Call, a):
     data, exponent = _apart(call, a)
     power = call.params["y"]
-    return call.store(lax.integer_pow(data, power), exponent * power)
+    if abs(power) < 3:
+        return call.store(lax.integer_pow(data, power), exponent * power)
+    # Where a scale is not known it may be that of anything, and 2**43 has no cube in float32.
+    if exponent.terms and data.dtype == jnp.float32:
+        data, exponent = to_unit(data, exponent)
+    return call.settle(lax.integer_pow(data, power), exponent * power)
 
 
 @rule("square", data="a^2", exponent="2 ea")
@@ -116,7 +121,7 @@ def sign(call: Call, a):
     return call.store(jnp.sign(wide(call.lift(a).data)), Exponent())
 
 
-@rule("convert_element_type", data="cast(a)", exponent="ea")
+@rule("convert_element_type", data="cast(a)", exponent="ea; to float16: that of the largest")
 def convert_element_type(call: Call, a):
     dtype = call.outs[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -124,7 +129,9 @@ def convert_element_type(call: Call, a):
     if isinstance(a, Uniform) and a.known:
         return call.number(float(np.asarray(a.number, dtype)))
     a = call.lift(a)
-    return call.store(a.data, a.exponent)
+    # float16 has no room for data that is far from unit scale; every other float has, or is asked for its own rounding.
+    crowded = dtype == jnp.float16 and a.data.dtype.itemsize > 2
+    return call.settle(a.data, a.exponent) if crowded else call.store(a.data, a.exponent)
 
 
 @rule("optimization_barrier", data="a", exponent="ea")

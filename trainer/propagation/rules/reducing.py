@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import shift, wide
+from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest, of_array
 from trainer.propagation.rules.registry import Call, rule
 from trainer.propagation.values import Scaled, collapse, unscaled_wide
@@ -49,10 +49,20 @@ def running_extreme(call: Call, a):
     return call.store(call.bind(a.data), a.exponent)
 
 
-@rule("reduce_prod", data="prod(a), multiplied in float32", exponent="sum of ea")
+def _about_one(a: Scaled) -> Scaled:
+    """The same values, data wide and with a geometric mean near 1: then its products stay in range."""
+    data = wide(a.data)
+    each = floor_log2(data)
+    counted = jnp.abs(each) <= 1024  # zeros have no logarithm
+    middle = jnp.sum(jnp.where(counted, each, 0)) // jnp.maximum(jnp.sum(counted.astype(jnp.int32)), 1)
+    return Scaled(shift(data, -middle), a.exponent + of_array(middle), a.dtype)
+
+
+@rule("reduce_prod", data="prod(a / 2^c), multiplied in float32, c = floor(mean(log2 |a|))", exponent="sum of (ea + c)")
 def reduce_prod(call: Call, a):
     axes, rank = tuple(call.params["axes"]), a.exponent.ndim
     inside = tuple(i for i in axes if i < rank)
+    a = _about_one(a) if a.data.dtype.itemsize <= 4 else a
     count = int(np.prod([a.shape[i] for i in axes if i >= rank], dtype=np.int64))
     exponent = a.exponent * count
     if inside:

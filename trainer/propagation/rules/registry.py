@@ -107,17 +107,20 @@ class Call:
     def settle(self, data, exponent: Exponent) -> Scaled:
         """A result whose magnitude no rule can foresee: where its dtype is narrow, its largest value is brought to [1, 2), for each
         leading index that has an exponent of its own."""
-        if not self.narrow(data.ndim):
-            return self.store(data, exponent)
-        largest = jnp.max(jnp.abs(data), axis=tuple(range(exponent.ndim, data.ndim)), initial=0)
-        top = floor_log2(largest.astype(jnp.float32))
-        # Known zeros and infinities stay; everything else moves by what the largest value says.
-        down = jnp.where(jnp.abs(top) > 1024, 0, -top)
-        return self.store(shift(data, down), exponent + of_array(-down))
+        return self.store(*(to_unit(data, exponent) if self.narrow(data.ndim) else (data, exponent)))
 
     def fall_back(self, *xs):
         """The primitive itself on unscaled values."""
         return self.bind(*map(plain, xs))
+
+
+def to_unit(data, exponent: Exponent) -> tuple:
+    """(data / 2^k, exponent + k) with the largest magnitude in [1, 2), for each leading index that has an exponent of its own."""
+    largest = jnp.max(jnp.abs(data), axis=tuple(range(exponent.ndim, data.ndim)), initial=0)
+    top = floor_log2(largest.astype(jnp.float32))
+    # Known zeros and infinities stay; everything else moves by what the largest value says.
+    down = jnp.where(jnp.abs(top) > 1024, 0, -top)
+    return shift(data, down), exponent + of_array(-down)
 
 
 def describe_rules() -> dict[tuple[str, str], list[str]]:

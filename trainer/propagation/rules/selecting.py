@@ -38,7 +38,7 @@ def max_min(call: Call, a, b):
     if isinstance(bound, Uniform) and bound.known and isinstance(other, Scaled):
         return _bounded(call, other, bound, bind)
     exponent = call.common(a, b)
-    return call.store(bind(call.align(a, exponent), call.align(b, exponent)), exponent)
+    return call.settle(bind(call.align(a, exponent), call.align(b, exponent)), exponent)  # all may be that of the smaller scale
 
 
 def _bounded(call: Call, x: Scaled, bound: Uniform, bind):
@@ -52,7 +52,7 @@ def _bounded(call: Call, x: Scaled, bound: Uniform, bind):
     if harmless:  # where x is large and the bound small, what is left has the scale of the bound
         return call.settle(bind(wide(x.data), call.align(bound, x.exponent, largest)), x.exponent)
     exponent = call.common(x, bound)
-    return call.store(bind(call.align(x, exponent), call.align(bound, exponent)), exponent)
+    return call.settle(bind(call.align(x, exponent), call.align(bound, exponent)), exponent)
 
 
 def _largest(x: Scaled) -> float:
@@ -83,4 +83,7 @@ def select_n(call: Call, which, *cases):
     shape = call.outs[0].shape
     largest = min(float(jnp.finfo(call.held_as(call.outs[0].dtype, len(shape))).max), 3.0e38)
     data = [call.align(c, exponent, largest if isinstance(c, Uniform) and c.sentinel else None) for c in cases]
-    return call.store(call.bind(which, *(jnp.broadcast_to(d, shape) for d in data)), exponent)
+    chosen = call.bind(which, *(jnp.broadcast_to(d, shape) for d in data))
+    # What is chosen may all be of the smaller scale.
+    one_scale = all(isinstance(c, Uniform) and (c.any_scale or c.sentinel) or call.exponent(c) == exponent for c in cases)
+    return call.store(chosen, exponent) if one_scale else call.settle(chosen, exponent)

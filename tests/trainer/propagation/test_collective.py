@@ -1,0 +1,74 @@
+"""Sums and maxima over devices, on which exponents differ."""
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from tests.trainer.propagation.harness import primitives, value
+from trainer import ScaledArray, propagate_scales
+
+DEVICES = 4
+MESH = Mesh(np.array(jax.devices()[:DEVICES]), ("device",), axis_types=(AxisType.Auto,))
+CASES = {
+    "psum": (lambda x: lax.psum(x, "device"), lambda x: x.sum(0)),
+    "pmax": (lambda x: lax.pmax(x, "device"), lambda x: x.max(0)),
+    "pmin": (lambda x: lax.pmin(x, "device"), lambda x: x.min(0)),
+    "pmean": (lambda x: lax.pmean(x * 2.0, "device"), lambda x: 2 * x.mean(0)),
+}
+
+
+def _over_devices(body, check_vma: bool, wrap):
+    """body on each device's row of x: data [device, n] and exponent [device]."""
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P("device"), P("device")), out_specs=(P(), P()), check_vma=check_vma)
+    def run(data, exponent):
+        out = wrap(body)(ScaledArray(data[0], exponent[0]))
+        return out.data, out.exponent
+
+    return run
+
+
+def covered() -> set[str]:
+    """Primitives of the programs that are tested here."""
+    found = set()
+    for body, _ in CASES.values():
+        for check_vma in (True, False):
+            whole = jax.shard_map(lambda x, body=body: body(x[0]), mesh=MESH, in_specs=P("device"), out_specs=P(), check_vma=check_vma)
+            found |= primitives(whole, jnp.ones((DEVICES, 3)))
+    varied = jax.shard_map(lambda x: _varied(x), mesh=MESH, in_specs=P(), out_specs=P("device"))
+    return (found | primitives(varied, jnp.ones((DEVICES, 3)))) & {"psum", "psum_invariant", "pmax", "pmin", "pvary"}
+
+
+def _varied(x):
+    return lax.pcast(x, "device", to="varying")
+
+
+@pytest.mark.parametrize("check_vma", (True, False))
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+@pytest.mark.parametrize("name", CASES)
+def test_exponents_that_differ_between_devices(name, dtype, check_vma):
+    body, oracle = CASES[name]
+    data = np.random.default_rng(0).standard_normal((DEVICES, 5)).astype(dtype)
+    exponent = np.array([60, 58, 3, -60], np.int32)
+    out = ScaledArray(*_over_devices(body, check_vma, propagate_scales)(data, exponent))
+    want = oracle(np.ldexp(data.astype(np.float64), exponent[:, None]))
+    np.testing.assert_allclose(value(out), want, atol=(1e-6 if dtype == np.float32 else 4 * 2.0**-11) * np.abs(want).max(), rtol=0)
+
+
+def test_a_value_made_to_vary_keeps_its_exponent():
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P()), out_specs=P("device"))
+    def run(data, exponent):
+        out = propagate_scales(lambda x: _varied(x) * 2.0)(ScaledArray(data, exponent))
+        return ScaledArray(out.data[None], out.exponent[None])
+
+    out = run(np.ones(3, np.float32), np.int32(200))
+    np.testing.assert_array_equal(value(out), np.full((DEVICES, 3), 2.0**201))
