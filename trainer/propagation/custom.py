@@ -88,8 +88,8 @@ def _is_float0(x) -> bool:
 
 
 def _batch(args, dims, *, jaxpr, num_consts, batched, **params):
-    args = [a if d is batching.not_mapped else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims)]
-    mapped = tuple(d is not batching.not_mapped for d in dims)
+    args = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims)]
+    mapped = tuple(d is not None for d in dims)
     run = functools.partial(_evaluate, jaxpr=jaxpr, num_consts=num_consts)
     closed = jax.make_jaxpr(jax.vmap(run, in_axes=tuple(0 if m else None for m in mapped), out_axes=0))(*args)
     assert not closed.consts

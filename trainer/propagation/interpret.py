@@ -39,10 +39,11 @@ class Context:
     memo: dict = field(default_factory=dict)
     bodies: dict = field(default_factory=dict)
     path: tuple = ()
+    line: str = ""  # of the program that called this body: jax keeps none for what is inside its own functions
 
-    def nested(self, name) -> Context:
+    def nested(self, name, line: str) -> Context:
         """The same context inside a body: paths are longer, numbers of the outer trace are not remembered."""
-        return Context(self.data_dtype, self.on_fallback, self.user_rules, self.watch, self.move, self.fallbacks, {}, self.bodies, (*self.path, name))
+        return Context(self.data_dtype, self.on_fallback, self.user_rules, self.watch, self.move, self.fallbacks, {}, self.bodies, (*self.path, name), line)
 
 
 def read_literal(literal):
@@ -95,7 +96,7 @@ def _visit(ctx: Context, path, eqn, value: Scaled) -> Scaled:
 def _apply(ctx: Context, eqn, values, number: int) -> list:
     name = eqn.primitive.name
     if name in STRUCTURES:
-        return STRUCTURES[name](ctx.nested(number), eqn, values)
+        return STRUCTURES[name](ctx.nested(number, where(eqn) or ctx.line), eqn, values)
     if name in ctx.user_rules or name in USER_RULES:
         if any(map(carries, values)):
             return _user_rule(ctx, eqn, values)
@@ -165,12 +166,12 @@ def where(eqn) -> str:
 
 def fall_back(ctx: Context, eqn, values) -> list:
     """Unscale, apply, exponent 0; counted."""
-    name = eqn.primitive.name
+    name, line = eqn.primitive.name, where(eqn) or ctx.line
     if name not in _SCALE_FREE:
         if ctx.on_fallback == "raise":
             raise FallbackError(
-                f"propagate_scales: primitive '{name}' at {where(eqn)} has no scale rule; give it one with "
+                f"propagate_scales: primitive '{name}' at {line} has no scale rule; give it one with "
                 "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
             )
-        ctx.fallbacks[name, where(eqn)] += 1
+        ctx.fallbacks[name, line] += 1
     return bind(eqn, [plain(v) for v in values])

@@ -14,7 +14,7 @@ from jax import lax
 from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.elementwise import integer_pow, rsqrt, sqrt
-from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.rules.registry import Call, rule, to_unit
 from trainer.propagation.values import Scaled, Uniform, unscaled_wide
 
 LINEAR_BELOW = -24  # where |x| < 2^-24 all of them are c x to float32's last digit or nearly
@@ -26,6 +26,9 @@ SLOPES = {"tanh": 1.0, "sin": 1.0, "tan": 1.0, "asin": 1.0, "atan": 1.0, "sinh":
 @rule(*SLOPES, data="f(a 2^ea) 2^-e; c a where |x| < 2^-24", exponent="e = min(ea, 0)")
 def linear_at_zero(call: Call, a):
     a = call.lift(a)
+    if a.exponent.terms and a.data.dtype == jnp.float32:
+        # A scale that is not known may be that of data far from 1, whose values are not small at all.
+        a = Scaled(*to_unit(a.data, a.exponent), a.dtype)
     exponent = highest([a.exponent, Exponent()], lowest=True)
     values = _exactly(call, unscaled_wide(a))
     back = (-exponent).traced()
