@@ -160,11 +160,12 @@ def _given_amax(quantizer: Quantizer | None, role: str, site: Site, current):
     return None
 
 
-def _statistics(tensor, narrow, quantizer: Quantizer | None):
+def _statistics(tensor, narrow, quantizer: Quantizer | None, policy: PrecisionPolicy):
     """Telemetry's statistics of a tensor and its narrow pair, float32 [fields]."""
+    measure = telemetry.raw if policy.data_dtype is None else telemetry.carried
     if quantizer is None:
-        return telemetry.statistics(tensor)
-    return telemetry.statistics(tensor, *narrow, quantizer.format.element if isinstance(quantizer.format, formats.Scaled) else quantizer.format)
+        return measure(tensor)
+    return measure(tensor, *narrow, quantizer.format.element if isinstance(quantizer.format, formats.Scaled) else quantizer.format)
 
 
 def _forward(rows, x_NK, w_KM, policy, key, site):
@@ -186,7 +187,8 @@ def _linear_fwd(rows, x_NK, w_KM, policy, key, site, meter):
     y_NM, (x, w), amax = _forward(rows, x_NK, w_KM, policy, key, site)
     measured = {}
     if meter.statistics:
-        measured = {"activations": _statistics(x_NK, x, policy.activations.first), "weights": _statistics(w_KM, w, policy.weights.first)}
+        measured = {"activations": _statistics(x_NK, x, policy.activations.first, policy),
+                    "weights": _statistics(w_KM, w, policy.weights.first, policy)}
     # A role that is quantized once saves its narrow values; otherwise the backward starts from the tensor itself.
     saved_x = x if policy.activations.shared else x_NK
     saved_w = w if policy.weights.shared else w_KM
@@ -211,7 +213,7 @@ def _linear_bwd(rows, residuals, g_NM):
     dw_KM = lax.optimization_barrier(_product(x, g_wgrad, 0, 0, policy.dot_dtype))
     amax = {"activations": x_amax, "weights": w_amax, "output_gradients": g_amax}
     if meter.statistics:
-        measured = measured | {"output_gradients": _statistics(g_NM, g_dgrad, out.first)}
+        measured = measured | {"output_gradients": _statistics(g_NM, g_dgrad, out.first, policy)}
     return dx_NK, dw_KM, None, None, None, Meter({role: amax[role] for role in meter.amax}, measured)
 
 

@@ -72,7 +72,7 @@ def amax_meter(policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
 
 def watched(meter: Meter, shape: tuple[int, int]) -> Meter:
     """The meter, with telemetry's statistics of every role."""
-    return replace(meter, statistics={role: jnp.zeros((*shape, len(telemetry.FIELDS)), jnp.float32) for role in ROLES})
+    return replace(meter, statistics={role: jnp.zeros((*shape, len(telemetry.RAW)), jnp.float32) for role in ROLES})
 
 
 def combine(seen: Meter, data_axis: str | None) -> Meter:

@@ -16,9 +16,11 @@ import numpy as np
 from jax import lax
 
 from formats import bits as fb
+from trainer.propagation import ScaledArray, pow2, scale_rule, unscaled
 
 FIELDS = ("rms", "amax", "underflow", "overflow", "exponent")
-LOSSES = FIELDS[2:]  # of quantized tensors only
+LOSSES = FIELDS[2:4]  # of quantized tensors only; the exponent also of data that carries one
+RAW = (*FIELDS, "carried")  # as they leave a layer: RMS and amax are those of the data, whose exponent is `carried`
 SLACK = np.float32(1 + 2.0**-20)  # amax divided by a scale that was rounded may lie an ulp beyond the largest value: that is not clipped
 DIGITS = 6  # significant ones, in the file
 
@@ -39,12 +41,32 @@ def statistics(x: jax.Array, values: jax.Array | None = None, scale: jax.Array |
     unit = jnp.clip(_power_of_two_below(amax), np.float32(2.0**-100), np.float32(2.0**100))
     rms = jnp.sqrt(jnp.mean(jnp.square(x * (1 / unit)))) * unit
     if values is None:
-        return jnp.stack([rms, amax, *(jnp.float32(jnp.nan) for _ in LOSSES)])
+        return jnp.stack([rms, amax, *(jnp.float32(jnp.nan),) * 3])
     underflow = jnp.mean((x != 0) & (values == 0), dtype=jnp.float32)
     factor = jnp.float32(1.0) if scale is None else scale
     low, high = (jnp.asarray(limit, jnp.float32) * (factor * SLACK) for limit in element.limits)
     overflow = jnp.mean((x < low) | (x > high), dtype=jnp.float32)
     return jnp.stack([rms, amax, underflow, overflow, jnp.mean(_log2(factor))])
+
+
+def raw(x: jax.Array, values=None, scale=None, element=None) -> jax.Array:
+    """The RAW statistics: of data that is the tensor itself."""
+    return jnp.concatenate([statistics(x, values, scale, element), jnp.zeros((1,), jnp.float32)])
+
+
+carried = scale_rule(raw)
+
+
+@carried.defrule
+def _(x: ScaledArray, values=None, scale=None, element=None):
+    """Of the data, at its own exponent, so that float16 holds them; the scale of quantized values is relative to that exponent."""
+    data, exponent = x.data.astype(jnp.float32), jnp.asarray(x.exponent, jnp.int32)
+    if values is not None:
+        values = values.data.astype(jnp.float32) * pow2(values.exponent - exponent)
+    found = statistics(data, values, unscaled(scale), unscaled(element))
+    own = exponent.astype(jnp.float32)
+    scale_used = jnp.where(jnp.isnan(found[4]), own, found[4] + own)
+    return jnp.concatenate([found[:4], jnp.stack([scale_used, own])])
 
 
 def _power_of_two_below(x):
@@ -58,10 +80,13 @@ def _log2(x):
 
 
 def combine(parts: jax.Array, data_axis: str | None = None) -> jax.Array:
-    """The statistics of a whole from those of equal parts, [P, ..., F] -> [..., F]; the parts of all devices, with data_axis."""
+    """The statistics of a whole, FIELDS, from the RAW ones of equal parts, [P, ..., F + 1] -> [..., F]; the parts of all devices, with
+    data_axis."""
     if data_axis is not None:
         parts = lax.all_gather(parts, data_axis, axis=0, tiled=True)
-    rms, amax, *shares = (parts[..., i] for i in range(len(FIELDS)))
+    rms, amax, *shares, own = (parts[..., i] for i in range(len(RAW)))
+    size = pow2(own.astype(jnp.int32))
+    rms, amax = rms * size, amax * size
     largest = jnp.max(rms, axis=0)
     unit = jnp.where(largest > 0, largest, np.float32(1.0))
     rms = unit * jnp.sqrt(jnp.mean(jnp.square(rms / unit[None]), axis=0))
@@ -70,10 +95,10 @@ def combine(parts: jax.Array, data_axis: str | None = None) -> jax.Array:
 
 def rows(step: int, measured: Mapping[str, np.ndarray], sites: Sequence[str], quantized: Mapping[str, bool]) -> Iterator[dict]:
     """The rows of telemetry.jsonl for one update: a row for every layer, site and role. measured: role -> [L, S, F]; quantized: whether
-    the role's tensors are: others have RMS and amax only."""
+    the role's tensors are: others have RMS and amax only, and the exponent of data that carries one."""
     for role, values_LSF in measured.items():
-        fields = FIELDS if quantized[role] else FIELDS[: -len(LOSSES)]
         for layer, values_SF in enumerate(values_LSF):
             for site, values_F in zip(sites, values_SF, strict=True):
-                numbers = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(fields, values_F)}
+                numbers = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(FIELDS, values_F)
+                           if quantized[role] or not (name in LOSSES or (name == "exponent" and np.isnan(value)))}
                 yield {"step": step, "layer": layer, "site": site, "role": role, **numbers}
