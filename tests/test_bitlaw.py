@@ -48,7 +48,7 @@ BAD = {
     "no override": (_train("steps=3", "fast"), ["'fast'", "key=value"]),
     "no option": (_train("steps=3", "--fast"), ["--fast", "--config-dir"]),
     "unknown model": (_train("steps=3", "model=3k"), ["model/3k", "accepted: ", "25k"]),
-    "unknown precision": (_train("steps=3", "precision=fp9"), ["precision/fp9", "bfloat16, float32, fp8"]),
+    "unknown precision": (_train("steps=3", "precision=fp9"), ["precision/fp9", "bfloat16, float32, fp16_scaled, fp8, fp8_scaled, fp8_scaled_fp16_state"]),
     "unknown data": (_train("steps=3", "data=wikipedia"), ["data/wikipedia", "file, stdlib, synthetic"]),
     "unknown schedule": (_train("steps=3", "schedule.name=linear"), ["schedule.name=linear", "constant, cosine, wsd"]),
     "unknown optimizer": (_train("steps=3", "optimizer.name=sgd"), ["optimizer.name=sgd", "adamw"]),

@@ -18,8 +18,6 @@ STRUCTURES: dict[str, Callable] = {}
 
 # Of a broadcast number these make another one.
 _KEEP_UNIFORM = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "copy", "copy_p")
-# These take floats that carry no scale to floats that need none, whatever their arguments carry: no fall-back to count.
-_SCALE_FREE = ("stop_gradient",)
 
 
 class FallbackError(NotImplementedError):
@@ -100,10 +98,12 @@ def _apply(ctx: Context, eqn, values, number: int) -> list:
     if name in ctx.user_rules or name in USER_RULES:
         if any(map(carries, values)):
             return _user_rule(ctx, eqn, values)
+    if not eqn.outvars:  # a print: of what the program has
+        return bind(eqn, [plain(v) for v in values])
     if not any(map(carries, values)):
         return _without_scales(eqn, values)
     entry = RULES.get(name)
-    if entry is None or not any(_is_float_aval(v.aval) for v in eqn.outvars) and name not in RULES:
+    if entry is None:
         return fall_back(ctx, eqn, values)
     outs = [v.aval for v in eqn.outvars]
     call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo)
@@ -167,11 +167,10 @@ def where(eqn) -> str:
 def fall_back(ctx: Context, eqn, values) -> list:
     """Unscale, apply, exponent 0; counted."""
     name, line = eqn.primitive.name, where(eqn) or ctx.line
-    if name not in _SCALE_FREE:
-        if ctx.on_fallback == "raise":
-            raise FallbackError(
-                f"propagate_scales: primitive '{name}' at {line} has no scale rule; give it one with "
-                "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
-            )
-        ctx.fallbacks[name, line] += 1
+    if ctx.on_fallback == "raise":
+        raise FallbackError(
+            f"propagate_scales: primitive '{name}' at {line} has no scale rule; give it one with "
+            "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
+        )
+    ctx.fallbacks[name, line] += 1
     return bind(eqn, [plain(v) for v in values])

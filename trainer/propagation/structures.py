@@ -170,7 +170,7 @@ def structure(*names):
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 
-@structure("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
+@structure("jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
 def call(ctx: Context, eqn, values):
     """The body in the place of the call. Derivative rules have been applied by the time this runs."""
     jaxpr, consts = parts(eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"])

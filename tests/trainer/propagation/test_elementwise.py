@@ -38,6 +38,8 @@ TABLE = {
     "neg": Case("neg", lambda a: -a, np.negative, dies=True),
     "abs": Case("abs", jnp.abs, np.abs, dies=True),
     "copy": Case("copy", lambda a: jnp.array(a, copy=True), lambda a: a, dies=True),
+    "stop_gradient": Case("stop_gradient", lambda a: lax.stop_gradient(a), lambda a: a, dies=True),
+    "device_put": Case("device_put", lambda a: jax.device_put(a), lambda a: a, dies=True),
     "name": Case("name", lambda a: checkpoint_name(a, "x"), lambda a: a, dies=True),
     "reduce_precision": Case("reduce_precision", lambda a: lax.reduce_precision(a, 8, 23), lambda a: a, dies=True),
     "sharding_constraint": Case("sharding_constraint", lambda a: lax.with_sharding_constraint(a, ON_ONE), lambda a: a, dies=True),

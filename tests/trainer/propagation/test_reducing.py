@@ -1,6 +1,7 @@
 """Sums, products, maxima over dimensions, and products of matrices."""
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,23 @@ def _dot(fun, oracle, shapes, rows=False):
 
 def _einsum(words, shapes, rows=False):
     return _dot(lambda *xs: jnp.einsum(words, *xs), lambda *xs: np.einsum(words, *xs), shapes, rows)
+
+
+def _max_pool(a, start, function):
+    return lax.reduce_window(a, np.asarray(start, a.dtype), function, (1, 2, 2), (1, 1, 1), "VALID")
+
+
+def _windows(function):
+    return lambda a: function(np.lib.stride_tricks.sliding_window_view(a, (2, 2), axis=(1, 2)), axis=(3, 4))
+
+
+def _max_pool_gradient(a, b):
+    out = np.zeros_like(a)
+    for i, j, k in np.ndindex(b.shape):
+        window = a[i, j : j + 2, k : k + 2]
+        m, n = np.unravel_index(np.argmax(window), window.shape)
+        out[i, j + m, k + n] += b[i, j, k]
+    return out
 
 
 TABLE = {
@@ -52,6 +70,11 @@ TABLE = {
                           "AB BC CD", exponents=((0, 0, 0), (60, 60, 60), (-60, -60, -60), (60, -60, 3)), dies=True, rows=None),
     "with a known matrix": Case("dot_general", lambda a: a @ jnp.full((a.shape[1], 3), 0.25, a.dtype), lambda a: a @ np.full((a.shape[1], 3), 0.25),
                                 "AB", dies=True, rows=False),
+    "average pool": Case("reduce_window_sum", lambda a: lax.reduce_window(a, np.zeros((), a.dtype), lax.add, (1, 2, 2), (1, 1, 1), "VALID"), _windows(np.sum), "344", dies=True),
+    "max pool": Case("reduce_window_max", lambda a: _max_pool(a, -jnp.inf, lax.max), _windows(np.max), "344", dies=True),
+    "min pool": Case("reduce_window_min", lambda a: _max_pool(a, jnp.inf, lax.min), _windows(np.min), "344", dies=True),
+    "gradient of max pool": Case("select_and_scatter_add", lambda a, b: jax.vjp(lambda x: _max_pool(x, -jnp.inf, lax.max), a)[1](b)[0], _max_pool_gradient,
+                                 "344 333", exponents=APART, dies=True),
     "in float32": _dot(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32), np.matmul, "AB BC", rows=None),
 }  # fmt: skip
 

@@ -102,13 +102,32 @@ def add(call: Call, a, b):
     if call.name == "sub":
         if _is_zero(b):
             return call.store(call.align(a, exponent), exponent)
-        return call.store(call.align(a, exponent) - call.align(b, exponent), exponent)
+        return call.store(_term(call, a, exponent) - _term(call, b, exponent), exponent)
     if _is_zero(a) or _is_zero(b):
         return call.store(call.align(b if _is_zero(a) else a, exponent), exponent)
-    return call.store(call.align(a, exponent) + call.align(b, exponent), exponent)
+    return call.store(_term(call, a, exponent) + _term(call, b, exponent), exponent)
 
 
-@rule("neg", "abs", "copy", "reduce_precision", "name", "sharding_constraint", data="f(a)", exponent="ea")
+def _term(call: Call, x, exponent: Exponent):
+    """Data of a term of a sum. Where results are held narrowly, two kinds of terms get lost that a program relies on:
+
+    a number beside an array (the epsilon in 1 / sqrt(v + epsilon)) does not vanish: it becomes the least that data can have;
+    an array that no scale has reached is a mask of 0 and -1e9, or the like: its numbers stay finite, so that a row which is
+    masked throughout does.
+    """
+    data = call.align(x, exponent)
+    shape = call.outs[0].shape
+    if isinstance(x, Scaled) and x.ndim or not call.narrow(len(shape)):
+        return data
+    limits = jnp.finfo(call.held_as(call.outs[0].dtype, len(shape)))
+    if not x.ndim or isinstance(x, Uniform):
+        least = float(limits.smallest_subnormal)
+        return jnp.where(data == 0, data, jnp.sign(data) * jnp.maximum(jnp.abs(data), least))
+    most = float(limits.max) / 2
+    return jnp.where(jnp.isfinite(data), jnp.clip(data, -most, most), data)
+
+
+@rule("neg", "abs", "copy", "stop_gradient", "reduce_precision", "name", "sharding_constraint", data="f(a)", exponent="ea")
 def on_data(call: Call, a):
     if isinstance(a, Uniform) and a.known and call.name == "neg":
         return call.number(-a.number)
@@ -134,9 +153,9 @@ def convert_element_type(call: Call, a):
     return call.settle(a.data, a.exponent) if crowded else call.store(a.data, a.exponent)
 
 
-@rule("optimization_barrier", data="a", exponent="ea")
-def optimization_barrier(call: Call, *xs):
-    """Only data is held back: a known exponent is not in the program at all."""
+@rule("optimization_barrier", "device_put", data="a", exponent="ea")
+def each_as_it_is(call: Call, *xs):
+    """Only data is held back or put somewhere: a known exponent is not in the program at all."""
     arrays = call.bind(*(x.data if isinstance(x, Scaled) else plain(x) for x in xs))
     return [call.store(array, x.exponent, i) if isinstance(x, Scaled) else array for i, (array, x) in enumerate(zip(arrays, xs))]
 

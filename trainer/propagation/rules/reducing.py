@@ -37,6 +37,33 @@ def cumsum(call: Call, a):
     return call.store(shift(call.bind(wide(a.data)), -steps), a.exponent + steps)
 
 
+def _windowed(call: Call) -> int:
+    """The first dimension that windows overlap in, or leave: before it, each index is one of its own."""
+    params = call.params
+    each = zip(params["window_dimensions"], params["window_strides"], params["padding"])
+    return next((i for i, (size, stride, padding) in enumerate(each) if (size, stride, *padding) != (1, 1, 0, 0)), call.ins[-1].ndim)
+
+
+@rule("reduce_window_sum", data="sum(a) / 2^c, added in float32", exponent="ea + c, c = floor(log2 sqrt(n))")
+def window_sum(call: Call, a):
+    a = collapse(a, _windowed(call))
+    steps = growth(int(np.prod(call.params["window_dimensions"], dtype=np.int64)))
+    return call.store(shift(call.bind(wide(a.data)), -steps), a.exponent + steps)
+
+
+@rule("reduce_window_max", "reduce_window_min", data="f(a)", exponent="ea")
+def window_extreme(call: Call, a):
+    a = collapse(a, _windowed(call))
+    return call.store(call.bind(a.data), a.exponent)
+
+
+@rule("select_and_scatter_add", data="the gradient a of maxima, to where they were in b; added in float32", exponent="ea")
+def window_extreme_gradient(call: Call, a, b):
+    a, b = (Scaled(wide(jnp.broadcast_to(x.data, aval.shape)), x.exponent, x.dtype) for x, aval in zip(map(call.lift, (a, b)), call.ins))
+    a, b = collapse(a, _windowed(call)), collapse(b, _windowed(call))
+    return call.store(call.bind(a.data, b.data), a.exponent)
+
+
 @rule("reduce_max", "reduce_min", data="f(a)", exponent="ea")
 def extreme(call: Call, a):
     a = _keep(a, call.params["axes"])

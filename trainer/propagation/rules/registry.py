@@ -74,11 +74,12 @@ class Call:
     def align(self, x, exponent: Exponent, saturate=None, shape=None):
         """The data that x has at another exponent, wide; of its own shape, or of one that broadcasts to `shape` (the result's)."""
         lifted = None if not exponent.ndim or isinstance(x, Uniform) and x.any_scale else self.lift(x)
-        if lifted is None or lifted.ndim:
-            return align(x, exponent, self.memo, saturate)
-        # One number that is to have an exponent for each leading index.
         shape, rank = self.outs[0].shape if shape is None else shape, exponent.ndim
-        data = jnp.broadcast_to(lifted.data, (*shape[:rank], *(1,) * (len(shape) - rank)))
+        if lifted is None or lifted.ndim and lifted.shape[:rank] == tuple(shape[:rank]):
+            return align(x, exponent, self.memo, saturate)
+        # One number, or one row of a size that primitives broadcast, is to have an exponent for each leading index.
+        own = lifted.shape[rank:] if lifted.ndim else (1,) * (len(shape) - rank)
+        data = jnp.broadcast_to(lifted.data, (*shape[:rank], *own))
         data = align(Scaled(data, lifted.exponent, lifted.dtype), exponent, self.memo)
         return jnp.clip(data, -saturate, saturate) if saturate is not None and isinstance(x, Uniform) and x.known else data
 
