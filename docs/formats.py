@@ -46,7 +46,7 @@ def _number(value) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _table(header: tuple[str, ...], rows) -> str:
+def table(header: tuple[str, ...], rows) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
@@ -58,7 +58,7 @@ def catalogue() -> str:
         errors = [] if row["name"] == "float8_e8m0fnu" else [f"{error:.3g}" for error in _gaussian_errors(row["name"])]
         rows.append((f"`{row['name']}`", f"{row['bits']:g}", *(_number(row[key]) for key in ("max", "smallest_normal", "smallest_subnormal")),
                      row["native"] or "", *errors, *[""] * (2 - len(errors))))
-    return _table(("name", "bits", "max", "smallest normal", "smallest subnormal", "native dtype", "Gaussian error", "best scale"), rows)
+    return table(("name", "bits", "max", "smallest normal", "smallest subnormal", "native dtype", "Gaussian error", "best scale"), rows)
 
 
 def _gaussian_errors(name: str) -> list[float]:
@@ -75,7 +75,7 @@ def values() -> str:
         if isinstance(fmt, Scaled) or name == "float8_e8m0fnu" or formats.describe(name)["bits"] > 6:
             continue
         rows.append((f"`{name}`", ", ".join(f"{value:.6g}" for value in _nonnegative(fmt))))
-    return _table(("name", "values from 0 up"), rows)
+    return table(("name", "values from 0 up"), rows)
 
 
 def _nonnegative(fmt) -> np.ndarray:

@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
-from trainer.propagation.array import ZERO_EXPONENT, floor_log2, wide
+from trainer.propagation.array import pow2, times, trailing, wide
 from trainer.propagation.exponents import of_array
 from trainer.propagation.interpret import where
-from trainer.propagation.rescale import Statistic, measure, parse, to_unit
-from trainer.propagation.values import SENTINEL, Scaled, collapse
+from trainer.propagation.rescale import Statistic, drift, measure, parse
+from trainer.propagation.rules import RULES
+from trainer.propagation.values import SENTINEL, Scaled
 
 MAX_PLACES = 64
+CANDIDATES = 12
 
 
 @dataclass(frozen=True)
@@ -46,93 +49,118 @@ class Plan:
     def _paths(self):
         return frozenset(place.path for place in self.places)
 
-    def move(self, path, value: Scaled) -> Scaled:
+    def move(self, path, _, value: Scaled) -> Scaled:
         """The value, rescaled if this is one of the places."""
-        if path not in self._paths:
-            return value
-        value = collapse(value)
-        data, n = to_unit(value.data, Statistic(self.by))
-        return Scaled(data, value.exponent + of_array(n), value.dtype)
+        return _moved(value, drift(_size(value, Statistic(self.by)))) if path in self._paths else value
 
     def __str__(self):
         head = f"{len(self.places)} rescales by {self.by}; log2 of it was in {list(self.drift)}, is in {list(self.remaining)}, limits +-{self.threshold}"
         return "\n".join([head, *(f"  {place}" for place in self.places)])
 
 
-@dataclass
-class _Seen:
-    """The log2 of the statistic of every value, over all its occurrences."""
-
-    places: dict = field(default_factory=dict)
-    lowest: dict = field(default_factory=dict)
-    highest: dict = field(default_factory=dict)
-    order: list = field(default_factory=list)
-
-    def take(self, path, drift) -> None:
-        drift = int(drift)
-        if drift == ZERO_EXPONENT:  # all zero: at home at any scale
-            return
-        if path not in self.lowest:
-            self.order.append(path)
-        self.lowest[path] = min(drift, self.lowest.get(path, drift))
-        self.highest[path] = max(drift, self.highest.get(path, drift))
-
-    def outside(self, threshold: int) -> list:
-        """Paths that leave the limits, in the order of the program."""
-        return sorted(p for p in self.lowest if self.lowest[p] < -threshold or self.highest[p] > threshold)
-
-    def range(self) -> tuple[int, int]:
-        return (min(self.lowest.values(), default=0), max(self.highest.values(), default=0))
+def _size(value: Scaled, statistic: Statistic):
+    """The statistic of the data, for each index that has an exponent of its own. What stands for minus infinity (mask values, and what they
+    become) is taken as zero."""
+    data = wide(value.data)
+    return measure(jnp.where(jnp.abs(data) < min(SENTINEL, 65504.0), data, 0), statistic, value.exponent.ndim)
 
 
-def _without_masks(data):
-    """The data with what stands for minus infinity (mask values, and what they become) taken as zero, unless it is all there is."""
-    data = wide(data)
-    limit = min(SENTINEL, 65504.0)
-    kept = jnp.where(jnp.abs(data) < limit, data, 0)
-    return jnp.where(jnp.any(kept != 0), kept, data)
+def _moved(value: Scaled, n) -> Scaled:
+    data = times(wide(value.data), trailing(pow2(-n), value.ndim)) if n.ndim else times(wide(value.data), pow2(-n))
+    return Scaled(data.astype(value.data.dtype), value.exponent + of_array(n), value.dtype)
 
 
-def _look(watched: Callable, plan: Plan, args, kwargs) -> _Seen:
-    """Run the program once with the plan's rescales."""
-    seen = _Seen()
-    statistic = Statistic(plan.by)
+def _passes_on(eqn) -> bool:
+    """True for primitives whose result is as near to unit scale as their argument."""
+    rule = RULES.get(eqn.primitive.name)
+    return rule is not None and (rule.data, rule.exponent) == ("f(a)", "ea")
 
-    def watch(path, eqn, value: Scaled) -> None:
-        if not value.ndim or not value.data.size:
-            return
-        seen.places[path] = Place(path, eqn.primitive.name, where(eqn), tuple(value.shape), len(path) // 2)
-        drift = floor_log2(measure(_without_masks(collapse(value).data), statistic).astype(jnp.float32))
-        jax.debug.callback(functools.partial(seen.take, path), drift)
 
-    arrays, static = {}, {}
-    for name, value in kwargs.items():
-        (static if isinstance(value, (str, bool)) else arrays)[name] = value
-    run = jax.jit(lambda a, k: watched(plan, watch)(*a, **k, **static))
-    jax.block_until_ready(run(args, arrays))
-    jax.effects_barrier()
-    return seen
+class _Probe:
+    """The transformed program with a switch at every value: compiled once, and run with any choice of rescales."""
+
+    def __init__(self, watched: Callable, args, kwargs, statistic: Statistic):
+        self.places: dict[tuple, Place] = {}
+        self._statistic, self._numbers, self._switches = statistic, {}, None
+        static = {name: value for name, value in kwargs.items() if isinstance(value, (str, bool))}
+        self._arguments = args, {name: value for name, value in kwargs.items() if name not in static}
+        run = lambda switches, a, k: self._run(watched, switches, *a, **k, **static)  # noqa: E731
+        jax.eval_shape(functools.partial(run, None), *self._arguments)
+        self._compiled = jax.jit(run)
+
+    def _run(self, watched, switches, *args, **kwargs):
+        self._switches = switches
+        return watched(self, None)(*args, **kwargs)
+
+    def move(self, path, eqn, value: Scaled) -> Scaled:
+        """The value, rescaled if its switch is on, and its drift told to whoever looks."""
+        if not value.ndim or not value.data.size or _passes_on(eqn):
+            return value
+        self.places.setdefault(path, Place(path, eqn.primitive.name, where(eqn), tuple(value.shape), len(path) // 2))
+        number = self._numbers.setdefault(path, len(self._numbers))
+        if self._switches is None:  # the first pass counts them
+            return value
+        size = _size(value, self._statistic)
+        jax.debug.callback(functools.partial(self._take, path), size, self._switches[number])
+        return _moved(value, jnp.where(self._switches[number], drift(size), 0))
+
+    def _take(self, path, size, moved) -> None:
+        size = np.asarray(size)[(size > 0) & np.isfinite(size)]  # zeros are at home at any scale
+        if size.size:
+            n = np.zeros(1, int) if moved else np.frexp(size)[1] - 1
+            low, high = self._seen.get(path, (n[0], n[0]))
+            self._seen[path] = min(int(n.min()), low), max(int(n.max()), high)
+
+    def look(self, places) -> dict[tuple, tuple[int, int]]:
+        """path -> (lowest, highest) drift over all occurrences, in the order of the program, with rescales at these paths."""
+        self._seen: dict = {}
+        switches = np.zeros(len(self._numbers), bool)
+        switches[[self._numbers[path] for path in places]] = True
+        jax.block_until_ready(self._compiled(switches, *self._arguments))
+        jax.effects_barrier()
+        return dict(sorted(self._seen.items()))
+
+
+def _outside(seen: dict, threshold: int) -> list:
+    return [path for path, (low, high) in seen.items() if low < -threshold or high > threshold]
+
+
+def _candidates(seen: dict, first, count: int) -> list:
+    """Where a rescale may keep `first` inside: there, or at one of the values before it that have drifted farthest; of neighbours that have
+    drifted alike, one."""
+    before, last = [], None
+    for path, (low, high) in seen.items():
+        if path == first:
+            break
+        if (low, high) != last and (low < -1 or high > 1):
+            before.append((max(-low, high), path))
+        last = low, high
+    return [first, *(path for _, path in sorted(before, reverse=True)[: count - 1])]
 
 
 def make_plan(watched: Callable, args, kwargs, threshold: int = 8, by: str = "rms") -> Plan:
-    """See `trainer.propagation.calibrate`. watched(plan, watch): the transformed function that tells of its values."""
-    parse(Statistic, "by", by)
+    """See `trainer.propagation.calibrate`. watched(plan, watch): the transformed function with plan.move and watch at its values.
+
+    A greedy search: for the first value outside the limits, the place that leaves the fewest outside; then every place is tried without.
+    """
+    statistic = parse(Statistic, "by", by)
     if not isinstance(threshold, (int, np.integer)) or threshold < 1:
         raise ValueError(f"calibrate: threshold={threshold!r}; accepted: an integer of at least 1 (powers of two)")
-    first = _look(watched, Plan((), by, threshold), args, kwargs)
-    plan = Plan((), by, threshold, first.range(), first.range())
-    seen = first
-    while seen.outside(threshold) and len(plan.places) < MAX_PLACES:
-        path = seen.outside(threshold)[0]
-        plan = _with(plan, (*plan.places, seen.places[path]))
-        seen = _look(watched, plan, args, kwargs)
-    for place in plan.places:
-        fewer = _with(plan, tuple(p for p in plan.places if p is not place))
-        tried = _look(watched, fewer, args, kwargs)
-        if not tried.outside(threshold):
-            plan, seen = fewer, tried
-    return Plan(plan.places, by, threshold, first.range(), seen.range())
+    with Console(stderr=True).status("calibrating: compiling the program with a switch at every value") as status:
+        probe = _Probe(watched, args, kwargs, statistic)
+        chosen: tuple = ()
+        found = seen = probe.look(chosen)
+        while (outside := _outside(seen, threshold)) and len(chosen) < MAX_PLACES:
+            status.update(f"calibrating: {len(outside)} values outside with {len(chosen)} rescales")
+            tried = {path: probe.look((*chosen, path)) for path in _candidates(seen, outside[0], CANDIDATES)}
+            best = min(tried, key=lambda path: len(_outside(tried[path], threshold)))
+            chosen, seen = (*chosen, best), tried[best]
+        for path in chosen:
+            fewer = tuple(p for p in chosen if p != path)
+            if not _outside(without := probe.look(fewer), threshold):
+                chosen, seen = fewer, without
+    return Plan(tuple(probe.places[path] for path in sorted(chosen)), by, threshold, _range(found), _range(seen))
 
 
-def _with(plan: Plan, places) -> Plan:
-    return Plan(places, plan.by, plan.threshold, plan.drift, plan.remaining)
+def _range(seen: dict) -> tuple[int, int]:
+    return min((low for low, _ in seen.values()), default=0), max((high for _, high in seen.values()), default=0)

@@ -32,7 +32,7 @@ class Context:
     on_fallback: str = "count"
     user_rules: Mapping[str, Callable] = field(default_factory=dict)
     watch: Callable | None = None  # watch(path, equation, value) of every Scaled result, while calibrating
-    move: Callable | None = None  # move(path, value) -> value, which rescales where a calibration found it needed
+    move: Callable | None = None  # move(path, equation, value) -> value, which rescales where a calibration found it needed
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
     memo: dict = field(default_factory=dict)
     bodies: dict = field(default_factory=dict)
@@ -85,7 +85,7 @@ def _visit(ctx: Context, path, eqn, value: Scaled) -> Scaled:
     if eqn.primitive.name in STRUCTURES:  # seen inside
         return value
     if ctx.move is not None:
-        value = ctx.move(path, value)
+        value = ctx.move(path, eqn, value)
     if ctx.watch is not None:
         ctx.watch(path, eqn, value)
     return value

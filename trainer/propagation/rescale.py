@@ -27,20 +27,26 @@ class On(enum.Enum):
     BOTH = "both"
 
 
-def measure(data, statistic: Statistic):
-    """The statistic of data (any float dtype) as float32; data of unit scale is far from where squares overflow."""
-    data = wide(data)
+def measure(data, statistic: Statistic, leading: int = 0):
+    """The statistic of data (any float dtype) as float32, for each index of so many leading dimensions; data of unit scale is far from
+    where squares overflow."""
+    data, axes = wide(data), tuple(range(leading, data.ndim))
     if statistic is Statistic.AMAX:
-        return jnp.max(jnp.abs(data), initial=0)
+        return jnp.max(jnp.abs(data), axis=axes, initial=0)
     if statistic is Statistic.MEAN_ABS:
-        return jnp.mean(jnp.abs(data))
-    return jnp.sqrt(jnp.mean(data * data))
+        return jnp.mean(jnp.abs(data), axis=axes)
+    return jnp.sqrt(jnp.mean(data * data, axis=axes))
 
 
-def to_unit(data, statistic: Statistic):
-    """(data / 2**n, n) with the statistic in [1, 2); n is 0 where all is zero or something is not finite."""
-    n = floor_log2(measure(data, statistic).astype(jnp.float32))
-    n = jnp.where(n == ZERO_EXPONENT, 0, n)
+def drift(size):
+    """int32 n with a statistic in [2**n, 2**(n + 1)); 0 where all is zero or something is not finite."""
+    n = floor_log2(size.astype(jnp.float32))
+    return jnp.where(n == ZERO_EXPONENT, 0, n)
+
+
+def to_unit(data, statistic: Statistic, leading: int = 0):
+    """(data / 2**n, n) with the statistic in [1, 2), see `drift`."""
+    n = drift(measure(data, statistic, leading))
     return shift(wide(data), -n).astype(data.dtype), n
 
 
@@ -51,9 +57,7 @@ def _rescale(x, *, statistic):
 
 @_rescale.defrule
 def _to_unit(x: ScaledArray, *, statistic):
-    if jnp.ndim(x.exponent):  # stacked layers or members: each by itself
-        return jax.vmap(partial(_to_unit, statistic=statistic))(x)
-    data, n = to_unit(x.data, statistic)
+    data, n = to_unit(x.data, statistic, jnp.ndim(x.exponent))  # stacked layers or members: each by itself
     return ScaledArray(data, x.exponent + n)
 
 

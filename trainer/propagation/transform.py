@@ -57,9 +57,9 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
 def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str = "rms", **kwargs) -> Plan:
     """The fewest rescales that keep the data of propagate_scales(fun) within 2**-threshold and 2**threshold of unit scale.
 
-    fun is run on these arguments (concrete; one batch will do), each time with one rescale more, placed at the first value whose
-    `by` ("rms", "amax", "mean_abs") lies outside; then those that turn out not to be needed are taken away again. Scalars and
-    all-zero arrays do not count. Give the result to propagate_scales(fun, rescale=plan); print(plan) says what is where.
+    fun is compiled once with a switch at every value and run on these arguments (concrete; one batch will do) with one rescale more each
+    time, for the first value whose `by` ("rms", "amax", "mean_abs") lies outside: there or before it, wherever it leaves the fewest
+    outside. Those that turn out not to be needed are taken away again. Scalars and all-zero arrays do not count. Give the result to propagate_scales(fun, rescale=plan); print(plan) says what is where.
     """
     return make_plan(propagate_scales(fun, data_dtype=data_dtype).watched, args, kwargs, threshold, by)
 
@@ -154,7 +154,7 @@ class _Transformed:
         closed, variables, tree, any_scaled = self.trace(args, kwargs)
         counters.before = _count(closed.jaxpr)
         plan = _plan or (self._rescale if isinstance(self._rescale, Plan) else None)
-        move = plan.move if plan is not None and plan.places else None
+        move = None if plan is None else plan.move
         ctx = Context(self._data_dtype, self._on_fallback, watch=_watch, move=move, fallbacks=counters.fallbacks)
         consts = [_undifferentiable(c) if isinstance(c, jax.core.Tracer) and is_float(c) else c for c in closed.consts]
         results = interpret(ctx, closed.jaxpr, consts, variables)

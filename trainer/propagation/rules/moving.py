@@ -21,7 +21,7 @@ def _same_leading(a_shape, b_shape) -> int:
     return count
 
 
-@rule("reshape", data="reshape(a)", exponent="ea")
+@rule("reshape", data="f(a)", exponent="ea")
 def reshape(call: Call, a):
     shape = call.outs[0].shape
     if call.params.get("dimensions") is None:
@@ -31,7 +31,7 @@ def reshape(call: Call, a):
     return call.store(call.bind(a.data), a.exponent)
 
 
-@rule("squeeze", data="squeeze(a)", exponent="ea")
+@rule("squeeze", data="f(a)", exponent="ea")
 def squeeze(call: Call, a):
     dims = call.params["dimensions"]
     rank = a.exponent.ndim
@@ -40,7 +40,7 @@ def squeeze(call: Call, a):
     return call.store(call.bind(a.data), exponent)
 
 
-@rule("broadcast_in_dim", data="broadcast(a)", exponent="ea")
+@rule("broadcast_in_dim", data="f(a)", exponent="ea")
 def broadcast_in_dim(call: Call, a):
     dims, shape = call.params["broadcast_dimensions"], call.outs[0].shape
     rank = a.exponent.ndim
@@ -56,7 +56,7 @@ def _whole(exponent, shape):
     return jnp.broadcast_to(exponent, shape[: exponent.ndim])
 
 
-@rule("transpose", data="transpose(a)", exponent="ea")
+@rule("transpose", data="f(a)", exponent="ea")
 def transpose(call: Call, a):
     order = call.params["permutation"]
     fixed = 0
@@ -66,14 +66,14 @@ def transpose(call: Call, a):
     return call.store(call.bind(a.data), a.exponent)
 
 
-@rule("rev", data="reverse(a)", exponent="ea")
+@rule("rev", data="f(a)", exponent="ea")
 def rev(call: Call, a):
     inside = tuple(d for d in call.params["dimensions"] if d < a.exponent.ndim)
     exponent = a.exponent.mapped(lambda e: lax.rev(_whole(e, a.shape), inside)) if inside else a.exponent
     return call.store(call.bind(a.data), exponent)
 
 
-@rule("slice", data="slice(a)", exponent="ea")
+@rule("slice", data="f(a)", exponent="ea")
 def slice(call: Call, a):
     start, limit, strides = (call.params[k] for k in ("start_indices", "limit_indices", "strides"))
     rank = a.exponent.ndim
@@ -84,7 +84,7 @@ def slice(call: Call, a):
     return call.store(call.bind(a.data), a.exponent.mapped(cut))
 
 
-@rule("split", data="split(a)", exponent="ea")
+@rule("split", data="f(a)", exponent="ea")
 def split(call: Call, a):
     axis, sizes = call.params["axis"], call.params["sizes"]
     pieces = call.bind(a.data)
@@ -97,7 +97,7 @@ def split(call: Call, a):
     return [call.store(piece, e, i) for i, (piece, e) in enumerate(zip(pieces, exponents))]
 
 
-@rule("dynamic_slice", data="dynamic_slice(a)", exponent="ea")
+@rule("dynamic_slice", data="f(a)", exponent="ea")
 def dynamic_slice(call: Call, a, *starts):
     rank, sizes = a.exponent.ndim, call.params["slice_sizes"]
     exponent = a.exponent
@@ -170,7 +170,7 @@ def stack(call: Call, *pieces):
     return call.store(call.bind(*(_full(call, p, i, exponent) for i, p in enumerate(pieces))), exponent)
 
 
-@rule("unstack", data="unstack(a)", exponent="ea")
+@rule("unstack", data="f(a)", exponent="ea")
 def unstack(call: Call, a):
     axis = call.params["axis"]
     pieces = call.bind(a.data)
@@ -180,7 +180,7 @@ def unstack(call: Call, a):
     return [call.store(piece, e, i) for i, (piece, e) in enumerate(zip(pieces, each))]
 
 
-@rule("tile", data="tile(a)", exponent="ea")
+@rule("tile", data="f(a)", exponent="ea")
 def tile(call: Call, a):
     reps = call.params["reps"][: a.exponent.ndim]
     exponent = a.exponent if all(r == 1 for r in reps) else a.exponent.mapped(lambda e: jnp.tile(_whole(e, a.shape), reps))
@@ -196,7 +196,7 @@ def pad(call: Call, a, value):
     return call.store(call.bind(_full(call, a, 0, exponent), call.align(value, exponent)), exponent)
 
 
-@rule("gather", data="gather(a)", exponent="ea")
+@rule("gather", data="f(a)", exponent="ea")
 def gather(call: Call, a, indices):
     if call.params.get("fill_value") not in (None, 0) and np.isfinite(call.params["fill_value"]):
         return call.fall_back(a, indices)

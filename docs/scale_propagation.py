@@ -1,0 +1,187 @@
+"""Writes docs/scale_propagation.md and its figure from the registry of rules and a training step: python -m docs.scale_propagation"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import textwrap
+
+from docs.formats import table
+from trainer.propagation.rules.registry import describe_rules
+
+HERE = pathlib.Path(__file__).parent
+RESCALES = "TODO"
+_HOW = """# Scale propagation
+
+Every floating-point value of a program is held as `data * 2**exponent`: an array near unit scale, and an integer exponent for the tensor,
+or for each leading index of stacked layers and cohorts. Data then fits float16 and FP8 through the whole step, backward pass and optimizer
+included, with no loss scale and no amax. The idea is that of Scalify (arXiv 2407.17353); this one runs on today's JAX, through scan, remat
+and attention.
+
+```python
+from trainer import propagate_scales, scaled, unscaled
+
+step = propagate_scales(jax.value_and_grad(loss))               # differentiate first
+loss, grads = step(scaled(params, dtype="float16"), batch)      # ScaledArrays in and out: grads["w"].data, grads["w"].exponent
+step = propagate_scales(jax.value_and_grad(loss), data_dtype="float16")   # a float32 program on float32 arrays, all data held in float16
+```
+
+In training it is a config value: `precision=fp16_scaled` (float16 data), `fp8_scaled` (and FP8 products: E4M3 forward, E5M2 backward, by the
+carried scales), `fp8_scaled_fp16_state` (and float16 master weights and Adam moments); `precision.source=current|delayed|static|propagated` says
+where the scales of quantizers come from, `precision.granularity=block` makes them relative to what is carried, `precision.data_dtype=float32`
+checks that nothing changes.
+
+![The sizes of all values of a training step, and of the data that is held](scale_propagation.png)
+
+*One training step of the 100k decoder (16 x 128 bytes): each value of loss and gradients in the order of the program. Plain float16 would hold
+the grey ones: below the band they lose digits or vanish. Held are the blue ones.*
+
+## How it works
+
+`propagate_scales` traces the function and interprets its jaxpr. Each primitive has a rule that says what happens to data and exponents;
+jit, scan, while, cond, remat and custom derivatives are gone into. Three decisions make it exact and cheap:
+
+- **Exponents are integers, and symbols while tracing**: a known number plus exponents of arguments, each counted. What is the same cancels
+  before XLA sees it, so a chain of elementwise operations costs nothing. Where two scales meet at run time (a sum, a concatenation), `max` of
+  two int32 scalars decides, and the data is multiplied by a power of two: in float32 no bit changes.
+- **Growth is known, not measured**: a matrix product over K moves floor(log2 sqrt(K)) into the exponent, a sum likewise. Rules compute in
+  float32 and round once to the dtype that data is held in. Only where no rule can foresee the size (`exp`, `max` of two scales, casts to
+  float16) is narrow data brought to unit scale by its largest magnitude.
+- **Zeros, infinities and mask values have any scale**: ReLU's zeros, scan's empty accumulators and `-1e30` never set an exponent. Other
+  constants go to the nearest power of two: multiplying by a learning rate moves the scale and not the data.
+
+Where data drifts all the same, `rescale(x, by="rms"|"amax"|"mean_abs", on="forward"|"cotangent"|"both")` brings it back, exactly, at the cost
+of a reduction. `propagate_scales(f, rescale="auto")`, or `trainer.propagation.calibrate(f, *args)`, runs the function once and places the
+fewest rescales that keep all data within 2**-8 to 2**8; `print(plan)` lists them by source line. %(rescales)s
+`step.report(*args)` counts equations before and after, and the fall-backs: a primitive without a rule is unscaled, applied and goes on at
+exponent 0; `on_fallback="raise"` names it with its line.
+"""
+_RULES = """## Rules
+
+a, b: data; ea, eb: exponents; e: that of the result, whose data stands in the middle column; f: the primitive itself.
+
+"""
+_REST = """Structures: jit, scan, while, cond, remat, custom_jvp and custom_vjp calls, vmap from outside and inside.
+
+## A rule of your own
+
+For a function, where you know more than its primitives do; it holds under `vmap` and differentiation (the derivative is that of the function):
+
+```python
+@trainer.scale_rule
+def softmax(x):
+    return jax.nn.softmax(x)
+
+@softmax.defrule
+def _(x):                                             # a ScaledArray for every floating-point argument
+    return ScaledArray(jax.nn.softmax(unscaled(x)), 0)
+```
+
+For a primitive: `@trainer.propagation.register_rule("sort")`, then `def rule(*scaled_arrays, **params)`. The decoder has rules for its norm,
+SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/linear.py`).
+
+## What it does not do
+
+- **No gradient through it.** `grad(propagate_scales(f))` is refused: it would be that of the data. Write `propagate_scales(grad(f))`.
+- **No guard against drift that you did not ask for.** Data that moves 2**30 away from unit scale can overflow in products of several factors.
+  A sum takes the larger exponent, so parameters updated by gradients whose exponent says more than their data take that exponent on, and the
+  next gradients are larger by it: without a `rescale` of the gradients a plain SGD loop runs away. Adam divides it out; the trainer's
+  step needs none.
+- **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate.
+- Convolution, sort, top_k, cumprod and shard_map fall back. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
+- Exponents are clipped nowhere: beyond 2**127 the data is right and its float32 value is not.
+"""
+
+
+@functools.cache
+def _decoder():
+    """(function, arguments): loss and gradients of the 100k decoder on a batch of text."""
+    import jax
+    import numpy as np
+
+    from trainer import build, config, model, step
+
+    chosen = config("model=100k", "batch_size=16", "seq_len=128", "steps=1000")
+    structure = build.step_structure(chosen, 256)
+    hyper, graphdef = build.hyper(chosen), model.blueprint(structure.model)[0]
+    text = np.frombuffer(pathlib.Path(textwrap.__file__).read_bytes(), np.uint8)[: 16 * 129].reshape(16, 129)
+
+    def gradients(params, tokens):
+        return step.loss_and_gradients(structure, graphdef, params, tokens, hyper.policy, hyper.key)
+
+    return gradients, (model.init_params(structure.model, jax.random.key(0)), text.astype(np.int32))
+
+
+@functools.cache
+def sizes() -> list[tuple[float, float, bool]]:
+    """(log2 of the root mean square of the value, of the data, whether it is of the backward pass) of every array in the step."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from trainer import propagate_scales
+
+    function, args = _decoder()
+    found = {}
+
+    def watch(path, eqn, value) -> None:
+        if not value.ndim:
+            return
+        backward = "transpose" in str(eqn.source_info.name_stack)
+        exponent = jnp.asarray(value.exponent.traced(), jnp.float32)
+
+        def keep(size, exponent):
+            if 0 < size < np.inf and abs(exponent) < 1000:
+                found[path] = (float(np.log2(size) + exponent), float(np.log2(size)), backward)
+
+        data = value.data.astype(jnp.float32)
+        masked = jnp.abs(data) > 3e4
+        jax.debug.callback(keep, jnp.sqrt(jnp.sum(jnp.where(masked, 0, data * data)) / jnp.maximum(jnp.sum(~masked), 1)), jnp.mean(exponent))
+
+    carried = propagate_scales(function, data_dtype="float16")
+    jax.block_until_ready(jax.jit(carried.watched(None, watch))(*args))
+    jax.effects_barrier()
+    return [found[path] for path in sorted(found)]
+
+
+def draw() -> None:
+    """scale_propagation.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = sizes()
+    order = range(len(points))
+    figure, ax = pyplot.subplots(figsize=(10, 4), constrained_layout=True)
+    ax.axhspan(-14, 16, color="tab:green", alpha=0.12, label="float16, normal numbers")
+    ax.axhspan(-24, -14, color="tab:orange", alpha=0.12, label="float16, subnormal numbers")
+    ax.plot(order, [value for value, _, _ in points], ".", color="0.5", markersize=4, label="value")
+    ax.plot(order, [data for _, data, _ in points], ".", color="tab:blue", markersize=4, label="data held")
+    begins = next(i for i, (_, _, backward) in enumerate(points) if backward)
+    ax.axvline(begins, color="0.3", linewidth=0.8)
+    ax.annotate("backward pass ", (begins, 15), xytext=(4, 0), textcoords="offset points", va="top", fontsize=9)
+    ax.set(xlabel="equation of the program", ylabel="log2 of the root mean square", xlim=(0, len(points)))
+    ax.legend(ncols=4, loc="lower left", fontsize=8)
+    figure.savefig(HERE / "scale_propagation.png", dpi=110)
+
+
+def rules() -> str:
+    """The table of rules, from the registry."""
+    rows = [(", ".join(f"`{name}`" for name in names), data.replace("|", "\\|"), exponent.replace("|", "\\|"))
+            for (data, exponent), names in describe_rules().items()]
+    return table(("primitives", "data", "exponent"), rows)
+
+
+def page() -> str:
+    """The text of docs/scale_propagation.md."""
+    return "\n".join([_HOW % {"rescales": RESCALES}, _RULES + rules(), _REST])
+
+
+def main() -> None:
+    (HERE / "scale_propagation.md").write_text(page(), encoding="utf-8")
+    draw()
+
+
+if __name__ == "__main__":
+    main()
