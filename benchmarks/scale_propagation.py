@@ -1,9 +1,9 @@
-"""What carrying scales costs, as ratios over the same step without: python -m benchmarks.scale_propagation [--only decoder|mlp]
+"""What carrying scales costs, as ratios over the same step without: python -m benchmarks.scale_propagation [--only decoder|mlp|rescales]
 
 decoder: the 1m decoder's training step (batch 16 x 128 bytes, AdamW, all host devices) through the program that every run uses, data in float32
 with an exponent beside every tensor, in float16, and with propagated FP8 scales; and `propagate_scales` applied to loss and gradients alone, by
-the rules of primitives only, with ScaledArray parameters. mlp: 20 steps of SGD in one dispatch, the transform around one step. A peer, for
-scale: jax-scalify took 1.15 to 1.47 times the plain step on MLPs of these sizes (on jax 0.4.33, the last that it runs on).
+the rules of primitives only, with ScaledArray parameters. mlp: 20 steps of SGD in one dispatch, the transform around one step. rescales: what
+a calibration places. Tracing and compiling is timed from empty caches. A peer, for scale: jax-scalify took 1.15 to 1.47 times the plain step on MLPs of these sizes (on jax 0.4.33, the last that it runs on).
 """
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ MLP_SIZES = {"mlp 64": ((64, 64, 64, 10), 32), "mlp 784": ((784, 512, 512, 10), 
 MLP_STEPS = 20
 
 
-def built(make) -> tuple[object, float]:
-    """(make(), seconds that it took): tracing and compiling."""
+def built(make) -> tuple[timing.Program, float]:
+    """(make(), seconds from nothing to its first result, without those of a call): tracing, lowering and compiling."""
+    import jax
+
+    jax.clear_caches()
     began = time.perf_counter()
-    made = make()
-    return made, time.perf_counter() - began
+    program = make()
+    program.work()
+    first = time.perf_counter() - began
+    return program, first - timing.timed(program.work)
 
 
 def decoder_programs() -> dict:
@@ -38,23 +43,22 @@ def decoder_programs() -> dict:
     return {name: lambda p=p: our_step.program(config, p, steps=2) for name, p in policies.items()}
 
 
-def decoder_gradients() -> tuple:
-    """(function, arguments) of the plain loss and gradients of the same decoder."""
+def decoder_gradients(policy) -> tuple:
+    """(function, arguments) of the loss and gradients of the same decoder, not transformed; with rules of its own where the policy has a
+    data_dtype."""
     import jax
 
     from benchmarks import our_step
-    from trainer import model, step
+    from trainer import model
     from trainer.model import ModelConfig
 
     config = ModelConfig(5, 128, 4, 352, our_step.VOCABULARY)
-    structure = step.StepStructure(config, "adamw", "wsd", our_step.BATCH, our_step.SEQ_LEN)
-    graphdef, _ = model.blueprint(config)
-    tokens = our_step.tokens().astype("int32")
+    graphdef, call = model.blueprint(config)[0], model.Call(policy)
 
-    def gradients(params, tokens):
-        return step.loss_and_gradients(structure, graphdef, params, tokens, our_step.FLOAT32, None)
+    def loss(params, tokens):
+        return jax.numpy.mean(model.next_token_losses(graphdef, params, tokens, call))
 
-    return gradients, (model.init_params(config, jax.random.key(0)), tokens)
+    return jax.value_and_grad(loss), (model.init_params(config, jax.random.key(0)), our_step.tokens().astype("int32"))
 
 
 def mlp(widths, batch: int):
@@ -97,36 +101,54 @@ def compiled(function, args):
 
 def compare(makers: dict, rounds: int, builds: int) -> dict:
     """Ratios over "plain": of a step, and of tracing plus compiling."""
-    build_seconds = {name: [] for name in makers}
+    programs, seconds = {}, {name: [] for name in makers}
     for _ in range(builds):
         for name, make in makers.items():
-            programs = {} if not build_seconds["plain"] else programs
-            programs[name], seconds = built(make)
-            build_seconds[name].append(seconds)
+            programs[name], build = built(make)
+            seconds[name].append(build)
     samples = timing.interleave({name: lambda p=p: timing.visit(p, 1) for name, p in programs.items()}, rounds)
-    builds_ = {name: timing.Samples(tuple(values)) for name, values in build_seconds.items()}
+    builds_ = {name: timing.Samples(tuple(values)) for name, values in seconds.items()}
     others = [name for name in makers if name != "plain"]
     return {"step": {name: timing.ratio(samples, name, "plain") | samples[name].milliseconds() for name in others},
-            "plain": samples["plain"].milliseconds(),
+            "plain": samples["plain"].milliseconds() | {"trace and compile, seconds": round(builds_["plain"].median, 2)},
             "trace and compile": {name: timing.ratio(builds_, name, "plain") | {"seconds": round(builds_[name].median, 2)} for name in others}}
 
 
 def decoder(rounds: int) -> dict:
-    """The 1m decoder: the trainer's own step, then the bare transform."""
+    """The 1m decoder: the trainer's own step, then the bare transform of loss and gradients, by the rules of primitives alone."""
     import jax
 
+    from benchmarks import our_step
     from trainer import propagate_scales, scaled
 
     result = compare(decoder_programs(), rounds, builds=3)
     result["judged"] = {"step, float32": timing.judged(result["step"]["float32"], at_most=GOALS["decoder"]),
                         "trace and compile, float32": timing.judged(result["trace and compile"]["float32"], at_most=GOALS["build"])}
-    gradients, (params, tokens) = decoder_gradients()
-    bare = propagate_scales(gradients)
-    makers = {"plain": lambda: compiled(gradients, (params, tokens)), "bare": lambda: compiled(propagate_scales(gradients), (scaled(params), tokens)),
-              "bare, from arrays": lambda: compiled(propagate_scales(gradients), (params, tokens))}
-    report = bare.report(jax.eval_shape(lambda: scaled(params)), tokens)
-    equations = {"before": report.equations_before, "after": report.equations_after, "fall-backs": sum(report.fallbacks.values())}
-    return result | {"bare transform of loss and gradients": compare(makers, rounds, builds=2) | {"equations": equations}}
+    gradients, (params, tokens) = decoder_gradients(our_step.FLOAT32)
+    makers = {"plain": lambda: compiled(gradients, (params, tokens)), "bare": lambda: compiled(propagate_scales(gradients), (scaled(params), tokens))}
+    result["equations of loss and gradients"] = {}
+    for name, policy in (("rules of primitives", our_step.FLOAT32), ("rules of the decoder", replace(our_step.FLOAT32, data_dtype="float32"))):
+        report = propagate_scales(decoder_gradients(policy)[0]).report(jax.eval_shape(lambda: scaled(params)), tokens)
+        result["equations of loss and gradients"][name] = {
+            "before": report.equations_before, "after": report.equations_after, "fall-backs": sum(report.fallbacks.values())}
+    return result | {"bare transform of loss and gradients": compare(makers, rounds, builds=2)}
+
+
+def rescales(_) -> dict:
+    """How many rescales a calibration places in the 100k decoder, float16, by threshold (powers of two)."""
+    from docs.scale_propagation import decoder as text_decoder
+    from trainer.propagation import calibrate
+
+    results = {}
+    for precision, thresholds in (("float32", (6, 8, 10)), ("fp16_scaled", (6, 8))):
+        function, args = text_decoder(precision)
+        for threshold in thresholds:
+            began = time.perf_counter()
+            plan = calibrate(function, *args, data_dtype="float16", threshold=threshold)
+            rules = "rules of the decoder" if precision == "fp16_scaled" else "rules of primitives"
+            results[f"{rules}, 2**+-{threshold}"] = {"rescales, 2 layers": len(plan.places), "drift before": plan.drift, "drift after": plan.remaining,
+                                                     "seconds": round(time.perf_counter() - began, 1)}
+    return results
 
 
 def mlps(rounds: int) -> dict:
@@ -138,7 +160,7 @@ def mlps(rounds: int) -> dict:
         step, params, data = mlp(widths, batch)
         given = (scaled(params), scaled(data[0]), data[1])
         makers = {"plain": lambda: compiled(many(step), (params, *data)), "float32": lambda: compiled(many(propagate_scales(step)), given)}
-        result = compare(makers, 3 * rounds, builds=5)
+        result = compare(makers, 3 * rounds, builds=9)
         report = propagate_scales(step).report(*given)
         result["equations"] = {"before": report.equations_before, "after": report.equations_after}
         if name in GOALS:
@@ -150,7 +172,7 @@ def mlps(rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale_propagation", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("decoder", "mlp"))
+    parser.add_argument("--only", choices=("decoder", "mlp", "rescales"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--devices", type=int, default=timing.cores(), help="host devices (default: one per core)")
     options = parser.parse_args()
@@ -158,7 +180,7 @@ def main() -> None:
 
     jax.config.update("jax_num_cpu_devices", options.devices)
     result = {"machine": timing.machine(("jax", "jaxlib", "numpy"))}
-    for name, run in (("mlp", mlps), ("decoder", decoder)):
+    for name, run in (("mlp", mlps), ("decoder", decoder), ("rescales", rescales)):
         if options.only in (None, name):
             print(f"{name}: compiling, then {options.rounds} rounds", file=sys.stderr, flush=True)
             result[name] = run(options.rounds)

@@ -62,8 +62,20 @@ def is_float(x) -> bool:
 
 def pow2(exponent) -> jax.Array:
     """2**exponent as float32 for int32 exponents, exact; clamped to the normal range [2**-126, 2**127]."""
-    biased = lax.clamp(np.int32(1), lax.add(exponent, lax.full_like(exponent, _BIAS)), np.int32(2 * _BIAS))
+    return _pow2_inside(lax.clamp(np.int32(_LOWEST), exponent, np.int32(_HIGHEST)))
+
+
+def _pow2_inside(exponent) -> jax.Array:
+    """2**exponent for exponents of the normal range."""
+    biased = lax.add(exponent, lax.full_like(exponent, _BIAS))
     return lax.bitcast_convert_type(lax.shift_left(biased, lax.full_like(biased, _MANTISSA_BITS)), jnp.float32)
+
+
+def two_factors(exponent) -> tuple[jax.Array, jax.Array]:
+    """Two float32 powers of two whose product is 2**exponent, clamped to [2**-252, 2**254]: one alone cannot bring 2**100 down by 200."""
+    exponent = lax.clamp(np.int32(2 * _LOWEST), exponent, np.int32(2 * _HIGHEST))
+    half = lax.shift_right_arithmetic(exponent, lax.full_like(exponent, 1))
+    return _pow2_inside(half), _pow2_inside(lax.sub(exponent, half))
 
 
 def floor_log2(x) -> jax.Array:
@@ -93,9 +105,8 @@ def shift(x, exponent):
             x = x * x.dtype.type(2.0**step)
         return x
     exponent = trailing(exponent, x.ndim)
-    # Two factors: one alone cannot bring 2**100 down by 200.
-    half = lax.shift_right_arithmetic(exponent, lax.full_like(exponent, 1))
-    return times(times(x, pow2(half)), pow2(lax.sub(exponent, half)))
+    first, second = two_factors(exponent)
+    return times(times(x, first), second)
 
 
 def times(x, factor):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from trainer.propagation.array import pow2, shift, times, trailing
+from trainer.propagation.array import pow2, shift, times, trailing, two_factors
 
 _numbers = itertools.count()
 _LANES = 16
@@ -78,23 +78,21 @@ class Exponent:
     def _sum(self):
         rank = self.ndim
         total = None
-        for atom, count in self.terms:
+        for atom, count in sorted(self.terms, key=lambda term: term[1] < 0):  # then most of those to be subtracted can be
             part = trailing(atom.array, rank) if atom.array.ndim else atom.array
+            if count == -1 and total is not None and total.shape == part.shape:
+                total = lax.sub(total, part)
+                continue
             part = part if count == 1 else lax.neg(part) if count == -1 else lax.mul(part, lax.full_like(part, count))
             total = part if total is None else _add(total, part)
         return lax.add(total, lax.full_like(total, self.known)) if self.known else total
 
     def factors(self, narrow: bool) -> list:
-        """float32 powers of two whose product is 2**self, for exponents that are traced. Two, because one alone cannot bring 2**100
-        down by 200; one where the data is narrow and has nothing at 2**100."""
+        """float32 powers of two whose product is 2**self, for exponents that are traced: two, or one where the data is narrow and has
+        nothing at 2**100."""
         made = self.terms[0][0].made
         if (self, narrow) not in made:
-            k = self.traced()
-            if narrow:
-                made[self, narrow] = [pow2(k)]
-            else:
-                half = lax.shift_right_arithmetic(k, lax.full_like(k, 1))
-                made[self, narrow] = [pow2(half), pow2(lax.sub(k, half))]
+            made[self, narrow] = [pow2(self.traced())] if narrow else list(two_factors(self.traced()))
         return made[self, narrow]
 
     def shift(self, x, narrow: bool = False):
