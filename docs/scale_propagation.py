@@ -89,8 +89,8 @@ SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/
 - **No gradient through it.** `grad(propagate_scales(f))` is refused: it would be that of the data. Write `propagate_scales(grad(f))`.
 - **No guard against drift that you did not ask for.** Data that moves 2**30 away from unit scale can overflow in products of several factors.
   A sum takes the larger exponent, so parameters updated by gradients whose exponent says more than their data take that exponent on, and the
-  next gradients are larger by it: without a `rescale` of the gradients a plain SGD loop runs away. Adam divides it out; the trainer's
-  step needs none.
+  next gradients are larger by it: an optimizer inside the transform needs a `rescale` of the gradients. The trainer's computes in float32,
+  from unscaled gradients.
 - **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate.
 - Convolution, sort, top_k, cumprod and shard_map fall back. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
 - Exponents are clipped nowhere: beyond 2**127 the data is right and its float32 value is not.
@@ -137,7 +137,7 @@ def sizes() -> list[tuple[float, float, bool]]:
 
         data = value.data.astype(jnp.float32)
         masked = jnp.abs(data) > 3e4
-        jax.debug.callback(keep, jnp.sqrt(jnp.sum(jnp.where(masked, 0, data * data)) / jnp.maximum(jnp.sum(~masked), 1)), jnp.mean(exponent))
+        jax.debug.callback(keep, jnp.sqrt(jnp.mean(data * data, where=~masked)), jnp.mean(exponent))
 
     carried = propagate_scales(function, data_dtype="float16")
     jax.block_until_ready(jax.jit(carried.watched(None, watch))(*args))
