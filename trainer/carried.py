@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.precision import PrecisionPolicy
-from trainer.propagation import ScaledArray, floor_log2, is_scaled, pow2, propagate_scales, unscaled
+from trainer.propagation import ScaledArray, floor_log2, is_scaled, pow2, propagate_scales, shift, unscaled
 from trainer.propagation.rescale import Statistic, to_unit
 
 STACKED = "layers"  # parameters below this key have a leading dimension of layers, and a scale for each
@@ -24,25 +24,25 @@ def under_policy(function: Callable, policy: PrecisionPolicy) -> Callable:
     if policy.data_dtype is None:
         return lambda params, *args: function(unscaled(params), *args)
     transformed = propagate_scales(function, data_dtype=policy.data_dtype)
-    return lambda params, *args: unscaled(transformed(_with_scales(params), *args))
+    return lambda params, *args: _flushed(transformed(_with_scales(params), *args))
+
+
+def _flushed(tree):
+    """As `unscaled`, but what is below the normal range of float32 becomes zero: an optimizer that comes after would flush it anyway."""
+    return jax.tree.map(lambda x: shift(x.data.astype(jnp.float32), x.exponent) if is_scaled(x) else x, tree, is_leaf=is_scaled)
 
 
 def _with_scales(params, dtype=None):
-    """Parameters as ScaledArrays of unit scale, stacked layers with one exponent each; those that are already stay."""
+    """Parameters, float32 whose squares are normal numbers, as ScaledArrays with the RMS of the data in [1, 2), stacked layers with one
+    exponent each; those that are ScaledArrays stay."""
 
     def scale(path, x):
         if is_scaled(x):
             return x
-        one = jax.vmap(_unit) if path[0].key == STACKED else _unit
-        data, exponent = one(x)
+        data, exponent = to_unit(x, Statistic.RMS, 1 if path[0].key == STACKED else 0)
         return ScaledArray(data if dtype is None else data.astype(dtype), exponent)
 
     return jax.tree_util.tree_map_with_path(scale, params, is_leaf=is_scaled)
-
-
-def _unit(x):
-    """(data, exponent) of float32 x whose squares are normal numbers, as those of parameters are, with the RMS of the data in [1, 2)."""
-    return to_unit(x, Statistic.RMS)
 
 
 def stored_params(params, policy: PrecisionPolicy):
