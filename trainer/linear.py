@@ -21,7 +21,7 @@ from formats import noise
 from trainer import scales, telemetry
 from trainer.keys import fold_in
 from trainer.precision import Operand, PrecisionPolicy, Quantizer, Source
-from trainer.propagation import ScaledArray, floor_log2, pow2, scale_rule, unscaled
+from trainer.propagation import ScaledArray, floor_log2, pow2, scale_rule, shift, unscaled
 from trainer.scales import Meter, Site
 
 
@@ -45,7 +45,7 @@ class _Use:
         return None if self.role == "weights" else rows
 
 
-FLOAT16_QUANTUM = -24  # log2 of the smallest float16
+FLOAT16_TOP, FLOAT16_QUANTUM = 15, -24  # floor(log2) of the largest float16, log2 of the smallest
 X_FORWARD, W_FORWARD = _Use("activations", 1, 0), _Use("weights", 0, 1)
 X_WGRAD, W_DGRAD = _Use("activations", 0, 2), _Use("weights", 1, 3)
 G_DGRAD, G_WGRAD = _Use("output_gradients", 1, 4), _Use("output_gradients", 0, 5)
@@ -99,15 +99,23 @@ def _(x: ScaledArray, quantizer, key, amax, *, use: _Use, rows: RowShards | None
         return ScaledArray(values, x.exponent), scale
     if amax is not None:
         amax = unscaled(ScaledArray(amax.data, amax.exponent - exponent))
+    if not isinstance(quantizer.format, formats.Scaled):  # source="none": the element's own range, for the values themselves
+        values, _ = _split(shift(data, exponent), quantizer, key, amax, use=use, rows=rows)
+        top = _room(quantizer.format, exponent)
+        return ScaledArray(values * pow2(-top), top), None
     values, scale = _split(data, quantizer, key, amax, use=use, rows=rows)
-    # Elements fill their range, which float16 could not multiply: their largest value is brought to 1, as far as the smallest stays one
-    # of float16's, and so is that of the scales.
-    element = quantizer.format.element if isinstance(quantizer.format, formats.Scaled) else quantizer.format
-    top = floor_log2(jnp.asarray(element.max_value, jnp.float32))
-    if isinstance(element, formats.Element):
-        top = jnp.clip(top, 0, jnp.maximum(element.quantum_exp - FLOAT16_QUANTUM, 0))
-    size = jnp.int32(0) if scale is None else floor_log2(jnp.max(scale))
-    return ScaledArray(values * pow2(-top), exponent + top + size), scale if scale is None else scale * pow2(-size)
+    size = floor_log2(jnp.max(scale))
+    top = _room(quantizer.format.element, -size)
+    return ScaledArray(values * pow2(-top), exponent + top + size), scale * pow2(-size)
+
+
+def _room(element, wanted):
+    """How many powers of two the elements are brought down by: as `wanted`, so that they have the size of the tensor's own data and their
+    products do not overflow or vanish in float16; but no farther than float16 holds all of them exactly, if it can."""
+    if not isinstance(element, formats.Element):
+        return wanted
+    least, most = floor_log2(jnp.asarray(element.max_value, jnp.float32)) - FLOAT16_TOP, element.quantum_exp - FLOAT16_QUANTUM
+    return jnp.where(least <= most, jnp.clip(wanted, least, most), wanted)
 
 
 def _crosses_rows(fmt, contract: int) -> bool:
