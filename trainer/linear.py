@@ -45,7 +45,6 @@ class _Use:
         return None if self.role == "weights" else rows
 
 
-FLOAT16_TOP, FLOAT16_QUANTUM = 15, -24  # floor(log2) of the largest float16, log2 of the smallest
 X_FORWARD, W_FORWARD = _Use("activations", 1, 0), _Use("weights", 0, 1)
 X_WGRAD, W_DGRAD = _Use("activations", 0, 2), _Use("weights", 1, 3)
 G_DGRAD, G_WGRAD = _Use("output_gradients", 1, 4), _Use("output_gradients", 0, 5)
@@ -99,23 +98,13 @@ def _(x: ScaledArray, quantizer, key, amax, *, use: _Use, rows: RowShards | None
         return ScaledArray(values, x.exponent), scale
     if amax is not None:
         amax = unscaled(ScaledArray(amax.data, amax.exponent - exponent))
+    # Whatever the scale says, the elements are held at the size of the tensor's own data: there float16 holds them, and their products.
     if not isinstance(quantizer.format, formats.Scaled):  # source="none": the element's own range, for the values themselves
         values, _ = _split(shift(data, exponent), quantizer, key, amax, use=use, rows=rows)
-        top = _room(quantizer.format, exponent)
-        return ScaledArray(values * pow2(-top), top), None
+        return ScaledArray(shift(values, -exponent), exponent), None
     values, scale = _split(data, quantizer, key, amax, use=use, rows=rows)
     size = floor_log2(jnp.max(scale))
-    top = _room(quantizer.format.element, -size)
-    return ScaledArray(values * pow2(-top), exponent + top + size), scale * pow2(-size)
-
-
-def _room(element, wanted):
-    """How many powers of two the elements are brought down by: as `wanted`, so that they have the size of the tensor's own data and their
-    products do not overflow or vanish in float16; but no farther than float16 holds all of them exactly, if it can."""
-    if not isinstance(element, formats.Element):
-        return wanted
-    least, most = floor_log2(jnp.asarray(element.max_value, jnp.float32)) - FLOAT16_TOP, element.quantum_exp - FLOAT16_QUANTUM
-    return jnp.where(least <= most, jnp.clip(wanted, least, most), wanted)
+    return ScaledArray(values * pow2(size), exponent), scale * pow2(-size)
 
 
 def _crosses_rows(fmt, contract: int) -> bool:
