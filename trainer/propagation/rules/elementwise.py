@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import shift, wide
-from trainer.propagation.exponents import Exponent, highest
+from trainer.propagation.array import ZERO_EXPONENT, shift, wide
+from trainer.propagation.exponents import Exponent, highest, of_array
 from trainer.propagation.rules.registry import Call, rule, to_unit
 from trainer.propagation.values import Scaled, Uniform, plain, split_number
 
@@ -98,6 +98,8 @@ def _even(call: Call, a):
 
 @rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb)")
 def add(call: Call, a, b):
+    if len({call.exponent(x).terms for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)}) > 1:
+        a, b = _measured(a), _measured(b)
     exponent = call.common(a, b)
     if call.name == "sub":
         if _is_zero(b):
@@ -106,6 +108,18 @@ def add(call: Call, a, b):
     if _is_zero(a) or _is_zero(b):
         return call.store(call.align(b if _is_zero(a) else a, exponent), exponent)
     return call.store(_term(call, a, exponent) + _term(call, b, exponent), exponent)
+
+
+def _measured(x):
+    """An array at the scale that its largest value says, for each index that has an exponent of its own; zeros at any. Exponents whose
+    relation is not known are compared only so: one that says more than its data would push what it is added to out of range, and the
+    sum would say more than its data in turn, layer after layer."""
+    if not isinstance(x, Scaled) or not x.ndim or not x.data.size:
+        return x
+    data, exponent = to_unit(wide(x.data), x.exponent)
+    nothing = jnp.max(jnp.abs(x.data), axis=tuple(range(exponent.ndim, x.ndim))) == 0
+    exponent = of_array(jnp.where(nothing, ZERO_EXPONENT, exponent.traced()))
+    return Scaled(data, exponent, x.dtype)
 
 
 def _term(call: Call, x, exponent: Exponent):
