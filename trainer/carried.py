@@ -24,7 +24,7 @@ def under_policy(function: Callable, policy: PrecisionPolicy) -> Callable:
     if policy.data_dtype is None:
         return lambda params, *args: function(unscaled(params), *args)
     transformed = propagate_scales(function, data_dtype=policy.data_dtype)
-    return lambda params, *args: _flushed(transformed(_with_scales(params), *args))
+    return lambda params, *args: _flushed(transformed(_with_scales(params, policy.data_dtype), *args))
 
 
 def _flushed(tree):

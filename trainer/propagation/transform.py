@@ -136,14 +136,16 @@ class _Transformed:
             return Scaled(own.data, of_array(own.exponent), np.dtype(x.dtype))
         data = _undifferentiable(jnp.asarray(x.data))
         dtype = self._program_dtype(data.dtype)
-        if self._data_dtype is not None and data.ndim and data.dtype.itemsize > self._data_dtype.itemsize:
-            data = data.astype(self._data_dtype)
         exponent = x.exponent
-        if isinstance(exponent, int):
+        narrowed = self._data_dtype is not None and data.ndim and data.dtype.itemsize > self._data_dtype.itemsize
+        if isinstance(exponent, int) and not narrowed:
             return Scaled(data, Exponent(exponent), dtype)
         exponent = jnp.asarray(exponent, jnp.int32)
         if exponent.shape != data.shape[: exponent.ndim]:
             raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
+        if narrowed:
+            own = scaled(data, leading=exponent.ndim, dtype=self._data_dtype)
+            data, exponent = own.data, exponent + own.exponent
         return Scaled(data, of_array(exponent), dtype)
 
     def watched(self, plan, watch: Callable) -> Callable:

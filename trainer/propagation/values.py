@@ -96,7 +96,7 @@ def plain(x):
 def unscaled_wide(x):
     """The values of a variable in the dtype that rules compute in; beyond its range they overflow or flush."""
     if isinstance(x, Scaled):
-        return x.exponent.shift(wide(x.data), x.data.dtype.itemsize < 4)
+        return x.exponent.shift(wide(x.data), narrow_range(x.data.dtype))
     return wide(plain(x))
 
 
@@ -133,6 +133,11 @@ def lift(x, memo: dict) -> Scaled:
     return Scaled(data, exponent, number.dtype)
 
 
+def narrow_range(dtype) -> bool:
+    """True if one power of two of float32's range does for any shift of such data: float16 and FP8 have nothing at 2**100, bfloat16 has."""
+    return jnp.finfo(dtype).maxexp < 64
+
+
 def wide_dtype(dtype) -> np.dtype:
     """The dtype that rules compute in for a variable of this one."""
     return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
@@ -150,7 +155,7 @@ def align(x, exponent: Exponent, memo: dict, saturate=None):
         value = (Exponent(own) - exponent).shift(jnp.full((), mantissa, wide_dtype(x.dtype)))
         return value if saturate is None else jnp.clip(value, -saturate, saturate)
     x = lift(x, memo)
-    return (x.exponent - exponent).shift(wide(x.data), x.data.dtype.itemsize < 4)
+    return (x.exponent - exponent).shift(wide(x.data), narrow_range(x.data.dtype))
 
 
 def _ldexp(number: float, exponent: int) -> float:

@@ -98,7 +98,7 @@ def _even(call: Call, a):
 
 @rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb)")
 def add(call: Call, a, b):
-    if len({call.exponent(x).terms for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)}) > 1:
+    if _doubtful(call, a, b):
         a, b = _measured(a), _measured(b)
     exponent = call.common(a, b)
     if call.name == "sub":
@@ -110,10 +110,18 @@ def add(call: Call, a, b):
     return call.store(_term(call, a, exponent) + _term(call, b, exponent), exponent)
 
 
+def _doubtful(call: Call, a, b) -> bool:
+    """True if the exponents of two terms say little of which is larger: one is that of something without a scale (a probability, 1) and
+    the other is not, or one has powers in it, as x * x * f'(x) has in the derivative of GELU. Where it is the larger and its data zero or
+    nearly so, it would push the other out of range, and the sum would say more than its data in turn, layer after layer."""
+    if any(isinstance(x, Uniform) and x.any_scale for x in (a, b)):
+        return False
+    terms = [call.exponent(x).terms for x in (a, b)]
+    return terms[0] != terms[1] and (not all(terms) or any(abs(count) > 1 for each in terms for _, count in each))
+
+
 def _measured(x):
-    """An array at the scale that its largest value says, for each index that has an exponent of its own; zeros at any. Exponents whose
-    relation is not known are compared only so: one that says more than its data would push what it is added to out of range, and the
-    sum would say more than its data in turn, layer after layer."""
+    """An array at the scale that its largest value says, for each index that has an exponent of its own; zeros at any."""
     if not isinstance(x, Scaled) or not x.ndim or not x.data.size:
         return x
     data, exponent = to_unit(wide(x.data), x.exponent)

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from trainer.propagation.array import wide
+from trainer.propagation.array import trailing, wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.registry import Call, rule
 from trainer.propagation.values import Scaled, Uniform, collapse
+
+MASKED = 8  # log2 of the size that a mask value must have, so that exp of it is zero
 
 
 @rule("eq", "ne", "lt", "le", "gt", "ge", data="compare(a 2^(ea - e), b 2^(eb - e)): what is larger may overflow, and stays larger",
@@ -74,6 +77,15 @@ def clamp(call: Call, low, x, high):
     return call.settle(lax.clamp(low, x, high), exponent)  # the bounds may be much smaller than what they bound
 
 
+def _masking(call: Call, mask: Uniform, exponent: Exponent, largest: float):
+    """The lowest number in the place of a mask value; where the tensor is so small that this would mask nothing (or is zero), infinity."""
+    data = call.align(mask, exponent, largest)
+    if mask.any_scale or not exponent.terms:
+        return data
+    nothing = exponent.traced() < MASKED - int(np.log2(largest))
+    return jnp.where(trailing(nothing, len(call.outs[0].shape)), np.float32(np.copysign(np.inf, mask.number)).astype(data.dtype), data)
+
+
 @rule("select_n", data="select(a 2^(ea - e), b 2^(eb - e)); mask values such as -1e30 become the lowest number",
       exponent="e = max over all but zeros, infinities and mask values")
 def select_n(call: Call, which, *cases):
@@ -82,7 +94,7 @@ def select_n(call: Call, which, *cases):
     exponent = call.common(*cases)
     shape = call.outs[0].shape
     largest = min(float(jnp.finfo(call.held_as(call.outs[0].dtype, len(shape))).max), 3.0e38)
-    data = [call.align(c, exponent, largest if isinstance(c, Uniform) and c.sentinel else None) for c in cases]
+    data = [_masking(call, c, exponent, largest) if isinstance(c, Uniform) and c.sentinel else call.align(c, exponent) for c in cases]
     chosen = call.bind(which, *(jnp.broadcast_to(d, shape) for d in data))
     # What is chosen may all be of the smaller scale.
     one_scale = all(isinstance(c, Uniform) and (c.any_scale or c.sentinel) or call.exponent(c) == exponent for c in cases)
