@@ -43,8 +43,9 @@ jit, scan, while, cond, remat and custom derivatives are gone into. Three decisi
   before XLA sees it, so a chain of elementwise operations costs nothing. Where two scales meet at run time (a sum, a concatenation), `max` of
   two int32 scalars decides, and the data is multiplied by a power of two: in float32 no bit changes.
 - **Growth is known, not measured**: a matrix product over K moves floor(log2 sqrt(K)) into the exponent, a sum likewise. Rules compute in
-  float32 and round once to the dtype that data is held in. Only where no rule can foresee the size (`exp`, `max` of two scales, casts to
-  float16) is narrow data brought to unit scale by its largest magnitude.
+  float32 and round once to the dtype that data is held in. Only where no rule can foresee the size is data brought to unit scale by its
+  largest magnitude: narrow data after `exp`, `max` of two scales and casts to float16; and terms of sums whose exponents say little, such as
+  `1 + x**2`, which in the derivative of GELU is zero times something huge.
 - **Zeros, infinities and mask values have any scale**: ReLU's zeros, scan's empty accumulators and `-1e30` never set an exponent. Other
   constants go to the nearest power of two: multiplying by a learning rate moves the scale and not the data.
 
@@ -92,6 +93,9 @@ SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/
   next gradients are larger by it: an optimizer inside the transform needs a `rescale` of the gradients. The trainer's computes in float32,
   from unscaled gradients.
 - **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate.
+- **Values that are zero or tiny by cancellation at a large exponent** can still push what they are selected, concatenated or compared with below
+  float32's range (`where(z == 0, 7, x / z)`), and data moved by 2**20 or more away from unit scale at the inputs can do so in sums of several
+  layers. A row of zeros loses the epsilon of its norm in float32 at exponents beyond 50.
 - Convolution, sort, top_k, cumprod and shard_map fall back. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
 - Exponents are clipped nowhere: beyond 2**127 the data is right and its float32 value is not.
 """

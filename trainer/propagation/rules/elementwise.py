@@ -96,7 +96,7 @@ def _even(call: Call, a):
     return data * (factor.reshape(factor.shape + (1,) * (data.ndim - factor.ndim)) if factor.ndim else factor), half
 
 
-@rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb)")
+@rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb), of their largest values where one has no scale or powers in it")
 def add(call: Call, a, b):
     if _doubtful(call, a, b):
         a, b = _measured(a), _measured(b)
