@@ -13,8 +13,9 @@ from jax import lax
 
 # The exponent of an array that is all zero: so low that any other one wins when two are aligned ("zero has any scale").
 ZERO_EXPONENT = -(1 << 14)
-_BIAS, _MANTISSA_BITS = 127, 23
+BIAS, _MANTISSA_BITS = 127, 23
 _LOWEST, _HIGHEST = -126, 127  # exponents of normal float32
+_INFINITE = 0x7F800000
 
 
 @jax.tree_util.register_dataclass
@@ -62,28 +63,41 @@ def is_float(x) -> bool:
 
 def pow2(exponent) -> jax.Array:
     """2**exponent as float32 for int32 exponents, exact; clamped to the normal range [2**-126, 2**127]."""
-    return _pow2_inside(lax.clamp(np.int32(_LOWEST), exponent, np.int32(_HIGHEST)))
+    return pow2_of_biased(lax.add(exponent, like(exponent, BIAS)))
+
+
+def pow2_of_biased(biased, lowest: int = 1) -> jax.Array:
+    """2**(biased - 127) as float32 for int32, exact; clamped to the normal range, or with lowest=0 to zero at its lower end."""
+    biased = lax.clamp(np.int32(lowest), biased, np.int32(_HIGHEST + BIAS))
+    return lax.bitcast_convert_type(lax.shift_left(biased, like(biased, _MANTISSA_BITS)), jnp.float32)
+
+
+def like(x, number: int):
+    """An int32 number as an argument of lax operations beside x."""
+    return lax.broadcast(np.int32(number), x.shape) if x.shape else np.int32(number)
 
 
 def _pow2_inside(exponent) -> jax.Array:
     """2**exponent for exponents of the normal range."""
-    biased = lax.add(exponent, lax.full_like(exponent, _BIAS))
-    return lax.bitcast_convert_type(lax.shift_left(biased, lax.full_like(biased, _MANTISSA_BITS)), jnp.float32)
+    biased = lax.add(exponent, like(exponent, BIAS))
+    return lax.bitcast_convert_type(lax.shift_left(biased, like(biased, _MANTISSA_BITS)), jnp.float32)
 
 
 def two_factors(exponent) -> tuple[jax.Array, jax.Array]:
     """Two float32 powers of two whose product is 2**exponent, clamped to [2**-252, 2**254]: one alone cannot bring 2**100 down by 200."""
     exponent = lax.clamp(np.int32(2 * _LOWEST), exponent, np.int32(2 * _HIGHEST))
-    half = lax.shift_right_arithmetic(exponent, lax.full_like(exponent, 1))
+    half = lax.shift_right_arithmetic(exponent, like(exponent, 1))
     return _pow2_inside(half), _pow2_inside(lax.sub(exponent, half))
 
 
 def floor_log2(x) -> jax.Array:
-    """floor(log2 |x|) of float32, int32, exact also for subnormals; ZERO_EXPONENT for 0, and 0 for what is not finite."""
+    """floor(log2 |x|) of float32 or float64, int32, exact also for float32's subnormals; ZERO_EXPONENT for 0, and 0 for what is not finite."""
+    if x.dtype.itemsize > 4:
+        return jnp.where(x == 0, ZERO_EXPONENT, jnp.where(jnp.isfinite(x), jnp.frexp(x)[1] - 1, 0))
     magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     biased = magnitude >> _MANTISSA_BITS
     subnormal = (31 - lax.clz(magnitude)) + (_LOWEST - _MANTISSA_BITS)
-    exponent = jnp.where(biased == 0, subnormal, biased - _BIAS)
+    exponent = jnp.where(biased == 0, subnormal, biased - BIAS)
     return jnp.where(magnitude == 0, ZERO_EXPONENT, jnp.where(biased == 255, 0, exponent))
 
 
@@ -95,6 +109,8 @@ def trailing(exponent, ndim: int):
 def shift(x, exponent):
     """x * 2**exponent for float32 or float64 x; exact unless the result leaves the normal range. `exponent`: int, or int32 array
     that broadcasts against the leading dimensions of x."""
+    if x.dtype.itemsize > 4:
+        return jnp.ldexp(x, exponent if isinstance(exponent, int) else trailing(exponent, x.ndim))
     if isinstance(exponent, int):
         if exponent == 0:
             return x
@@ -120,17 +136,27 @@ def wide(x):
     return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
 
 
-def normalized(x32):
-    """(x / 2**k, k) with the largest magnitude in [1, 2), for float32 x with subnormals; k is int32, ZERO_EXPONENT if all is zero."""
-    magnitude = lax.bitcast_convert_type(x32, jnp.int32) & 0x7FFFFFFF
-    top = lax.bitcast_convert_type(jnp.max(magnitude, initial=0), jnp.float32)
-    exponent = floor_log2(top)
-    down = jnp.where(exponent == ZERO_EXPONENT, 0, -exponent)
+def normalized(x, leading: int = 0):
+    """(x / 2**k, k) with the largest finite magnitude in [1, 2), for each index of so many leading dimensions of float32 or float64 x,
+    exact; k is int32, ZERO_EXPONENT where all is zero."""
+    if x.dtype.itemsize > 4:
+        k = floor_log2(jnp.max(jnp.abs(x), axis=tuple(range(leading, x.ndim)), where=jnp.isfinite(x), initial=0))
+        return shift(x, jnp.where(k == ZERO_EXPONENT, 0, -k)), k
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = lax.bitwise_and(bits, like(bits, 0x7FFFFFFF))
+    finite = lax.select(lax.lt(magnitude, like(bits, _INFINITE)), magnitude, like(bits, 0))
+    top = lax.reduce_max(finite, tuple(range(leading, x.ndim)))
+    biased = lax.shift_right_logical(top, like(top, _MANTISSA_BITS))
+    of_subnormal = lax.sub(like(top, 31 + _LOWEST - _MANTISSA_BITS + BIAS), lax.clz(top))
+    biased = lax.select(lax.eq(biased, like(top, 0)), of_subnormal, biased)
     # A subnormal's bits are an integer count of 2**-149; arithmetic on the float itself would see zero.
-    from_bits = shift(magnitude.astype(jnp.float32), down + (_LOWEST - _MANTISSA_BITS))
-    from_bits = jnp.where(lax.bitcast_convert_type(x32, jnp.int32) < 0, -from_bits, from_bits)
-    is_subnormal = (magnitude >> _MANTISSA_BITS) == 0
-    return jnp.where(is_subnormal, from_bits, shift(x32, down)), exponent
+    down = pow2_of_biased(lax.sub(like(top, 2 * BIAS), biased))
+    of_counts = pow2_of_biased(lax.sub(like(top, 2 * BIAS + _LOWEST - _MANTISSA_BITS), biased), lowest=0)
+    counts = lax.convert_element_type(magnitude, jnp.float32)
+    counts = lax.select(lax.lt(bits, like(bits, 0)), lax.neg(counts), counts)
+    is_subnormal = lax.lt(magnitude, like(bits, 1 << _MANTISSA_BITS))
+    data = lax.select(is_subnormal, times(counts, trailing(of_counts, x.ndim)), times(x, trailing(down, x.ndim)))
+    return data, lax.select(lax.eq(top, like(top, 0)), like(top, ZERO_EXPONENT), lax.sub(biased, like(top, BIAS)))
 
 
 def _scale_leaf(x, exponent, leading: int, dtype):
@@ -146,10 +172,6 @@ def _scale_leaf(x, exponent, leading: int, dtype):
     if exponent is not None:
         exponent = jnp.asarray(exponent, jnp.int32)
         return ScaledArray(shift(wide(x), -exponent).astype(dtype), exponent)
-    if x.dtype.itemsize > 4:
-        top = jnp.max(jnp.abs(x), initial=0)
-        exponent = floor_log2(top.astype(jnp.float32))
-        return ScaledArray(shift(x, jnp.where(exponent == ZERO_EXPONENT, 0, -exponent)).astype(dtype), exponent)
     y, top = normalized(wide(x))
     below = floor_log2(jnp.sqrt(jnp.mean(y * y))) if x.size else jnp.int32(0)
     below = jnp.where(top == ZERO_EXPONENT, 0, below)

@@ -5,27 +5,31 @@ normalised tensor, which is most of what carrying scales would cost.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from trainer.propagation.array import pow2, shift, times, trailing, two_factors
+from trainer.propagation.array import BIAS, ZERO_EXPONENT, like, pow2_of_biased, shift, times, trailing, two_factors
 
 _numbers = itertools.count()
 _LANES = 16
+_DEEPEST = 4
 
 
 class Atom:
     """A traced int32 exponent, told from others by identity. Its shape is a prefix of its tensors' shape. `made`: what has been
-    computed of it already, so that no sum and no power of two is in the program twice."""
+    computed of it already, so that no sum and no power of two is in the program twice. `depth`: of how many maxima, one inside the
+    other, it is made (see `highest`)."""
 
-    __slots__ = ("array", "made", "number")
+    __slots__ = ("array", "depth", "made", "number")
 
-    def __init__(self, array):
-        self.array, self.made, self.number = array, {}, next(_numbers)
+    def __init__(self, array, depth: int = 0):
+        self.array, self.depth, self.made, self.number = array, depth, {}, next(_numbers)
 
 
 @dataclass(frozen=True)
@@ -83,23 +87,24 @@ class Exponent:
             if count == -1 and total is not None and total.shape == part.shape:
                 total = lax.sub(total, part)
                 continue
-            part = part if count == 1 else lax.neg(part) if count == -1 else lax.mul(part, lax.full_like(part, count))
+            part = part if count == 1 else lax.neg(part) if count == -1 else lax.mul(part, like(part, count))
             total = part if total is None else _add(total, part)
-        return lax.add(total, lax.full_like(total, self.known)) if self.known else total
+        return lax.add(total, like(total, self.known)) if self.known else total
 
-    def factors(self, narrow: bool) -> list:
-        """float32 powers of two whose product is 2**self, for exponents that are traced: two, or one where the data is narrow and has
-        nothing at 2**100."""
+    def factors(self, far: bool) -> tuple:
+        """float32 powers of two whose product is 2**self, for exponents that are traced: one, which ends at 2**-126 and 2**127, or two
+        that reach twice as far."""
         made = self.terms[0][0].made
-        if (self, narrow) not in made:
-            made[self, narrow] = [pow2(self.traced())] if narrow else list(two_factors(self.traced()))
-        return made[self, narrow]
+        if (self, far) not in made:
+            made[self, far] = two_factors(self.traced()) if far else (pow2_of_biased((self + BIAS).traced()),)
+        return made[self, far]
 
-    def shift(self, x, narrow: bool = False):
-        """x * 2**self, for float32 or float64 x; exact unless the result leaves the normal range. narrow: x was held in fewer bits."""
-        if not self.terms:
-            return shift(x, self.known)
-        for factor in self.factors(narrow):
+    def shift(self, x, far: bool = False):
+        """x * 2**self, for float32 or float64 x; exact unless the result leaves the normal range. Without `far`, by 2**-126 at least and
+        2**127 at most: enough for data near unit scale, which is nothing beside other data, or infinite, where it is moved farther."""
+        if not self.terms or x.dtype.itemsize > 4:
+            return shift(x, self.traced())
+        for factor in self.factors(far):
             factor = factor.reshape(()) if factor.ndim > x.ndim else factor
             x = times(x, trailing(factor, x.ndim) if factor.ndim else factor)
         return x
@@ -128,15 +133,16 @@ def _add(a, b):
     return a + b
 
 
-def of_array(array) -> Exponent:
+def of_array(array, depth: int = 0) -> Exponent:
     """An exponent that is only known when the program runs (or an int)."""
     if isinstance(array, int):
         return Exponent(array)
-    return Exponent(0, ((Atom(array), 1),))
+    return Exponent(0, ((Atom(array, depth), 1),))
 
 
 def highest(exponents, lowest: bool = False) -> Exponent:
-    """The largest (or smallest) of several exponents, index by index where they have leading dimensions."""
+    """The largest (or smallest) of several exponents, index by index where they have leading dimensions. What has been divided by an
+    array of zeros is infinite at any scale, and does not count."""
     pick = min if lowest else max
     by_terms: dict = {}
     for e in exponents:
@@ -147,15 +153,31 @@ def highest(exponents, lowest: bool = False) -> Exponent:
         return Exponent(known, terms)
     rank = max(e.ndim for e in exponents)
     values = [jnp.asarray(Exponent(known, terms).traced(rank), jnp.int32) for terms, known in by_terms.items()]
-    # As a reduction: XLA copies a chain of scalar maxima into every fused loop that reads its end (a hundred times, of a decoder's
+    if not lowest:
+        values = [_counting(value, terms) for value, terms in zip(values, by_terms)]
+    full = jnp.broadcast_shapes(*(np.shape(v) for v in values))
+    depth = 1 + max(atom.depth for terms in by_terms for atom, _ in terms)
+    if depth < _DEEPEST:
+        found = functools.reduce(lax.min if lowest else lax.max, (_spread(v, full) for v in values))
+        return of_array(found, depth)
+    # As a reduction: XLA copies a long chain of scalar maxima into every fused loop that reads its end (a hundred times, of a decoder's
     # residual stream), but computes a reduction once. One of a concatenation it would turn into scalars again.
-    full = (_LANES, *jnp.broadcast_shapes(*(v.shape for v in values)))
-    lane = lax.broadcasted_iota(jnp.int32, full, 0)
-    stacked = _spread(values[0], full)
+    lanes = (_LANES, *full)
+    lane = lax.broadcasted_iota(jnp.int32, lanes, 0)
+    stacked = _spread(values[0], lanes)
     for number, value in enumerate(values[1:], 1):
-        stacked = lax.select(lax.eq(lane, lax.full_like(lane, number)), _spread(value, full), stacked)
+        stacked = lax.select(lax.eq(lane, like(lane, number)), _spread(value, lanes), stacked)
     return of_array(lax.reduce_min(stacked, (0,)) if lowest else lax.reduce_max(stacked, (0,)))
 
 
+def _counting(value, terms):
+    """The exponent; so low that others win where something was divided by zeros."""
+    if all(count > 0 for _, count in terms):
+        return value
+    return lax.select(lax.gt(value, like(value, -ZERO_EXPONENT // 2)), like(value, ZERO_EXPONENT), value)
+
+
 def _spread(value, full):
-    return lax.broadcast_in_dim(value, full, tuple(range(1, len(full))) if value.ndim else ())
+    if value.shape == full:
+        return value
+    return lax.broadcast_in_dim(value, full, tuple(range(len(full) - value.ndim, len(full))))

@@ -106,7 +106,7 @@ def _apply(ctx: Context, eqn, values, number: int) -> list:
     if entry is None:
         return fall_back(ctx, eqn, values)
     outs = [v.aval for v in eqn.outvars]
-    call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo)
+    call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo, any(isinstance(v, Scaled) and v.faint for v in values))
     results = entry.function(call, *(_full_if_alone(v, len(values)) for v in values))
     return list(results) if isinstance(results, (list, tuple)) else [results]
 

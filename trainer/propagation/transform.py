@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.propagation import structures  # noqa: F401 - registers the structural primitives
-from trainer.propagation.array import ScaledArray, is_float, is_scaled, scaled
+from trainer.propagation.array import ZERO_EXPONENT, ScaledArray, is_float, is_scaled, normalized, scaled
 from trainer.propagation.calibrate import Plan, make_plan
-from trainer.propagation.exponents import Exponent, of_array
+from trainer.propagation.exponents import of_array
 from trainer.propagation.interpret import Context, interpret
 from trainer.propagation.values import Scaled, plain
 
@@ -32,7 +32,8 @@ class Report:
     rescales: int = 0
 
 
-def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallback: str = "count", outputs: str = "auto", static_argnames=()):
+def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallback: str = "count", outputs: str = "auto", unit_inputs: bool = False,
+                     static_argnames=()):
     """`fun` with every floating-point value held as data * 2**exponent: same signature, same values.
 
     Apply it to what is already differentiated, propagate_scales(jax.value_and_grad(loss)); the gradient of the result is refused.
@@ -42,7 +43,9 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
     are then brought to unit scale on entry. None: the program's own dtypes. rescale: a `Plan` of `calibrate`, where data is brought
     back to unit scale; "auto" makes one from the arguments of the first call, which must be concrete. on_fallback: what happens
     at a primitive without a rule: "count" (unscale, apply, exponent 0; see .report) or "raise". outputs: "auto" (ScaledArrays for
-    what depends on one, arrays where no argument is one), "scaled" (all floats), "plain" (none). static_argnames: as of jax.jit.
+    what depends on one, arrays where no argument is one), "scaled" (all floats), "plain" (none). unit_inputs: the data of all ScaledArray
+    arguments is near unit scale already, as that of `scaled` and of results is, and is taken as it is; by default float32 data is brought
+    there on entry, so that no result depends on how much of a value was in the data. static_argnames: as of jax.jit.
 
     Cached like jax.jit; .report(*args) tells the equations before and after, and the fall-backs.
     """
@@ -51,7 +54,7 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
             raise ValueError(f"propagate_scales: {key}={value!r}; accepted: {', '.join(accepted)}")
     if isinstance(rescale, str) and rescale != "auto":
         raise ValueError(f"propagate_scales: rescale={rescale!r}; accepted: 'auto', a plan of calibrate(), or None")
-    return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, static_argnames)
+    return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, unit_inputs, static_argnames)
 
 
 def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str = "rms", **kwargs) -> Plan:
@@ -67,9 +70,9 @@ def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str
 class _Transformed:
     """The callable that propagate_scales returns."""
 
-    def __init__(self, fun, data_dtype, rescale, on_fallback, outputs, static_argnames):
+    def __init__(self, fun, data_dtype, rescale, on_fallback, outputs, unit_inputs, static_argnames):
         functools.update_wrapper(self, fun, updated=())
-        self._fun, self._rescale, self._outputs, self._on_fallback = fun, rescale, outputs, on_fallback
+        self._fun, self._rescale, self._outputs, self._on_fallback, self._unit_inputs = fun, rescale, outputs, on_fallback, unit_inputs
         self._data_dtype = None if data_dtype is None else np.dtype(data_dtype)
         self._static = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
         self._jitted = jax.jit(lambda *a, **k: self._run(Counters(), *a, **k), static_argnames=self._static, inline=True)
@@ -138,14 +141,14 @@ class _Transformed:
         dtype = self._program_dtype(data.dtype)
         exponent = x.exponent
         narrowed = self._data_dtype is not None and data.ndim and data.dtype.itemsize > self._data_dtype.itemsize
-        if isinstance(exponent, int) and not narrowed:
-            return Scaled(data, Exponent(exponent), dtype)
         exponent = jnp.asarray(exponent, jnp.int32)
         if exponent.shape != data.shape[: exponent.ndim]:
             raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
         if narrowed:
             own = scaled(data, leading=exponent.ndim, dtype=self._data_dtype)
             data, exponent = own.data, exponent + own.exponent
+        elif data.dtype.itemsize >= 4 and not self._unit_inputs:
+            data, exponent = _brought_to_unit(data, exponent)
         return Scaled(data, of_array(exponent), dtype)
 
     def watched(self, plan, watch: Callable) -> Callable:
@@ -191,6 +194,13 @@ def _count(jaxpr) -> int:
                 if hasattr(inner, "eqns"):
                     total += _count(inner)
     return total
+
+
+def _brought_to_unit(data, exponent):
+    """The same values with the largest magnitude of the data in [1, 2), for each index that has an exponent of its own: from here on it
+    makes no difference how much of a value was in the data and how much in the exponent."""
+    data, own = normalized(data, exponent.ndim)
+    return data, jnp.where(own == ZERO_EXPONENT, own, exponent + own)
 
 
 @jax.custom_jvp

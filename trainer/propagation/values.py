@@ -25,11 +25,13 @@ _SQRT_HALF = 0.7071067811865476
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """data * 2**exponent; `dtype` is that of the program's variable, which data may hold more narrowly."""
+    """data * 2**exponent; `dtype` is that of the program's variable, which data may hold more narrowly. `faint`: the data may lie far below
+    unit scale everywhere, as exp(x), a probability or 1 - tanh(x)^2 do; then the exponent says nothing of the size."""
 
     data: jax.Array
     exponent: Exponent
     dtype: np.dtype
+    faint: bool = False
 
     @property
     def shape(self):
@@ -96,7 +98,7 @@ def plain(x):
 def unscaled_wide(x):
     """The values of a variable in the dtype that rules compute in; beyond its range they overflow or flush."""
     if isinstance(x, Scaled):
-        return x.exponent.shift(wide(x.data), narrow_range(x.data.dtype))
+        return x.exponent.shift(wide(x.data), far=not narrow_range(x.data.dtype))
     return wide(plain(x))
 
 
@@ -143,19 +145,21 @@ def wide_dtype(dtype) -> np.dtype:
     return np.dtype(dtype) if np.dtype(dtype).itemsize >= 4 else np.dtype(np.float32)
 
 
-def align(x, exponent: Exponent, memo: dict, saturate=None):
-    """The data that x has at another exponent, wide. `saturate`: the largest magnitude that a known number may take."""
+def align(x, exponent: Exponent, memo: dict, saturate=None, far: bool = False):
+    """The data that x has at another exponent, wide. `saturate`: the largest magnitude that a known number may take. `far`: see
+    `Exponent.shift`."""
     if isinstance(x, Uniform) and x.known:
         if x.any_scale or not exponent.terms:
             value = x.number if x.any_scale else _ldexp(x.number, -exponent.known)
             if saturate is not None and math.isfinite(x.number):
                 value = max(-saturate, min(saturate, value))
             return np.full((), value, wide_dtype(x.dtype))
-        mantissa, own = split_number(x.number)
-        value = (Exponent(own) - exponent).shift(jnp.full((), mantissa, wide_dtype(x.dtype)))
+        # A mantissa of at least 1: moved down as far as it goes, an epsilon stays above zero.
+        mantissa, own = math.frexp(x.number)
+        value = (Exponent(own - 1) - exponent).shift(np.full((), 2 * mantissa, wide_dtype(x.dtype)), far)
         return value if saturate is None else jnp.clip(value, -saturate, saturate)
     x = lift(x, memo)
-    return (x.exponent - exponent).shift(wide(x.data), narrow_range(x.data.dtype))
+    return (x.exponent - exponent).shift(wide(x.data), far)
 
 
 def _ldexp(number: float, exponent: int) -> float:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import ZERO_EXPONENT, shift, wide
+from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest, of_array
-from trainer.propagation.rules.registry import Call, rule, to_unit
-from trainer.propagation.values import Scaled, Uniform, plain, split_number
+from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.values import SENTINEL, Scaled, Uniform, plain, split_number
 
 
 def _is_zero(x) -> bool:
@@ -48,15 +48,12 @@ def div(call: Call, a, b):
     return call.store(da / db, ea - eb)
 
 
-@rule("integer_pow", data="a^n", exponent="n ea; n > 2: of a at unit scale")
+@rule("integer_pow", data="a^n", exponent="n ea")
 def integer_pow(call: Call, a):
     data, exponent = _apart(call, a)
     power = call.params["y"]
     if abs(power) < 3:
         return call.store(lax.integer_pow(data, power), exponent * power)
-    # Where a scale is not known it may be that of anything, and 2**43 has no cube in float32.
-    if exponent.terms and data.dtype == jnp.float32:
-        data, exponent = to_unit(data, exponent)
     return call.settle(lax.integer_pow(data, power), exponent * power)
 
 
@@ -71,7 +68,7 @@ def one_minus_square(call: Call, a):
     """The derivative of tanh, from jax 0.11 on."""
     data, exponent = _apart(call, a)
     top = highest([exponent * 2, Exponent()])
-    return call.store(call.align(Uniform(1.0, (), data.dtype), top) - (exponent * 2 - top).shift(data * data, call.narrow(data.ndim)), top)
+    return call.fading().store(call.align(Uniform(1.0, (), data.dtype), top) - (exponent * 2 - top).shift(data * data), top)
 
 
 @rule("sqrt", data="sqrt(a 2^(ea mod 2))", exponent="floor(ea / 2)")
@@ -96,38 +93,47 @@ def _even(call: Call, a):
     return data * (factor.reshape(factor.shape + (1,) * (data.ndim - factor.ndim)) if factor.ndim else factor), half
 
 
-@rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb), of their largest values where one has no scale or powers in it")
+@rule("add", "sub", "add_any", data="a 2^(ea - e) + b 2^(eb - e)", exponent="e = max(ea, eb); of their largest values where one may lie far below its exponent")
 def add(call: Call, a, b):
+    if _is_zero(b) or _is_zero(a) and call.name != "sub":
+        x = a if _is_zero(b) else b
+        exponent = call.common(x)
+        return call.store(call.align(x, exponent), exponent)
     if _doubtful(call, a, b):
-        a, b = _measured(a), _measured(b)
-    exponent = call.common(a, b)
-    if call.name == "sub":
-        if _is_zero(b):
-            return call.store(call.align(a, exponent), exponent)
-        return call.store(_term(call, a, exponent) - _term(call, b, exponent), exponent)
-    if _is_zero(a) or _is_zero(b):
-        return call.store(call.align(b if _is_zero(a) else a, exponent), exponent)
-    return call.store(_term(call, a, exponent) + _term(call, b, exponent), exponent)
+        exponent, call = highest([_size(call, a), _size(call, b)]), call.honest()
+    else:
+        exponent = call.common(a, b)
+    if any(isinstance(x, Uniform) and x.known and FADING <= abs(x.number) < SENTINEL for x in (a, b)):
+        call = call.fading()
+    a, b = _term(call, a, exponent), _term(call, b, exponent)
+    return call.store(a - b if call.name == "sub" else a + b, exponent)
+
+
+FADING = 2.0**-4  # 1 - y may be zero everywhere; v + 1e-6 is as large as v is
 
 
 def _doubtful(call: Call, a, b) -> bool:
-    """True if the exponents of two terms say little of which is larger: one is that of something without a scale (a probability, 1) and
-    the other is not, or one has powers in it, as x * x * f'(x) has in the derivative of GELU. Where it is the larger and its data zero or
-    nearly so, it would push the other out of range, and the sum would say more than its data in turn, layer after layer."""
+    """True if the exponents of two terms say little of which is larger, as in the derivative of GELU, where one is x * x * f'(x): where it
+    has the larger exponent, and f'(x) is zero or nearly so, it would push the other out of range, and the sum would say more than its data
+    in turn, layer after layer. Data that is held narrowly is out of range much sooner."""
     if any(isinstance(x, Uniform) and x.any_scale for x in (a, b)):
         return False
     terms = [call.exponent(x).terms for x in (a, b)]
-    return terms[0] != terms[1] and (not all(terms) or any(abs(count) > 1 for each in terms for _, count in each))
+    if terms[0] == terms[1]:
+        return False
+    powers = any(abs(count) > 1 for each in terms for _, count in each)
+    if call.narrow(len(call.outs[0].shape)):
+        return powers or not all(terms)
+    return call.faint or powers and not any(isinstance(x, Uniform) and x.known for x in (a, b))
 
 
-def _measured(x):
-    """An array at the scale that its largest value says, for each index that has an exponent of its own; zeros at any."""
+def _size(call: Call, x) -> Exponent:
+    """The exponent that the largest value of an array has, for each index that has an exponent of its own; so low that any other is higher
+    where all is zero. That of anything else as it is."""
     if not isinstance(x, Scaled) or not x.ndim or not x.data.size:
-        return x
-    data, exponent = to_unit(wide(x.data), x.exponent)
-    nothing = jnp.max(jnp.abs(x.data), axis=tuple(range(exponent.ndim, x.ndim))) == 0
-    exponent = of_array(jnp.where(nothing, ZERO_EXPONENT, exponent.traced()))
-    return Scaled(data, exponent, x.dtype)
+        return call.exponent(x)
+    largest = jnp.max(jnp.abs(wide(x.data)), axis=tuple(range(x.exponent.ndim, x.ndim)))
+    return x.exponent + of_array(floor_log2(largest))
 
 
 def _term(call: Call, x, exponent: Exponent):

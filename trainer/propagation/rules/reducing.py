@@ -26,7 +26,7 @@ def reduce_sum(call: Call, a):
     axes = tuple(call.params["axes"])
     a = _keep(a, axes)
     steps = growth(int(np.prod([a.shape[i] for i in axes], dtype=np.int64)))
-    return call.store(shift(jnp.sum(wide(a.data), axis=axes), -steps), a.exponent + steps)
+    return call.honest().store(shift(jnp.sum(wide(a.data), axis=axes), -steps), a.exponent + steps)
 
 
 @rule("cumsum", data="cumsum(a) / 2^c, added in float32", exponent="ea + c, c = floor(log2 sqrt(n))")
@@ -110,6 +110,7 @@ def dot_general(call: Call, a, b):
     steps = growth(int(np.prod([a.shape[i] for i in contract], dtype=np.int64)))
     data = _product(call, a.data, b.data, steps)
     # The largest of a may have met the smallest of b.
+    call = call.honest()
     return (call.settle if apart else call.store)(data, a.exponent + b.exponent + steps)
 
 

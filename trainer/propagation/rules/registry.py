@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Call:
     bind_with: Callable  # (params, *arrays): the primitive
     data_dtype: np.dtype | None  # that results are held in, None for their own
     memo: dict
+    faint: bool = False  # one of the arguments is, and so its results
 
     def bind(self, *arrays):
         """The primitive on arrays, with the parameters of the equation."""
@@ -71,16 +72,16 @@ class Call:
         """The largest exponent among variables, of those that have a scale of their own."""
         return common(tuple(map(self.split, xs)))
 
-    def align(self, x, exponent: Exponent, saturate=None, shape=None):
+    def align(self, x, exponent: Exponent, saturate=None, shape=None, far: bool = False):
         """The data that x has at another exponent, wide; of its own shape, or of one that broadcasts to `shape` (the result's)."""
         lifted = None if not exponent.ndim or isinstance(x, Uniform) and x.any_scale else self.lift(x)
         shape, rank = self.outs[0].shape if shape is None else shape, exponent.ndim
         if lifted is None or lifted.ndim and lifted.shape[:rank] == tuple(shape[:rank]):
-            return align(x, exponent, self.memo, saturate)
+            return align(x, exponent, self.memo, saturate, far)
         # One number, or one row of a size that primitives broadcast, is to have an exponent for each leading index.
         own = lifted.shape[rank:] if lifted.ndim else (1,) * (len(shape) - rank)
         data = jnp.broadcast_to(lifted.data, (*shape[:rank], *own))
-        data = align(Scaled(data, lifted.exponent, lifted.dtype), exponent, self.memo)
+        data = align(Scaled(data, lifted.exponent, lifted.dtype), exponent, self.memo, far=far)
         return jnp.clip(data, -saturate, saturate) if saturate is not None and isinstance(x, Uniform) and x.known else data
 
     def held_as(self, dtype, ndim: int) -> np.dtype:
@@ -95,7 +96,7 @@ class Call:
         dtype, shape = np.dtype(self.outs[index].dtype), tuple(self.outs[index].shape)
         if data.shape != shape:  # of scalars alone
             data = jnp.broadcast_to(data, shape)
-        return Scaled(data.astype(self.held_as(dtype, data.ndim)), exponent, dtype)
+        return Scaled(data.astype(self.held_as(dtype, data.ndim)), exponent, dtype, self.faint)
 
     def number(self, number: float) -> Uniform:
         """A result that is known now."""
@@ -108,7 +109,15 @@ class Call:
     def settle(self, data, exponent: Exponent) -> Scaled:
         """A result whose magnitude no rule can foresee: where its dtype is narrow, its largest value is brought to [1, 2), for each
         leading index that has an exponent of its own."""
-        return self.store(*(to_unit(data, exponent) if self.narrow(data.ndim) else (data, exponent)))
+        return self.honest().store(*to_unit(data, exponent)) if self.narrow(data.ndim) else self.store(data, exponent)
+
+    def honest(self) -> Call:
+        """This call with results that are as large as their exponent says, whatever the arguments are."""
+        return replace(self, faint=False)
+
+    def fading(self) -> Call:
+        """This call with results that may be far smaller than their exponent says."""
+        return replace(self, faint=True)
 
     def fall_back(self, *xs):
         """The primitive itself on unscaled values."""

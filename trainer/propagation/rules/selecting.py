@@ -18,7 +18,7 @@ MASKED = 8  # log2 of the size that a mask value must have, so that exp of it is
 def compare(call: Call, a, b):
     exponents = [call.exponent(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
     exponent = highest(exponents, lowest=True) if exponents else Exponent()
-    data = [call.align(x, exponent) for x in (a, b)]
+    data = [call.align(x, exponent, far=True) for x in (a, b)]
     return call.bind(*(jnp.broadcast_to(x, call.outs[0].shape) for x in data))
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.elementwise import integer_pow, rsqrt, sqrt
-from trainer.propagation.rules.registry import Call, rule, to_unit
+from trainer.propagation.rules.registry import Call, rule
 from trainer.propagation.values import Scaled, Uniform, unscaled_wide
 
 LINEAR_BELOW = -24  # where |x| < 2^-24 all of them are c x to float32's last digit or nearly
@@ -26,9 +26,6 @@ SLOPES = {"tanh": 1.0, "sin": 1.0, "tan": 1.0, "asin": 1.0, "atan": 1.0, "sinh":
 @rule(*SLOPES, data="f(a 2^ea) 2^-e; c a where |x| < 2^-24", exponent="e = min(ea, 0)")
 def linear_at_zero(call: Call, a):
     a = call.lift(a)
-    if a.exponent.terms and a.data.dtype == jnp.float32:
-        # A scale that is not known may be that of data far from 1, whose values are not small at all.
-        a = Scaled(*to_unit(a.data, a.exponent), a.dtype)
     exponent = highest([a.exponent, Exponent()], lowest=True)
     values = _exactly(call, unscaled_wide(a))
     back = (-exponent).traced()
@@ -47,12 +44,12 @@ def _exactly(call: Call, x):
 
 @rule("exp", "exp2", "cosh", data="f(a 2^ea)", exponent="0; narrow data: that of the largest")
 def growing(call: Call, a):
-    return call.settle(_exactly(call, unscaled_wide(a)), Exponent())
+    return call.fading().settle(_exactly(call, unscaled_wide(a)), Exponent())
 
 
 @rule("logistic", "cos", "erfc", "acos", data="f(a 2^ea)", exponent="0")
 def bounded(call: Call, a):
-    return call.store(_exactly(call, unscaled_wide(a)), Exponent())
+    return call.fading().store(_exactly(call, unscaled_wide(a)), Exponent())
 
 
 @rule("floor", "ceil", "round", data="f(a 2^ea) 2^-e", exponent="e = max(ea, 0)")
@@ -75,7 +72,7 @@ def log(call: Call, a):
     data, exponent = wide(a.data), a.exponent
     values = function(unscaled_wide(a))
     if data.dtype != jnp.float32:
-        return call.store(values, Exponent())
+        return call.honest().store(values, Exponent())
     if exponent.terms or abs(exponent.known) > 60:
         # The same number whatever power of two lies in the data: mantissa and exponent are taken apart first.
         total = floor_log2(data) + exponent.traced(data.ndim)
@@ -83,7 +80,7 @@ def log(call: Call, a):
         apart = function(mantissa) + total.astype(jnp.float32) * jnp.float32(of_two)
         outside = (jnp.abs(total) > 120) & (data > 0) & jnp.isfinite(data)
         values = jnp.where(outside, apart, values)
-    return call.store(values, Exponent())
+    return call.honest().store(values, Exponent())
 
 
 def shift_each(data, exponent):
