@@ -79,10 +79,10 @@ def _passes_on(eqn) -> bool:
 class _Probe:
     """The transformed program with a switch at every value: compiled once, and run with any choice of rescales."""
 
-    def __init__(self, watched: Callable, args, kwargs, statistic: Statistic):
+    def __init__(self, watched: Callable, args, kwargs, statistic: Statistic, static):
         self.places: dict[tuple, Place] = {}
         self._statistic, self._numbers, self._switches = statistic, {}, None
-        static = {name: value for name, value in kwargs.items() if isinstance(value, (str, bool))}
+        static = {name: value for name, value in kwargs.items() if name in static}
         self._arguments = args, {name: value for name, value in kwargs.items() if name not in static}
         run = lambda switches, a, k: self._run(watched, switches, *a, **k, **static)  # noqa: E731
         jax.eval_shape(functools.partial(run, None), *self._arguments)
@@ -138,7 +138,7 @@ def _candidates(seen: dict, first, count: int) -> list:
     return [first, *(path for _, path in sorted(before, reverse=True)[: count - 1])]
 
 
-def make_plan(watched: Callable, args, kwargs, threshold: int = 8, by: str = "rms") -> Plan:
+def make_plan(watched: Callable, args, kwargs, threshold: int = 8, by: str = "rms", static=()) -> Plan:
     """See `trainer.propagation.calibrate`. watched(plan, watch): the transformed function with plan.move and watch at its values.
 
     A greedy search: for the first value outside the limits, the place that leaves the fewest outside; then every place is tried without.
@@ -147,7 +147,7 @@ def make_plan(watched: Callable, args, kwargs, threshold: int = 8, by: str = "rm
     if not isinstance(threshold, (int, np.integer)) or threshold < 1:
         raise ValueError(f"calibrate: threshold={threshold!r}; accepted: an integer of at least 1 (powers of two)")
     with Console(stderr=True).status("calibrating: compiling the program with a switch at every value") as status:
-        probe = _Probe(watched, args, kwargs, statistic)
+        probe = _Probe(watched, args, kwargs, statistic, static)
         chosen: tuple = ()
         found = seen = probe.look(chosen)
         while (outside := _outside(seen, threshold)) and len(chosen) < MAX_PLACES:

@@ -140,6 +140,12 @@ def taken(ctx, x, aval, exponents: dict):
     return Scaled(data.astype(held), exponent, dtype)
 
 
+def _all_taken(ctx, name: str, results, eqn, exponents: dict) -> list:
+    if len(results) != len(eqn.outvars):
+        raise ValueError(f"scale rule of {name}: it gave {len(results)} results; accepted: {len(eqn.outvars)}, as many as {name} gives")
+    return [taken(ctx, x, v.aval, exponents) for x, v in zip(results, eqn.outvars)]
+
+
 def _apply_scale_rule(ctx, eqn, values):
     params = eqn.params
     values = values[params["num_consts"] :]
@@ -157,7 +163,7 @@ def _apply_scale_rule(ctx, eqn, values):
 
     for mapped in levels:
         rule = _mapped(rule, mapped)
-    return [taken(ctx, x, v.aval, exponents) for x, v in zip(rule(*args), eqn.outvars, strict=True)]
+    return _all_taken(ctx, params["owner"].__name__, rule(*args), eqn, exponents)
 
 
 def _mapped(rule, mapped):
@@ -194,7 +200,7 @@ def register_rule(primitive):
             exponents: dict = {}
             out = rule(*(shown(v, 0, exponents) for v in values), **eqn.params)
             out = list(out) if eqn.primitive.multiple_results else [out]
-            return [taken(ctx, x, v.aval, exponents) for x, v in zip(out, eqn.outvars, strict=True)]
+            return _all_taken(ctx, name, out, eqn, exponents)
 
         USER_RULES[name] = apply
         return rule

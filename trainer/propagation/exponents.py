@@ -18,7 +18,7 @@ from trainer.propagation.array import BIAS, ZERO_EXPONENT, like, pow2_of_biased,
 
 _numbers = itertools.count()
 _LANES = 16
-_DEEPEST = 4
+_DEEPEST = 8
 
 
 class Atom:
@@ -43,6 +43,11 @@ class Exponent:
     def ndim(self) -> int:
         """How many leading dimensions have an exponent for each index."""
         return max((atom.array.ndim for atom, _ in self.terms), default=0)
+
+    @property
+    def divided(self) -> bool:
+        """True if it is one of a quotient, or the like: of what may be infinite everywhere, and of any scale then."""
+        return any(count < 0 for _, count in self.terms)
 
     def __add__(self, other):
         if isinstance(other, int):
@@ -76,20 +81,23 @@ class Exponent:
         made = self.terms[0][0].made
         if self not in made:
             made[self] = self._sum()
+            made.setdefault(self.terms, self)  # what others with these terms differ from by a number
         total = made[self]
         return total if ndim is None or total.ndim == 0 else trailing(total, ndim)
 
     def _sum(self):
-        rank = self.ndim
-        total = None
-        for atom, count in sorted(self.terms, key=lambda term: term[1] < 0):  # then most of those to be subtracted can be
+        rank, known, terms, total = self.ndim, self.known, self.terms, None
+        begun = terms[0][0].made.get(terms[:-1])  # a term is aligned to the sum, whose exponent is the newest
+        if begun is not None and begun.ndim == rank:
+            total, known, terms = begun.traced(), known - begun.known, terms[-1:]
+        for atom, count in sorted(terms, key=lambda term: term[1] < 0):  # then most of those to be subtracted can be
             part = trailing(atom.array, rank) if atom.array.ndim else atom.array
             if count == -1 and total is not None and total.shape == part.shape:
                 total = lax.sub(total, part)
                 continue
             part = part if count == 1 else lax.neg(part) if count == -1 else lax.mul(part, like(part, count))
             total = part if total is None else _add(total, part)
-        return lax.add(total, like(total, self.known)) if self.known else total
+        return lax.add(total, like(total, known)) if known else total
 
     def factors(self, far: bool) -> tuple:
         """float32 powers of two whose product is 2**self, for exponents that are traced: one, which ends at 2**-126 and 2**127, or two
@@ -154,7 +162,7 @@ def highest(exponents, lowest: bool = False) -> Exponent:
     rank = max(e.ndim for e in exponents)
     values = [jnp.asarray(Exponent(known, terms).traced(rank), jnp.int32) for terms, known in by_terms.items()]
     if not lowest:
-        values = [_counting(value, terms) for value, terms in zip(values, by_terms)]
+        values = [_counting(value) if Exponent(0, terms).divided else value for value, terms in zip(values, by_terms)]
     full = jnp.broadcast_shapes(*(np.shape(v) for v in values))
     depth = 1 + max(atom.depth for terms in by_terms for atom, _ in terms)
     if depth < _DEEPEST:
@@ -170,11 +178,9 @@ def highest(exponents, lowest: bool = False) -> Exponent:
     return of_array(lax.reduce_min(stacked, (0,)) if lowest else lax.reduce_max(stacked, (0,)))
 
 
-def _counting(value, terms):
+def _counting(value):
     """The exponent; so low that others win where something was divided by zeros."""
-    if all(count > 0 for _, count in terms):
-        return value
-    return lax.select(lax.gt(value, like(value, -ZERO_EXPONENT // 2)), like(value, ZERO_EXPONENT), value)
+    return lax.select(lax.gt(value, like(value, -ZERO_EXPONENT // 4)), like(value, ZERO_EXPONENT), value)
 
 
 def _spread(value, full):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Context:
     watch: Callable | None = None  # watch(path, equation, value) of every Scaled result, while calibrating
     move: Callable | None = None  # move(path, equation, value) -> value, which rescales where a calibration found it needed
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
+    fallen: dict = field(default_factory=dict)  # id -> equation, of those counted: a loop's body is traced more than once
     memo: dict = field(default_factory=dict)
     bodies: dict = field(default_factory=dict)
     path: tuple = ()
@@ -41,7 +42,7 @@ class Context:
 
     def nested(self, name, line: str) -> Context:
         """The same context inside a body: paths are longer, numbers of the outer trace are not remembered."""
-        return Context(self.data_dtype, self.on_fallback, self.user_rules, self.watch, self.move, self.fallbacks, {}, self.bodies, (*self.path, name), line)
+        return replace(self, memo={}, path=(*self.path, name), line=line)
 
 
 def read_literal(literal):
@@ -140,7 +141,8 @@ def _without_scales(eqn, values) -> list:
             if name in _KEEP_UNIFORM:
                 return [Uniform(number, shape, dtype)]
             if name == "convert_element_type" and isinstance(number, float):
-                return [Uniform(float(np.asarray(number, dtype)), shape, dtype)]
+                with np.errstate(over="ignore"):  # infinite in float16, as in the program
+                    return [Uniform(float(np.asarray(number, dtype)), shape, dtype)]
     return bind(eqn, [plain(v) for v in values])
 
 
@@ -172,5 +174,7 @@ def fall_back(ctx: Context, eqn, values) -> list:
             f"propagate_scales: primitive '{name}' at {line} has no scale rule; give it one with "
             "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
         )
-    ctx.fallbacks[name, line] += 1
+    if id(eqn) not in ctx.fallen:
+        ctx.fallen[id(eqn)] = eqn
+        ctx.fallbacks[name, line] += 1
     return bind(eqn, [plain(v) for v in values])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,19 +53,36 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
     for key, value, accepted in (("on_fallback", on_fallback, FALLBACKS), ("outputs", outputs, OUTPUTS)):
         if value not in accepted:
             raise ValueError(f"propagate_scales: {key}={value!r}; accepted: {', '.join(accepted)}")
-    if isinstance(rescale, str) and rescale != "auto":
+    if not (rescale is None or rescale == "auto" or isinstance(rescale, Plan)):
         raise ValueError(f"propagate_scales: rescale={rescale!r}; accepted: 'auto', a plan of calibrate(), or None")
-    return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, unit_inputs, static_argnames)
+    if data_dtype is not None and not _is_float_name(data_dtype):
+        raise ValueError(f"propagate_scales: data_dtype={data_dtype!r}; accepted: a floating-point dtype (float16, bfloat16, float32, ...), or None")
+    return _Transformed(fun, data_dtype, rescale, on_fallback, outputs, unit_inputs, _names(static_argnames))
 
 
-def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str = "rms", **kwargs) -> Plan:
+def _names(static_argnames) -> tuple[str, ...]:
+    names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+    if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"propagate_scales: static_argnames={static_argnames!r}; accepted: names of arguments")
+    return tuple(names)
+
+
+def _is_float_name(dtype) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str = "rms", static_argnames=(), **kwargs) -> Plan:
     """The fewest rescales that keep the data of propagate_scales(fun) within 2**-threshold and 2**threshold of unit scale.
 
     fun is compiled once with a switch at every value and run on these arguments (concrete; one batch will do) with one rescale more each
     time, for the first value whose `by` ("rms", "amax", "mean_abs") lies outside: there or before it, wherever it leaves the fewest
     outside. Those that turn out not to be needed are taken away again. Scalars and all-zero arrays do not count. Give the result to propagate_scales(fun, rescale=plan); print(plan) says what is where.
     """
-    return make_plan(propagate_scales(fun, data_dtype=data_dtype).watched, args, kwargs, threshold, by)
+    transformed = propagate_scales(fun, data_dtype=data_dtype, static_argnames=static_argnames)
+    return make_plan(transformed.watched, *transformed._by_name(args, kwargs), threshold, by, transformed._static)
 
 
 class _Transformed:
@@ -74,7 +92,7 @@ class _Transformed:
         functools.update_wrapper(self, fun, updated=())
         self._fun, self._rescale, self._outputs, self._on_fallback, self._unit_inputs = fun, rescale, outputs, on_fallback, unit_inputs
         self._data_dtype = None if data_dtype is None else np.dtype(data_dtype)
-        self._static = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self._static = static_argnames
         self._jitted = jax.jit(lambda *a, **k: self._run(Counters(), *a, **k), static_argnames=self._static, inline=True)
 
     def __call__(self, *args, **kwargs):
@@ -83,11 +101,21 @@ class _Transformed:
                 raise ValueError("propagate_scales: rescale='auto' needs concrete arguments, and is called under jit or another transformation; "
                                  "make the plan before, rescale=trainer.propagation.calibrate(fun, *args)")
             self._rescale = self.calibrate(*args, **kwargs)
+        args, kwargs = self._by_name(args, kwargs)
         return self._jitted(*args, **kwargs)
+
+    def _by_name(self, args, kwargs):
+        """The same arguments with the static ones, and what follows them, by name."""
+        if not self._static:
+            return args, kwargs
+        names = list(inspect.signature(self._fun).parameters)
+        first = min((names.index(name) for name in self._static if name in names), default=len(args))
+        return args[:first], dict(zip(names[first:], args[first:])) | kwargs
 
     def report(self, *args, **kwargs) -> Report:
         """What the transform does with arguments like these (arrays or ShapeDtypeStructs)."""
         counters = Counters()
+        args, kwargs = self._by_name(args, kwargs)
         static = {k: v for k, v in kwargs.items() if k in self._static}
         traced = {k: v for k, v in kwargs.items() if k not in self._static}
         after = jax.make_jaxpr(lambda a, k: self._run(counters, *a, **k, **static))(args, traced)
@@ -96,7 +124,7 @@ class _Transformed:
 
     def calibrate(self, *args, **kwargs) -> Plan:
         """Where data drifts from unit scale with these arguments; see `calibrate`."""
-        return make_plan(self.watched, args, kwargs)
+        return make_plan(self.watched, *self._by_name(args, kwargs), static=self._static)
 
     def trace(self, args, kwargs):
         """(closed jaxpr, variables of its arguments, tree of its results, whether an argument carries a scale)."""
@@ -141,7 +169,10 @@ class _Transformed:
         dtype = self._program_dtype(data.dtype)
         exponent = x.exponent
         narrowed = self._data_dtype is not None and data.ndim and data.dtype.itemsize > self._data_dtype.itemsize
-        exponent = jnp.asarray(exponent, jnp.int32)
+        exponent = jnp.asarray(exponent)
+        if not jnp.issubdtype(exponent.dtype, jnp.integer):
+            raise ValueError(f"ScaledArray: exponent of dtype {exponent.dtype}; accepted: int32 (the value is data * 2**exponent)")
+        exponent = exponent.astype(jnp.int32)
         if exponent.shape != data.shape[: exponent.ndim]:
             raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
         if narrowed:

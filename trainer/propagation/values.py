@@ -95,10 +95,10 @@ def plain(x):
     return x.array() if isinstance(x, Uniform) else x
 
 
-def unscaled_wide(x):
-    """The values of a variable in the dtype that rules compute in; beyond its range they overflow or flush."""
+def unscaled_wide(x, far: bool = True):
+    """The values of a variable in the dtype that rules compute in; beyond its range they overflow or flush. far: see `Exponent.shift`."""
     if isinstance(x, Scaled):
-        return x.exponent.shift(wide(x.data), far=not narrow_range(x.data.dtype))
+        return x.exponent.shift(wide(x.data), far and not narrow_range(x.data.dtype))
     return wide(plain(x))
 
 

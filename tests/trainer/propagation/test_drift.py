@@ -58,6 +58,36 @@ def test_scaled_arrays_far_from_unit_scale_are_held_narrowly():
         np.testing.assert_array_equal(unscaled(got), X)
 
 
+QUOTIENTS = {
+    "where": (lambda z, x: jnp.where(z == 0, x, x / z), X),
+    "minimum": (lambda z, x: jnp.minimum(1 / z, 5.0) + 0 * x, [5.0, 5.0, 5.0]),
+    "concatenate": (lambda z, x: jnp.concatenate([1 / z, x])[3:], X),
+    "scatter": (lambda z, x: (1 / z).at[:3].set(x), X),
+    "where, of a root": (lambda z, x: jnp.where(z > 0, lax.rsqrt(z), x), X),
+    "max": (lambda z, x: jnp.maximum(x, -1 / z), X),
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_what_was_divided_by_zeros_leaves_others_alone(name):
+    program, want = QUOTIENTS[name]
+    for zeros in (scaled(np.zeros(3, np.float32)), at(np.zeros(3), 60), at(np.zeros(3), -60)):
+        np.testing.assert_array_equal(unscaled(propagate_scales(program)(zeros, at(X, 0))), want)
+
+
+@pytest.mark.parametrize("exponent", [0, 30, 60, 100])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_row_of_zeros_keeps_the_epsilon_of_its_norm(centred, exponent):
+    def norm(x_ND):
+        x_ND = x_ND - jnp.mean(x_ND, -1, keepdims=True) if centred else x_ND
+        return x_ND * lax.rsqrt(jnp.mean(x_ND * x_ND, -1, keepdims=True) + 1e-6)
+
+    rows = np.float32([[2, 2, 2] if centred else [0, 0, 0], [1, 2, -3]])
+    got = unscaled(propagate_scales(norm)(at(rows, exponent)))
+    np.testing.assert_array_equal(got[0], [0, 0, 0])
+    np.testing.assert_allclose(got[1], rows[1] / np.sqrt(14 / 3), rtol=1e-6)
+
+
 def test_zeros_at_a_large_scale_leave_sums_alone():
     assert unscaled(propagate_scales(lambda a: jnp.mean((a - 1) ** 2))(at([0.0, 0.0], 120))) == 1
     np.testing.assert_array_equal(unscaled(propagate_scales(lambda a: a + 1.0)(at([0.0, 0.0], 60))), [1.0, 1.0])

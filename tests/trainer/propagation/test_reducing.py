@@ -41,6 +41,15 @@ def _max_pool_gradient(a, b):
     return out
 
 
+def _convolution(a_NHWC, b_hwCD):
+    return lax.conv_general_dilated(a_NHWC, b_hwCD, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolution_oracle(a_NHWC, b_hwCD):
+    windows = np.lib.stride_tricks.sliding_window_view(a_NHWC, b_hwCD.shape[:2], axis=(1, 2))
+    return np.einsum("nijchw,hwcd->nijd", windows, b_hwCD)
+
+
 TABLE = {
     "sum": Case("reduce_sum", lambda a: a.sum(), lambda a: a.sum(), dies=True, rows=False),
     "sum over some": Case("reduce_sum", lambda a: a.sum((1, 2)), lambda a: a.sum((1, 2)), dies=True),
@@ -75,6 +84,10 @@ TABLE = {
     "min pool": Case("reduce_window_min", lambda a: _max_pool(a, jnp.inf, lax.min), _windows(np.min), "344", dies=True),
     "gradient of max pool": Case("select_and_scatter_add", lambda a, b: jax.vjp(lambda x: _max_pool(x, -jnp.inf, lax.max), a)[1](b)[0], _max_pool_gradient,
                                  "344 333", exponents=APART, dies=True),
+    "convolution": Case("conv_general_dilated", _convolution, _convolution_oracle, "A55B 33BC", exponents=APART, dies=True, rows=False),
+    "gradient of a convolution": Case("conv_general_dilated", lambda a, b: jax.grad(lambda w: jnp.vdot(_convolution(a, w), jnp.ones((1, 3, 3, 2), a.dtype)))(b),
+                                      lambda a, b: np.broadcast_to(np.lib.stride_tricks.sliding_window_view(a, (3, 3), axis=(1, 2)).sum((0, 4, 5))[..., None], b.shape),
+                                      "1554 3342", exponents=APART, dies=True, rows=None),
     "in float32": _dot(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32), np.matmul, "AB BC", rows=None),
 }  # fmt: skip
 

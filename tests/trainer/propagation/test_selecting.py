@@ -19,6 +19,11 @@ def _compare(name, fun, oracle):
     return Case(name, fun, oracle, "ABC ABC", few)
 
 
+def _top(a, k):
+    order = np.argsort(-a, axis=-1, kind="stable")[..., :k]
+    return [np.take_along_axis(a, order, -1), order]
+
+
 def _mask(a, b):
     """A mask of the shape of a, the same in jax and numpy."""
     return np.arange(np.size(a)).reshape(np.shape(a)) % 3 == 0
@@ -36,6 +41,11 @@ TABLE = {
     "above a number": Case("gt", lambda a: a > 0.25, lambda a: a > 0.25),
     "at least a number": Case("ge", lambda a, b: a >= b, np.greater_equal, "ABC -", few),
     "is_finite": Case("is_finite", lambda a: jnp.isfinite(a / (a - a.max())), lambda a: a != a.max(), rows=None),
+    "sort": Case("sort", lambda a: jnp.sort(a, 1), lambda a: np.sort(a, 1), dies=True),
+    "sort by the first": Case("sort", lambda a, b: lax.sort((a, b), dimension=1)[1], lambda a, b: np.take_along_axis(b, np.argsort(a, 1), 1), "ABC ABC", dies=True),
+    "sort along the first": Case("sort", lambda a: jnp.sort(a, 0), lambda a: np.sort(a, 0), dies=True, rows=False),
+    "argsort": Case("sort", lambda a: jnp.argsort(a, 1), lambda a: np.argsort(a, 1, kind="stable")),
+    "top_k": Case("top_k", lambda a: lax.top_k(a, 2), lambda a: _top(a, 2), "AB4"),
     "argmax": Case("argmax", lambda a: jnp.argmax(a, axis=1), lambda a: np.argmax(a, axis=1)),
     "argmin of all": Case("argmin", lambda a: jnp.argmin(a), np.argmin),
     "max": Case("max", jnp.maximum, np.maximum, "ABC ABC", dies=True),

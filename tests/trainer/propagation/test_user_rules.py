@@ -109,6 +109,9 @@ def test_mistakes_are_named():
     short.defrule(lambda x: ScaledArray(x.data[:1], x.exponent))
     with pytest.raises(ValueError, match=r"\(1,\) by the rule and \(2,\) by the function"):
         propagate_scales(lambda x: short(x))(at([1.0, 2.0], 0))
+    short.defrule(lambda x: (x, x))
+    with pytest.raises(ValueError, match="scale rule of short: it gave 2 results; accepted: 1"):
+        propagate_scales(lambda x: short(x))(at([1.0, 2.0], 0))
 
 
 def test_register_rule():

@@ -131,6 +131,15 @@ def _product(call: Call, a, b, steps: int):
     return shift(call.bind_with(params, a, b), -steps)
 
 
+@rule("conv_general_dilated", data="conv(a, b) / 2^c, added in float32", exponent="ea + eb + c, c = floor(log2 sqrt(n)), n: fan-in")
+def convolution(call: Call, a, b):
+    a, b = (Scaled(jnp.broadcast_to(x.data, aval.shape), x.exponent, x.dtype) for x, aval in zip(map(call.lift, (a, b)), call.ins))
+    a, b = _together(a, 0), _together(b, 0)
+    fan_in = b.data.size // b.shape[call.params["dimension_numbers"].rhs_spec[0]]
+    steps = growth(fan_in)
+    return call.honest().store(_product(call, a.data, b.data, steps), a.exponent + b.exponent + steps)
+
+
 def _narrow_floats(a, b) -> bool:
     return a.dtype.itemsize == 1 and b.dtype.itemsize == 1
 

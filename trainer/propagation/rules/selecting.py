@@ -8,7 +8,7 @@ from jax import lax
 from trainer.propagation.array import trailing, wide
 from trainer.propagation.exponents import Exponent, highest
 from trainer.propagation.rules.registry import Call, rule
-from trainer.propagation.values import Scaled, Uniform, collapse
+from trainer.propagation.values import Scaled, Uniform, collapse, floats
 
 MASKED = 8  # log2 of the size that a mask value must have, so that exp of it is zero
 
@@ -25,6 +25,21 @@ def compare(call: Call, a, b):
 @rule("is_finite", data="is_finite(a)", exponent="the result has none")
 def is_finite(call: Call, a):
     return jnp.isfinite(a.data)
+
+
+@rule("sort", data="f(a)", exponent="ea")
+def sort(call: Call, *xs):
+    """Each operand with its own exponent: a positive factor changes no order."""
+    xs = [collapse(call.lift(x), call.params["dimension"]) if floats(x) else x for x in xs]
+    arrays = call.bind(*(jnp.broadcast_to(x.data, aval.shape) if isinstance(x, Scaled) else x for x, aval in zip(xs, call.ins)))
+    return [call.store(array, x.exponent, i) if isinstance(x, Scaled) else array for i, (array, x) in enumerate(zip(arrays, xs))]
+
+
+@rule("top_k", data="f(a)", exponent="ea")
+def top_k(call: Call, a):
+    a = collapse(a, call.params.get("axis", a.ndim - 1) % a.ndim)
+    values, indices = call.bind(a.data)
+    return [call.store(values, a.exponent), indices]
 
 
 @rule("argmax", "argmin", data="f(a)", exponent="the result has none")
@@ -47,7 +62,7 @@ def max_min(call: Call, a, b):
 def _bounded(call: Call, x: Scaled, bound: Uniform, bind):
     """max(x, bound) or min(x, bound) of a known bound."""
     largest = _largest(x)
-    harmless = bound.any_scale or (bound.number < 0) == (call.name == "max")
+    harmless = bound.any_scale or (bound.number < 0) == (call.name == "max") and not x.exponent.divided
     if harmless and not call.narrow(x.ndim):
         return call.store(bind(wide(x.data), call.align(bound, x.exponent, largest)), x.exponent)
     if bound.any_scale:

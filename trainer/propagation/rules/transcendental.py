@@ -44,7 +44,7 @@ def _exactly(call: Call, x):
 
 @rule("exp", "exp2", "cosh", data="f(a 2^ea)", exponent="0; narrow data: that of the largest")
 def growing(call: Call, a):
-    return call.fading().settle(_exactly(call, unscaled_wide(a)), Exponent())
+    return call.fading().settle(_exactly(call, unscaled_wide(a, far=False)), Exponent())
 
 
 @rule("logistic", "cos", "erfc", "acos", data="f(a 2^ea)", exponent="0")
