@@ -37,15 +37,19 @@ would hold the values, and below 2**-14 loses their digits; held is the data.*
 ## How it works
 
 `propagate_scales` traces the function and interprets its jaxpr. Each primitive has a rule that says what happens to data and exponents;
-jit, scan, while, cond, remat and custom derivatives are gone into. Three decisions make it exact and cheap:
+jit, scan, while, cond, remat and custom derivatives are gone into. Four decisions make it exact and cheap:
 
+- **One form for each value**: the float32 data of a ScaledArray argument is brought to unit scale on entry, at the cost of one maximum. How
+  much of a value was in the data and how much in the exponent makes no difference after that, down to the last bit, whatever the degree of
+  the program. In a loop of your own that carries ScaledArrays from step to step, put the loop inside the transform, or say
+  `unit_inputs=True`.
 - **Exponents are integers, and symbols while tracing**: a known number plus exponents of arguments, each counted. What is the same cancels
   before XLA sees it, so a chain of elementwise operations costs nothing. Where two scales meet at run time (a sum, a concatenation), `max` of
   two int32 scalars decides, and the data is multiplied by a power of two: in float32 no bit changes.
 - **Growth is known, not measured**: a matrix product over K moves floor(log2 sqrt(K)) into the exponent, a sum likewise. Rules compute in
-  float32 and round once to the dtype that data is held in. Only where no rule can foresee the size is data brought to unit scale by its
-  largest magnitude: narrow data after `exp`, `max` of two scales and casts to float16; and terms of sums whose exponents say little, such as
-  `1 + x**2`, which in the derivative of GELU is zero times something huge.
+  float32 and round once to the dtype that data is held in. Only where no rule can foresee the size is data measured, by its largest
+  magnitude: narrow data after `exp`, `max` of two scales and casts to float16; and terms of sums that have a factor which may vanish
+  everywhere (`exp(x)`, `1 - tanh(x)**2`): in the derivative of GELU, zero times something huge.
 - **Zeros, infinities and mask values have any scale**: ReLU's zeros, scan's empty accumulators and `-1e30` never set an exponent. Other
   constants go to the nearest power of two: multiplying by a learning rate moves the scale and not the data.
 
@@ -82,7 +86,7 @@ def _(x):                                             # a ScaledArray for every 
     return ScaledArray(jax.nn.softmax(unscaled(x)), 0)
 ```
 
-For a primitive: `@trainer.propagation.register_rule("sort")`, then `def rule(*scaled_arrays, **params)`. The decoder has rules for its norm,
+For a primitive: `@trainer.propagation.register_rule("cumprod")`, then `def rule(*scaled_arrays, **params)`. The decoder has rules for its norm,
 SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/linear.py`).
 
 ## What it does not do
@@ -92,11 +96,11 @@ SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/
   A sum takes the larger exponent, so parameters updated by gradients whose exponent says more than their data take that exponent on, and the
   next gradients are larger by it: an optimizer inside the transform needs a `rescale` of the gradients. The trainer's computes in float32,
   from unscaled gradients.
-- **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate.
-- **Values that are zero or tiny by cancellation at a large exponent** can still push what they are selected, concatenated or compared with below
-  float32's range (`where(z == 0, 7, x / z)`), and data moved by 2**20 or more away from unit scale at the inputs can do so in sums of several
-  layers. A row of zeros loses the epsilon of its norm in float32 at exponents beyond 50.
-- Convolution, sort, top_k, cumprod and shard_map fall back. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
+- **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate. In an array that is an
+  argument they are data: under `data_dtype="float16"` give masks as booleans, or with -inf in them; 0 and -1e9 in one tensor leave nothing
+  of the logits that it is added to.
+- **Values that are zero by cancellation at an exponent of 100 or more** push what they are selected or concatenated with below float32's range.
+- cumprod, igamma and what else has no rule falls back, shard_map too. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
 - Exponents are clipped nowhere: beyond 2**127 the data is right and its float32 value is not.
 """
 

@@ -20,6 +20,7 @@ from trainer.propagation.values import Scaled, plain
 
 FALLBACKS = ("count", "raise")
 OUTPUTS = ("auto", "scaled", "plain")
+UNIT = 3  # arguments with their largest magnitude within 2**-3 and 2**4 are left as they are
 
 
 @dataclass(frozen=True)
@@ -228,9 +229,9 @@ def _count(jaxpr) -> int:
 
 
 def _brought_to_unit(data, exponent):
-    """The same values with the largest magnitude of the data in [1, 2), for each index that has an exponent of its own: from here on it
-    makes no difference how much of a value was in the data and how much in the exponent."""
-    data, own = normalized(data, exponent.ndim)
+    """The same values with the largest magnitude of the data near 1, for each index that has an exponent of its own: from here on it makes
+    no difference how much of a value was in the data and how much in the exponent, as no product comes near the ends of the range."""
+    data, own = normalized(data, exponent.ndim, slack=UNIT)
     return data, jnp.where(own == ZERO_EXPONENT, own, exponent + own)
 
 
