@@ -56,8 +56,9 @@ jit, scan, while, cond, remat and custom derivatives are gone into. Four decisio
 Where data drifts all the same, `rescale(x, by="rms"|"amax"|"mean_abs", on="forward"|"cotangent"|"both")` brings it back, exactly, at the cost
 of a reduction. `propagate_scales(f, rescale="auto")`, or `trainer.propagation.calibrate(f, *args)`, runs the function once and places the
 fewest rescales that keep all data within 2**-8 to 2**8; `print(plan)` lists them by source line. With the decoder's own rules (below) its data
-stays within 2**-8 to 2**8 and needs none (the figure); by the rules of primitives alone it drifts to 2**-25, and 6 rescales, 3 a layer, keep it
-(`python -m benchmarks.scale_propagation --only rescales`; Scalify's paper places 2 a layer by hand, scaling as Transformer Engine does takes 18).
+stays within 2**-8 to 2**8 and needs none (the figure); by the rules of primitives alone it drifts to 2**-13, and 2 rescales, one a layer, keep
+it; within 2**-6 to 2**6, 2 a layer do (`python -m benchmarks.scale_propagation --only rescales`; Scalify's paper places 2 a layer by hand,
+scaling as Transformer Engine does takes 18).
 `step.report(*args)` counts equations before and after, and the fall-backs: a primitive without a rule is unscaled, applied and goes on at
 exponent 0; `on_fallback="raise"` names it with its line.
 """

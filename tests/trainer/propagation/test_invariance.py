@@ -161,3 +161,26 @@ def test_sums_of_distant_scales(gap, large, small):
 
 
 SUMS = propagate_scales(lambda x, y: x + y)
+
+
+def test_moves_of_each_layer_change_no_bit():
+    """Weights stacked for scan with an exponent for each layer, and a cohort of two, whose members have their own."""
+    rng = np.random.default_rng(0)
+    weights_MLDD, x_MND = rng.standard_normal((2, 4, 6, 6)).astype(np.float32) / 2, rng.standard_normal((2, 3, 6)).astype(np.float32)
+
+    def loss(weights_LDD, x_ND):
+        return jnp.sum(jnp.sin(lax.scan(lambda h, w: (h + jax.nn.gelu(h @ w), None), x_ND, weights_LDD)[0]))
+
+    run = jax.vmap(propagate_scales(jax.value_and_grad(loss, (0, 1)), outputs="scaled"))
+
+    def results(far: int):
+        steps_ML, steps_M = rng.integers(-far, far + 1, (2, 4)).astype(np.int32), rng.integers(-far, far + 1, 2).astype(np.int32)
+        return values(run(ScaledArray(np.ldexp(weights_MLDD, steps_ML[..., None, None]), -steps_ML), ScaledArray(np.ldexp(x_MND, steps_M[:, None, None]), -steps_M)))
+
+    want = jax.vmap(jax.value_and_grad(loss, (0, 1)))(weights_MLDD, x_MND)
+    still = results(0)
+    for got, one in zip(jax.tree.leaves(still), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, one, rtol=0, atol=2e-6 * np.abs(one).max())
+    for far in (3, 60, 100):
+        for got, one in zip(jax.tree.leaves(results(far)), jax.tree.leaves(still), strict=True):
+            np.testing.assert_array_equal(got, one)
