@@ -39,10 +39,9 @@ would hold the values, and below 2**-14 loses their digits; held is the data.*
 `propagate_scales` traces the function and interprets its jaxpr. Each primitive has a rule that says what happens to data and exponents;
 jit, scan, while, cond, remat and custom derivatives are gone into. Four decisions make it exact and cheap:
 
-- **One form for each value**: the float32 data of a ScaledArray argument is brought to unit scale on entry, at the cost of one maximum. How
-  much of a value was in the data and how much in the exponent makes no difference after that, down to the last bit, whatever the degree of
-  the program. In a loop of your own that carries ScaledArrays from step to step, put the loop inside the transform, or say
-  `unit_inputs=True`.
+- **One form for each value**: the float32 data of a ScaledArray argument is brought near unit scale on entry, at the cost of a pass over it. How
+  much of a value was in the data and how much in the exponent makes no difference after that, down to the last bit. In a loop of your own that
+  carries ScaledArrays from step to step, put the loop inside the transform; or say `unit_inputs=True`, where you keep them there yourself.
 - **Exponents are integers, and symbols while tracing**: a known number plus exponents of arguments, each counted. What is the same cancels
   before XLA sees it, so a chain of elementwise operations costs nothing. Where two scales meet at run time (a sum, a concatenation), `max` of
   two int32 scalars decides, and the data is multiplied by a power of two: in float32 no bit changes.

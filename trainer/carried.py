@@ -23,6 +23,7 @@ def under_policy(function: Callable, policy: PrecisionPolicy) -> Callable:
     The params passed in may be ScaledArrays; arrays that function closes over stay as they are."""
     if policy.data_dtype is None:
         return lambda params, *args: function(unscaled(params), *args)
+    # `_with_scales` and `stored_params` have brought the data to unit scale.
     transformed = propagate_scales(function, data_dtype=policy.data_dtype, unit_inputs=True)
     return lambda params, *args: _flushed(transformed(_with_scales(params, policy.data_dtype), *args))
 

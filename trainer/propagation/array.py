@@ -138,10 +138,12 @@ def wide(x):
 
 def normalized(x, leading: int = 0, slack: int = 0):
     """(x / 2**k, k) with the largest finite magnitude in [1, 2), for each index of so many leading dimensions of float32 or float64 x,
-    exact; k is int32, ZERO_EXPONENT where all is zero. slack: k of at most this size are left at 0."""
+    exact; k is int32, ZERO_EXPONENT where all is zero. slack: k from 0 up to this are left at 0."""
+    if not x.size:
+        return x, jnp.full(x.shape[:leading], ZERO_EXPONENT, jnp.int32)
     if x.dtype.itemsize > 4:
         k = floor_log2(jnp.max(jnp.abs(x), axis=tuple(range(leading, x.ndim)), where=jnp.isfinite(x), initial=0))
-        k = jnp.where(jnp.abs(k) <= slack, 0, k)
+        k = jnp.where((k >= 0) & (k <= slack), 0, k)
         return shift(x, jnp.where(k == ZERO_EXPONENT, 0, -k)), k
     bits = lax.bitcast_convert_type(x, jnp.int32)
     magnitude = lax.bitwise_and(bits, like(bits, 0x7FFFFFFF))
@@ -151,8 +153,7 @@ def normalized(x, leading: int = 0, slack: int = 0):
     of_subnormal = lax.sub(like(top, 31 + _LOWEST - _MANTISSA_BITS + BIAS), lax.clz(top))
     biased = lax.select(lax.eq(biased, like(top, 0)), of_subnormal, biased)
     if slack:
-        near = lax.le(lax.abs(lax.sub(biased, like(top, BIAS))), like(top, slack))
-        biased = lax.select(near, like(top, BIAS), biased)
+        biased = lax.select(lax.eq(lax.clamp(np.int32(BIAS), biased, np.int32(BIAS + slack)), biased), like(top, BIAS), biased)
     # A subnormal's bits are an integer count of 2**-149; arithmetic on the float itself would see zero.
     down = pow2_of_biased(lax.sub(like(top, 2 * BIAS), biased))
     of_counts = pow2_of_biased(lax.sub(like(top, 2 * BIAS + _LOWEST - _MANTISSA_BITS), biased), lowest=0)

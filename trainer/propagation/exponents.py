@@ -24,12 +24,12 @@ _DEEPEST = 8
 class Atom:
     """A traced int32 exponent, told from others by identity. Its shape is a prefix of its tensors' shape. `made`: what has been
     computed of it already, so that no sum and no power of two is in the program twice. `depth`: of how many maxima, one inside the
-    other, it is made (see `highest`)."""
+    other, it is made (see `highest`). `divided`: see Exponent."""
 
-    __slots__ = ("array", "depth", "made", "number")
+    __slots__ = ("array", "depth", "divided", "made", "number")
 
-    def __init__(self, array, depth: int = 0):
-        self.array, self.depth, self.made, self.number = array, depth, {}, next(_numbers)
+    def __init__(self, array, depth: int = 0, divided: bool = False):
+        self.array, self.depth, self.divided, self.made, self.number = array, depth, divided, {}, next(_numbers)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Exponent:
 
     @property
     def divided(self) -> bool:
-        """True if it is one of a quotient, or the like: of what may be infinite everywhere, and of any scale then."""
-        return any(count < 0 for _, count in self.terms)
+        """True if it is that of a quotient, or the like: of what may be infinite everywhere, and of any scale then."""
+        return any(count < 0 or atom.divided for atom, count in self.terms)
 
     def __add__(self, other):
         if isinstance(other, int):
@@ -72,7 +72,7 @@ class Exponent:
         if all(c % 2 == 0 for _, c in self.terms):
             return Exponent(self.known // 2, tuple((a, c // 2) for a, c in self.terms)), self.known % 2
         whole = self.traced()
-        return of_array(whole >> 1), whole & 1
+        return of_array(whole >> 1, divided=self.divided), whole & 1
 
     def traced(self, ndim: int | None = None) -> jax.Array | int:
         """The exponent as an int where it is known, else int32; with `ndim`, shaped to broadcast against that many dimensions."""
@@ -100,16 +100,21 @@ class Exponent:
         return lax.add(total, like(total, known)) if known else total
 
     def factors(self, far: bool) -> tuple:
-        """float32 powers of two whose product is 2**self, for exponents that are traced: one, which ends at 2**-126 and 2**127, or two
-        that reach twice as far."""
+        """Two float32 powers of two whose product is 2**self, for exponents that are traced: exact from 2**-252 to 2**254 if `far`, else
+        from 2**-126 to 2**127 and below that so small that nothing is left but infinities."""
         made = self.terms[0][0].made
         if (self, far) not in made:
-            made[self, far] = two_factors(self.traced()) if far else (pow2_of_biased((self + BIAS).traced()),)
+            made[self, far] = two_factors(self.traced()) if far else self._near()
         return made[self, far]
 
+    def _near(self) -> tuple:
+        biased = (self + BIAS).traced()
+        inside = lax.gt(biased, like(biased, 0))
+        return pow2_of_biased(biased), lax.select(inside, lax.full_like(biased, 1.0, np.float32), lax.full_like(biased, 2.0**-126, np.float32))
+
     def shift(self, x, far: bool = False):
-        """x * 2**self, for float32 or float64 x; exact unless the result leaves the normal range. Without `far`, by 2**-126 at least and
-        2**127 at most: enough for data near unit scale, which is nothing beside other data, or infinite, where it is moved farther."""
+        """x * 2**self, for float32 or float64 x; exact unless the result leaves the normal range. Without `far`, zero (or infinite, if x is)
+        below 2**-126 and by 2**127 at most: data near unit scale is nothing beside other data where it is moved farther."""
         if not self.terms or x.dtype.itemsize > 4:
             return shift(x, self.traced())
         for factor in self.factors(far):
@@ -124,7 +129,7 @@ class Exponent:
         rank = self.ndim
         own = [(a, c) for a, c in self.terms if a.array.ndim == 0]
         rest = Exponent(0, tuple((a, c) for a, c in self.terms if a.array.ndim))
-        return Exponent(self.known, tuple(own)) + of_array(function(_full(rest.traced(), rank)))
+        return Exponent(self.known, tuple(own)) + of_array(function(_full(rest.traced(), rank)), divided=rest.divided)
 
 
 def _full(array, rank):
@@ -141,11 +146,11 @@ def _add(a, b):
     return a + b
 
 
-def of_array(array, depth: int = 0) -> Exponent:
+def of_array(array, depth: int = 0, divided: bool = False) -> Exponent:
     """An exponent that is only known when the program runs (or an int)."""
     if isinstance(array, int):
         return Exponent(array)
-    return Exponent(0, ((Atom(array, depth), 1),))
+    return Exponent(0, ((Atom(array, depth, divided), 1),))
 
 
 def highest(exponents, lowest: bool = False) -> Exponent:
@@ -170,7 +175,7 @@ def highest(exponents, lowest: bool = False) -> Exponent:
         return of_array(found, depth)
     # As a reduction: XLA copies a long chain of scalar maxima into every fused loop that reads its end (a hundred times, of a decoder's
     # residual stream), but computes a reduction once. One of a concatenation it would turn into scalars again.
-    lanes = (_LANES, *full)
+    lanes = (max(_LANES, len(values)), *full)
     lane = lax.broadcasted_iota(jnp.int32, lanes, 0)
     stacked = _spread(values[0], lanes)
     for number, value in enumerate(values[1:], 1):
@@ -179,8 +184,8 @@ def highest(exponents, lowest: bool = False) -> Exponent:
 
 
 def _counting(value):
-    """The exponent; so low that others win where something was divided by zeros."""
-    return lax.select(lax.gt(value, like(value, -ZERO_EXPONENT // 4)), like(value, ZERO_EXPONENT), value)
+    """The exponent; so low that others win where something was divided by zeros (or by the root of zeros: half as high)."""
+    return lax.select(lax.gt(value, like(value, -ZERO_EXPONENT // 2 - 1)), like(value, ZERO_EXPONENT), value)
 
 
 def _spread(value, full):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -30,11 +30,10 @@ class Context:
 
     data_dtype: np.dtype | None = None
     on_fallback: str = "count"
-    user_rules: Mapping[str, Callable] = field(default_factory=dict)
     watch: Callable | None = None  # watch(path, equation, value) of every Scaled result, while calibrating
     move: Callable | None = None  # move(path, equation, value) -> value, which rescales where a calibration found it needed
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
-    fallen: dict = field(default_factory=dict)  # id -> equation, of those counted: a loop's body is traced more than once
+    fallen: dict = field(default_factory=dict)  # (path, id) -> equation, of those counted: a loop's body is traced more than once
     memo: dict = field(default_factory=dict)
     bodies: dict = field(default_factory=dict)
     path: tuple = ()
@@ -96,9 +95,8 @@ def _apply(ctx: Context, eqn, values, number: int) -> list:
     name = eqn.primitive.name
     if name in STRUCTURES:
         return STRUCTURES[name](ctx.nested(number, where(eqn) or ctx.line), eqn, values)
-    if name in ctx.user_rules or name in USER_RULES:
-        if any(map(carries, values)):
-            return _user_rule(ctx, eqn, values)
+    if name in USER_RULES and any(map(carries, values)):
+        return USER_RULES[name](ctx, eqn, values)
     if not eqn.outvars:  # a print: of what the program has
         return bind(eqn, [plain(v) for v in values])
     if not any(map(carries, values)):
@@ -107,17 +105,13 @@ def _apply(ctx: Context, eqn, values, number: int) -> list:
     if entry is None:
         return fall_back(ctx, eqn, values)
     outs = [v.aval for v in eqn.outvars]
-    call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo, any(isinstance(v, Scaled) and v.faint for v in values))
+    faint = any(isinstance(v, Scaled) and v.faint for v in values)
+    call = Call(name, eqn.params, tuple(v.aval for v in eqn.invars), tuple(outs), _binder(eqn), ctx.data_dtype, ctx.memo, faint)
     results = entry.function(call, *(_full_if_alone(v, len(values)) for v in values))
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
 USER_RULES: dict[str, Callable] = {}
-
-
-def _user_rule(ctx: Context, eqn, values) -> list:
-    rule = ctx.user_rules.get(eqn.primitive.name) or USER_RULES[eqn.primitive.name]
-    return rule(ctx, eqn, values)
 
 
 def _full_if_alone(value, count: int):
@@ -174,7 +168,7 @@ def fall_back(ctx: Context, eqn, values) -> list:
             f"propagate_scales: primitive '{name}' at {line} has no scale rule; give it one with "
             "trainer.propagation.register_rule, wrap the function in scale_rule, or accept on_fallback='count'"
         )
-    if id(eqn) not in ctx.fallen:
-        ctx.fallen[id(eqn)] = eqn
+    if (ctx.path, id(eqn)) not in ctx.fallen:
+        ctx.fallen[ctx.path, id(eqn)] = eqn
         ctx.fallbacks[name, line] += 1
     return bind(eqn, [plain(v) for v in values])

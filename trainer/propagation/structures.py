@@ -33,13 +33,14 @@ class Kind:
     rank: int = 0
     number: float | None = None
     faint: bool = False  # as of Scaled
+    divided: bool = False  # as of Exponent
 
 
 def kind_of(x) -> Kind:
     """The kind of a variable."""
     if isinstance(x, Scaled):
         exponent = "traced" if x.exponent.terms else x.exponent.known
-        return Kind(tuple(x.shape), x.data.dtype, x.dtype, exponent, x.exponent.ndim, faint=x.faint)
+        return Kind(tuple(x.shape), x.data.dtype, x.dtype, exponent, x.exponent.ndim, faint=x.faint, divided=x.exponent.divided)
     if isinstance(x, Uniform):
         return Kind(x.shape, x.dtype, number=x.number if x.known else None)
     return Kind(tuple(np.shape(x)), jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype)
@@ -85,14 +86,14 @@ def unpack(kinds, flat) -> list:
             found.append(next(flat))
         else:
             data = next(flat)
-            exponent = of_array(next(flat)) if kind.exponent == "traced" else Exponent(kind.exponent)
+            exponent = of_array(next(flat), divided=kind.divided) if kind.exponent == "traced" else Exponent(kind.exponent)
             found.append(Scaled(data, exponent, kind.program_dtype, kind.faint))
     return found
 
 
 def join(a: Kind, b: Kind) -> Kind:
     """The least general kind that holds variables of both."""
-    a, b = (replace(k, faint=a.faint or b.faint) for k in (a, b))
+    a, b = (replace(k, faint=a.faint or b.faint, divided=a.divided or b.divided) for k in (a, b))
     if a == b:
         return a
     for one, other in ((a, b), (b, a)):
@@ -103,7 +104,7 @@ def join(a: Kind, b: Kind) -> Kind:
     scaled = a if a.exponent is not None else b
     # In one dtype: the narrower, which is what results are held in.
     dtype = min((k.dtype for k in (a, b) if k.exponent is not None), key=lambda d: np.dtype(d).itemsize)
-    return replace(scaled, exponent="traced", rank=max(a.rank, b.rank), dtype=dtype, faint=a.faint or b.faint)
+    return replace(scaled, exponent="traced", rank=max(a.rank, b.rank), dtype=dtype)
 
 
 @dataclass(frozen=True)

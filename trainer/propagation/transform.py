@@ -20,13 +20,13 @@ from trainer.propagation.values import Scaled, plain
 
 FALLBACKS = ("count", "raise")
 OUTPUTS = ("auto", "scaled", "plain")
-UNIT = 3  # arguments with their largest magnitude within 2**-3 and 2**4 are left as they are
+UNIT = 2  # arguments with their largest magnitude within 1 and 2**3 are left as they are
 
 
 @dataclass(frozen=True)
 class Report:
     """What the transform does to a program. equations: of the function's jaxpr and of the transformed one, nested ones included.
-    fallbacks: (primitive, source line) -> how often it was met without a rule. rescales: placed by a calibration."""
+    fallbacks: (primitive, source line) -> in how many places of the program it was met without a rule. rescales: placed by a calibration."""
 
     equations_before: int
     equations_after: int
@@ -46,8 +46,8 @@ def propagate_scales(fun: Callable, *, data_dtype=None, rescale=None, on_fallbac
     back to unit scale; "auto" makes one from the arguments of the first call, which must be concrete. on_fallback: what happens
     at a primitive without a rule: "count" (unscale, apply, exponent 0; see .report) or "raise". outputs: "auto" (ScaledArrays for
     what depends on one, arrays where no argument is one), "scaled" (all floats), "plain" (none). unit_inputs: the data of all ScaledArray
-    arguments is near unit scale already, as that of `scaled` and of results is, and is taken as it is; by default float32 data is brought
-    there on entry, so that no result depends on how much of a value was in the data. static_argnames: as of jax.jit.
+    arguments is near unit scale already, as that of `scaled` is, and is taken as it is (if data_dtype is not narrower); by default float32
+    data is brought there on entry, so that no result depends on how much of a value was in the data. static_argnames: as of jax.jit.
 
     Cached like jax.jit; .report(*args) tells the equations before and after, and the fall-backs.
     """
@@ -80,10 +80,10 @@ def calibrate(fun: Callable, *args, data_dtype=None, threshold: int = 8, by: str
 
     fun is compiled once with a switch at every value and run on these arguments (concrete; one batch will do) with one rescale more each
     time, for the first value whose `by` ("rms", "amax", "mean_abs") lies outside: there or before it, wherever it leaves the fewest
-    outside. Those that turn out not to be needed are taken away again. Scalars and all-zero arrays do not count. Give the result to propagate_scales(fun, rescale=plan); print(plan) says what is where.
+    outside. Those that turn out not to be needed are taken away again. Scalars and all-zero arrays do not count. Give the result to
+    propagate_scales(fun, rescale=plan); print(plan) says what is where.
     """
-    transformed = propagate_scales(fun, data_dtype=data_dtype, static_argnames=static_argnames)
-    return make_plan(transformed.watched, *transformed._by_name(args, kwargs), threshold, by, transformed._static)
+    return propagate_scales(fun, data_dtype=data_dtype, static_argnames=static_argnames).plan(args, kwargs, threshold, by)
 
 
 class _Transformed:
@@ -101,16 +101,21 @@ class _Transformed:
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
                 raise ValueError("propagate_scales: rescale='auto' needs concrete arguments, and is called under jit or another transformation; "
                                  "make the plan before, rescale=trainer.propagation.calibrate(fun, *args)")
-            self._rescale = self.calibrate(*args, **kwargs)
+            self._rescale = self.plan(args, kwargs)
         args, kwargs = self._by_name(args, kwargs)
         return self._jitted(*args, **kwargs)
 
     def _by_name(self, args, kwargs):
-        """The same arguments with the static ones, and what follows them, by name."""
+        """The same arguments with static ones that were given by position, and what follows them, by name."""
         if not self._static:
             return args, kwargs
-        names = list(inspect.signature(self._fun).parameters)
-        first = min((names.index(name) for name in self._static if name in names), default=len(args))
+        signature = inspect.signature(self._fun)
+        signature.bind(*args, **kwargs)  # a TypeError that tells what is missing or too much
+        names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        first = next((i for i, name in enumerate(names[: len(args)]) if name in self._static), len(args))
+        if first < len(args) and len(names) < len(args):
+            raise ValueError(f"propagate_scales: {names[first]}={args[first]!r} is static and given by position, and what follows it has no name; "
+                             f"accepted: {names[first]} by name")
         return args[:first], dict(zip(names[first:], args[first:])) | kwargs
 
     def report(self, *args, **kwargs) -> Report:
@@ -123,9 +128,9 @@ class _Transformed:
         rescales = len(self._rescale.places) if isinstance(self._rescale, Plan) else 0
         return Report(counters.before, _count(after.jaxpr), counters.fallbacks, rescales)
 
-    def calibrate(self, *args, **kwargs) -> Plan:
+    def plan(self, args, kwargs, threshold: int = 8, by: str = "rms") -> Plan:
         """Where data drifts from unit scale with these arguments; see `calibrate`."""
-        return make_plan(self.watched, *self._by_name(args, kwargs), static=self._static)
+        return make_plan(self.watched, *self._by_name(args, kwargs), threshold, by, self._static)
 
     def trace(self, args, kwargs):
         """(closed jaxpr, variables of its arguments, tree of its results, whether an argument carries a scale)."""
@@ -178,7 +183,7 @@ class _Transformed:
             raise ValueError(f"ScaledArray: exponent of shape {exponent.shape} with data of shape {data.shape}; accepted: () or a prefix of the data's")
         if narrowed:
             own = scaled(data, leading=exponent.ndim, dtype=self._data_dtype)
-            data, exponent = own.data, exponent + own.exponent
+            data, exponent = own.data, _sum(exponent, own.exponent)
         elif data.dtype.itemsize >= 4 and not self._unit_inputs:
             data, exponent = _brought_to_unit(data, exponent)
         return Scaled(data, of_array(exponent), dtype)
@@ -232,7 +237,12 @@ def _brought_to_unit(data, exponent):
     """The same values with the largest magnitude of the data near 1, for each index that has an exponent of its own: from here on it makes
     no difference how much of a value was in the data and how much in the exponent, as no product comes near the ends of the range."""
     data, own = normalized(data, exponent.ndim, slack=UNIT)
-    return data, jnp.where(own == ZERO_EXPONENT, own, exponent + own)
+    return data, _sum(exponent, own)
+
+
+def _sum(exponent, own):
+    """The exponent of data that had been moved by `own`; that of zeros is the same whatever it was."""
+    return jnp.where(own == ZERO_EXPONENT, own, exponent + own)
 
 
 @jax.custom_jvp

@@ -154,9 +154,8 @@ def align(x, exponent: Exponent, memo: dict, saturate=None, far: bool = False):
             if saturate is not None and math.isfinite(x.number):
                 value = max(-saturate, min(saturate, value))
             return np.full((), value, wide_dtype(x.dtype))
-        # A mantissa of at least 1: moved down as far as it goes, an epsilon stays above zero.
-        mantissa, own = math.frexp(x.number)
-        value = (Exponent(own - 1) - exponent).shift(np.full((), 2 * mantissa, wide_dtype(x.dtype)), far)
+        mantissa, own = split_number(x.number)
+        value = (Exponent(own) - exponent).shift(np.full((), mantissa, wide_dtype(x.dtype)), far)
         return value if saturate is None else jnp.clip(value, -saturate, saturate)
     x = lift(x, memo)
     return (x.exponent - exponent).shift(wide(x.data), far)
@@ -193,4 +192,4 @@ def collapse(x: Scaled, keep: int = 0) -> Scaled:
     each = x.exponent.traced()
     top = jnp.max(each, axis=tuple(range(keep, each.ndim)))
     data = shift(wide(x.data), each - trailing(top, each.ndim) if keep else each - top)
-    return Scaled(data.astype(x.data.dtype), of_array(top), x.dtype)
+    return Scaled(data.astype(x.data.dtype), of_array(top, divided=x.exponent.divided), x.dtype)

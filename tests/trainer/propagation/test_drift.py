@@ -1,12 +1,15 @@
 """Programs whose exponents say more than their data: deep nets, saturated derivatives, zeros and masks, at unit scale and far from it."""
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from tests.trainer.propagation.harness import value
 from trainer import ScaledArray, propagate_scales, scaled, unscaled
 
 X = np.float32([0.5, -1.0, 2.0])
@@ -65,6 +68,9 @@ QUOTIENTS = {
     "scatter": (lambda z, x: (1 / z).at[:3].set(x), X),
     "where, of a root": (lambda z, x: jnp.where(z > 0, lax.rsqrt(z), x), X),
     "max": (lambda z, x: jnp.maximum(x, -1 / z), X),
+    "where, of a cond": (lambda z, x: jnp.where(z == 0, x, lax.cond(x[0] > 0, lambda: x / z, lambda: x)), X),
+    "where, of a scan": (lambda z, x: jnp.where(z == 0, x, lax.scan(lambda c, _: (c, x / z), 0.0, None, 2)[1][1]), X),
+    "where, of a root of it": (lambda z, x: jnp.where(z > 0, jnp.sqrt(1 / z), x), X),
 }
 
 
@@ -86,6 +92,58 @@ def test_a_row_of_zeros_keeps_the_epsilon_of_its_norm(centred, exponent):
     got = unscaled(propagate_scales(norm)(at(rows, exponent)))
     np.testing.assert_array_equal(got[0], [0, 0, 0])
     np.testing.assert_allclose(got[1], rows[1] / np.sqrt(14 / 3), rtol=1e-6)
+
+
+TWO = np.array([True, False])
+FAR_APART = {  # each gives what stands at a tiny scale, beside something at a huge one: right, or too small for float32
+    "concatenate": lambda a, b: jnp.concatenate([a, b])[2:],
+    "where": lambda a, b: jnp.where(TWO, a, b)[1:],
+    "max": lambda a, b: jnp.maximum(-a, b),
+    "min": lambda a, b: jnp.minimum(a, b),
+    "pad": lambda a, b: jnp.pad(b, 1, constant_values=a[0])[1:3],
+    "scatter": lambda a, b: a.at[1].set(b[1])[1:],
+    "dynamic_update_slice": lambda a, b: lax.dynamic_update_slice(a, b, (0,)),
+    "where, of zeros": lambda a, b: jnp.where(TWO, a - a, b)[1:],
+}
+
+
+@pytest.mark.parametrize("gap", [0, 100, 127, 160, 250, 400])
+@pytest.mark.parametrize("name", FAR_APART)
+def test_nothing_is_made_up_of_numbers_far_apart(name, gap):
+    got = value(propagate_scales(FAR_APART[name])(at([1.5, 1.5], gap // 2), at([1.25, 1.25], -(gap - gap // 2))))
+    want = np.ldexp(1.25, -(gap - gap // 2))
+    assert np.all((got == want) | (got == 0)), got
+    assert gap > 120 or np.all(got == want)
+
+
+def test_powers_and_many_factors_stay_in_range():
+    for data, exponent in ((1.0, 0), (4.0, -2), (8.0, -3), (0.125, 3), (2.0**60, -60)):
+        assert unscaled(propagate_scales(lambda x: x**50)(at([data], exponent))) == 1
+    rng = np.random.default_rng(0)
+    weights, x = (rng.standard_normal((48, 64, 64)) / 8).astype(np.float32), rng.standard_normal((2, 64)).astype(np.float32)
+    deep = propagate_scales(lambda weights, x: lax.scan(lambda h, w: (h @ w, None), x, weights)[0])
+    want = functools.reduce(np.matmul, weights.astype(np.float64), x.astype(np.float64))
+    for k in (0, 1, 3, -3, 60):
+        np.testing.assert_allclose(value(deep(at(weights * np.float32(2.0**-k), k), at(x, 0))), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_empty_arrays_have_no_scale():
+    for empty in (at(np.zeros((0,)), 0), at(np.zeros((0,)), 90), scaled(np.zeros((0,), np.float32))):
+        got = propagate_scales(lambda e, x: jnp.concatenate([e, x]))(empty, at([1.0, 2.0], 0))
+        np.testing.assert_array_equal(unscaled(got), [1.0, 2.0])
+    assert propagate_scales(lambda x: x * 2.0)(at(np.zeros((3, 0)), [1, 2, 3])).exponent.shape == (3,)
+
+
+def test_the_largest_of_many_scales():
+    """More than the lanes that long chains of maxima are computed in."""
+    arrays = [at([1.5, 1.5], 100 if number == 25 else number - 10) for number in range(30)]
+
+    def program(*xs):
+        head = functools.reduce(jnp.add, xs[:9])
+        return jnp.concatenate([head, *xs[9:]])
+
+    want = np.concatenate([np.sum([value(x) for x in arrays[:9]], 0), *(value(x) for x in arrays[9:])])
+    np.testing.assert_array_equal(value(propagate_scales(program)(*arrays)), want)
 
 
 def test_zeros_at_a_large_scale_leave_sums_alone():

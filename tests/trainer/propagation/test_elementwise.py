@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies, normal, positive
+from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies, normal, positive, value
+from trainer import ScaledArray, propagate_scales
 
 ON_ONE = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("device",)), PartitionSpec())
 NEAR = ((0, 0), (60, 60), (-60, -60), (3, -5), (60, 58))
@@ -75,3 +77,25 @@ def test_an_exponent_for_each_leading_index(name, mode):
 @pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.dies])
 def test_plain_float16_dies(name):
     check_plain_dies(TABLE, name)
+
+
+@pytest.mark.parametrize("exponent", [0, 40, -40])
+def test_casts_to_fp8_stay_in_force_under_value_and_grad(exponent):
+    """E4M3 on the way forward and E5M2 on the way back, against ml_dtypes."""
+    e4m3, e5m2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+    backward = jax.custom_vjp(lambda x: x)
+    backward.defvjp(lambda x: (x, None), lambda _, g: (g.astype(e5m2).astype(jnp.float32),))
+
+    @jax.custom_vjp
+    def forward(x):
+        return x.astype(e4m3).astype(jnp.float32)
+
+    forward.defvjp(lambda x: (forward(x), None), lambda _, g: (g,))
+    data, weights = np.float32([1.06, 1.73, -3.3, 0.27]), np.float32([1.1, -0.7, 2.3, 1.9])
+    run = propagate_scales(jax.value_and_grad(lambda x, w: jnp.sum(forward(backward(x)) ** 2 * w)))
+    loss, gradient = run(ScaledArray(data, np.int32(exponent)), ScaledArray(weights, np.int32(0)))
+    q = data.astype(e4m3).astype(np.float64)
+    assert not np.array_equal(q, data)
+    np.testing.assert_allclose(value(loss), np.ldexp(np.sum(q * q * weights), 2 * exponent), rtol=1e-6)
+    want = np.float32(2 * q * weights).astype(e5m2).astype(np.float64)
+    np.testing.assert_array_equal(value(gradient), np.ldexp(want, exponent))

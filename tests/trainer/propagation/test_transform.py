@@ -80,6 +80,19 @@ def test_static_arguments_by_name_and_by_position():
     np.testing.assert_array_equal(value(auto(x, 3, x)), [4.0, 8.0])
 
 
+def test_static_arguments_that_cannot_be_named():
+    def program(x, *rest, n):
+        return sum(rest, x) * n
+
+    x = at([1.0], 0)
+    run = propagate_scales(program, static_argnames="n")
+    np.testing.assert_array_equal(value(run(x, x, x, n=2)), [6.0])
+    with pytest.raises(TypeError, match="multiple values for argument 'n'"):
+        propagate_scales(lambda x, n: x * n, static_argnames="n")(x, 2, n=3)
+    with pytest.raises(ValueError, match="n=3 is static and given by position.*; accepted: n by name"):
+        propagate_scales(lambda n, *rest: rest[0] * n, static_argnames="n")(3, x)
+
+
 def test_near_unit_scale_by_default_or_by_promise():
     x = at(np.float32([2.0**-60, 3 * 2.0**-60]), 60)
     cube = lambda x: x**5  # noqa: E731

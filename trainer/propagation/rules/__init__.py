@@ -6,5 +6,5 @@ maxima, masks), reducing (sums, products of matrices), moving (shapes, slices, g
 from trainer.propagation.rules import collective, elementwise, moving, reducing, selecting, transcendental
 from trainer.propagation.rules.registry import RULES, Call, describe_rules
 
-__all__ = ["RULES", "Call", "collective", "describe_rules", "elementwise", "moving", "reducing", 
+__all__ = ["RULES", "Call", "collective", "describe_rules", "elementwise", "moving", "reducing",
            "selecting", "transcendental"]

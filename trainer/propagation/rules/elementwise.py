@@ -7,7 +7,7 @@ from jax import lax
 
 from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest, of_array
-from trainer.propagation.rules.registry import Call, rule
+from trainer.propagation.rules.registry import Call, rule, to_unit
 from trainer.propagation.values import SENTINEL, Scaled, Uniform, plain, split_number
 
 
@@ -48,12 +48,15 @@ def div(call: Call, a, b):
     return call.store(da / db, ea - eb)
 
 
-@rule("integer_pow", data="a^n", exponent="n ea")
+@rule("integer_pow", data="a^n", exponent="n ea; n > 2: of a at unit scale")
 def integer_pow(call: Call, a):
     data, exponent = _apart(call, a)
     power = call.params["y"]
     if abs(power) < 3:
         return call.store(lax.integer_pow(data, power), exponent * power)
+    # A scale that is not known may be that of anything, and 2**43 has no cube in float32.
+    if exponent.terms and data.dtype == jnp.float32:
+        data, exponent = to_unit(data, exponent)
     return call.settle(lax.integer_pow(data, power), exponent * power)
 
 
@@ -137,19 +140,22 @@ def _size(call: Call, x) -> Exponent:
 
 
 def _term(call: Call, x, exponent: Exponent):
-    """Data of a term of a sum. Where results are held narrowly, two kinds of terms get lost that a program relies on:
+    """Data of a term of a sum. Two kinds of terms get lost that a program relies on:
 
     a number beside an array (the epsilon in 1 / sqrt(v + epsilon)) does not vanish: it becomes the least that data can have;
-    an array that no scale has reached is a mask of 0 and -1e9, or the like: its numbers stay finite, so that a row which is
-    masked throughout does.
+    an array that no scale has reached is a mask of 0 and -1e9, or the like: where results are held narrowly, its numbers stay finite,
+    so that a row which is masked throughout does.
     """
     data = call.align(x, exponent)
     shape = call.outs[0].shape
-    if isinstance(x, Scaled) and x.ndim or not call.narrow(len(shape)):
-        return data
+    narrow = call.narrow(len(shape))
     limits = jnp.finfo(call.held_as(call.outs[0].dtype, len(shape)))
+    least = float(limits.smallest_subnormal if narrow else limits.tiny)
+    if isinstance(x, Uniform) and x.known and exponent.terms and not x.any_scale:
+        return jnp.maximum(data, least) if x.number > 0 else jnp.minimum(data, -least)
+    if isinstance(x, Scaled) and x.ndim or not narrow:
+        return data
     if not x.ndim or isinstance(x, Uniform):
-        least = float(limits.smallest_subnormal)
         return jnp.where(data == 0, data, jnp.sign(data) * jnp.maximum(jnp.abs(data), least))
     most = float(limits.max) / 2
     return jnp.where(jnp.isfinite(data), jnp.clip(data, -most, most), data)
