@@ -92,14 +92,16 @@ SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/
 ## What it does not do
 
 - **No gradient through it.** `grad(propagate_scales(f))` is refused: it would be that of the data. Write `propagate_scales(grad(f))`.
-- **No guard against drift that you did not ask for.** Data that moves 2**30 away from unit scale can overflow in products of several factors.
-  A sum takes the larger exponent, so parameters updated by gradients whose exponent says more than their data take that exponent on, and the
-  next gradients are larger by it: an optimizer inside the transform needs a `rescale` of the gradients. The trainer's computes in float32,
-  from unscaled gradients.
+- **No guard against drift that you did not ask for**, but for what loops carry: that is brought back where it leaves 2**-8 to 2**9. Data that
+  moves 2**30 away from unit scale can overflow in products of several factors. A sum takes the larger exponent, so parameters updated by
+  gradients whose exponent says more than their data lose digits in float16: an optimizer inside the transform wants float32 data. The
+  trainer's computes in float32, from unscaled gradients.
 - **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate. In an array that is an
   argument they are data: under `data_dtype="float16"` give masks as booleans, or with -inf in them; 0 and -1e9 in one tensor leave nothing
   of the logits that it is added to.
-- **Values that are zero by cancellation at an exponent of 100 or more** push what they are selected or concatenated with below float32's range.
+- **One exponent for a tensor.** In float32, values 2**-126 of the largest and below become zero (numbers that stand in the program, such as an
+  epsilon, become that small instead): also beside zeros that come of a dead ReLU or a cancellation at an exponent of 100 or more, and where
+  rows with exponents of their own fall together. Plain arrays beside ScaledArrays stay as they are, at exponent 0.
 - cumprod, igamma and what else has no rule falls back, shard_map too. In float16 data everything smaller than 2**-24 of the unit is lost, as the format has it.
 - Exponents are clipped nowhere: beyond 2**127 the data is right and its float32 value is not.
 """

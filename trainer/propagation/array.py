@@ -16,6 +16,7 @@ ZERO_EXPONENT = -(1 << 14)
 BIAS, _MANTISSA_BITS = 127, 23
 _LOWEST, _HIGHEST = -126, 127  # exponents of normal float32
 _INFINITE = 0x7F800000
+_HEADROOM = 6  # no data of a narrow dtype starts above 2**7, whose square is a float16, as is itself an E4M3
 
 
 @jax.tree_util.register_dataclass
@@ -152,6 +153,7 @@ def normalized(x, leading: int = 0, slack: int = 0):
     biased = lax.shift_right_logical(top, like(top, _MANTISSA_BITS))
     of_subnormal = lax.sub(like(top, 31 + _LOWEST - _MANTISSA_BITS + BIAS), lax.clz(top))
     biased = lax.select(lax.eq(biased, like(top, 0)), of_subnormal, biased)
+    biased = lax.min(biased, like(top, 2 * BIAS - 1))  # 2**-127 is no normal number: the largest ones come to [2, 4)
     if slack:
         biased = lax.select(lax.eq(lax.clamp(np.int32(BIAS), biased, np.int32(BIAS + slack)), biased), like(top, BIAS), biased)
     # A subnormal's bits are an integer count of 2**-149; arithmetic on the float itself would see zero.
@@ -174,11 +176,17 @@ def _scale_leaf(x, exponent, leading: int, dtype):
         one = lambda y, e: _scale_leaf(y, e, leading - 1, dtype)  # noqa: E731
         return jax.vmap(one, in_axes=(0, None))(x, exponent)
     dtype = jnp.dtype(dtype or x.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"scaled: dtype={dtype.name}; accepted: a floating-point dtype")
     if exponent is not None:
+        if not jnp.issubdtype(jnp.result_type(exponent), jnp.integer):
+            raise ValueError(f"scaled: exponent={exponent}; accepted: integers (the value is data * 2**exponent)")
         exponent = jnp.asarray(exponent, jnp.int32)
         return ScaledArray(shift(wide(x), -exponent).astype(dtype), exponent)
     y, top = normalized(wide(x))
     below = floor_log2(jnp.sqrt(jnp.mean(y * y))) if x.size else jnp.int32(0)
+    if dtype.itemsize < 4:
+        below = jnp.maximum(below, -_HEADROOM)
     below = jnp.where(top == ZERO_EXPONENT, 0, below)
     return ScaledArray(shift(y, -below).astype(dtype), top + below)
 
@@ -186,8 +194,8 @@ def _scale_leaf(x, exponent, leading: int, dtype):
 def scaled(tree, exponent=None, *, leading: int = 0, dtype=None):
     """The floating-point arrays of a tree as ScaledArrays; integers, booleans, keys and ScaledArrays pass through.
 
-    exponent: the int32 exponent, by default the one that brings the data's RMS into [1, 2) (all-zero arrays get ZERO_EXPONENT,
-    which gives way to any other scale). leading: how many leading dimensions have an exponent for each index. dtype: of the data,
+    exponent: the int32 exponent, by default the one that brings the data's RMS into [1, 2), or in a narrow dtype its largest magnitude
+    below 2**7, if that is lower (all-zero arrays get ZERO_EXPONENT, which gives way to any other scale). leading: how many leading dimensions have an exponent for each index. dtype: of the data,
     by default that of the array. Exact, also for subnormals, where dtype holds the array's digits.
     """
     return jax.tree.map(lambda x: _scale_leaf(x, exponent, leading, dtype), tree, is_leaf=is_scaled)

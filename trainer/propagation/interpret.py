@@ -149,9 +149,7 @@ def _binder(eqn):
 
 def bind(eqn, arrays) -> list:
     """The equation itself, on arrays."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    subfuns = params.pop("subfuns", ()) if isinstance(params, dict) else ()
-    results = eqn.primitive.bind(*subfuns, *arrays, **params)
+    results = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

@@ -156,6 +156,9 @@ def align(x, exponent: Exponent, memo: dict, saturate=None, far: bool = False):
             return np.full((), value, wide_dtype(x.dtype))
         mantissa, own = split_number(x.number)
         value = (Exponent(own) - exponent).shift(np.full((), mantissa, wide_dtype(x.dtype)), far)
+        # An epsilon, or the bound of a logarithm, does not become zero.
+        tiny = float(jnp.finfo(value.dtype).tiny)
+        value = jnp.maximum(value, tiny) if x.number > 0 else jnp.minimum(value, -tiny)
         return value if saturate is None else jnp.clip(value, -saturate, saturate)
     x = lift(x, memo)
     return (x.exponent - exponent).shift(wide(x.data), far)
@@ -190,6 +193,6 @@ def collapse(x: Scaled, keep: int = 0) -> Scaled:
     if x.exponent.ndim <= keep:
         return x
     each = x.exponent.traced()
-    top = jnp.max(each, axis=tuple(range(keep, each.ndim)))
+    top = jnp.max(each, axis=tuple(range(keep, each.ndim)), initial=ZERO_EXPONENT)
     data = shift(wide(x.data), each - trailing(top, each.ndim) if keep else each - top)
     return Scaled(data.astype(x.data.dtype), of_array(top, divided=x.exponent.divided), x.dtype)

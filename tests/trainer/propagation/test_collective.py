@@ -70,5 +70,35 @@ def test_a_value_made_to_vary_keeps_its_exponent():
         out = propagate_scales(lambda x: _varied(x) * 2.0)(ScaledArray(data, exponent))
         return ScaledArray(out.data[None], out.exponent[None])
 
-    out = run(np.ones(3, np.float32), np.int32(200))
-    np.testing.assert_array_equal(value(out), np.full((DEVICES, 3), 2.0**201))
+    out = run(np.float32([1, 2, 3]), np.int32(200))
+    np.testing.assert_array_equal(value(out), np.ldexp(np.broadcast_to([1.0, 2.0, 3.0], (DEVICES, 3)), 201))
+
+
+@pytest.mark.parametrize("weights", [np.float32([1, 2]), np.float32(2)])
+def test_parameters_that_are_the_same_on_all_devices(weights):
+    """They are made to vary without the program saying so, and their gradient is summed."""
+    x = np.float32([[1, 2], [3, 4], [5, 6], [7, 8]])
+    loss = lambda w, x: lax.psum((x * w).sum(), "device")  # noqa: E731
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P("device")), out_specs=P())
+    def run(w, x):
+        return propagate_scales(jax.value_and_grad(loss))(ScaledArray(w, jnp.int32(5)), ScaledArray(x[0], jnp.int32(-3)))
+
+    total, gradient = run(weights, x)
+    np.testing.assert_array_equal(value(total), (x * weights).sum() * 4)
+    np.testing.assert_array_equal(value(gradient), (x.sum(0) if weights.ndim else x.sum()) / 8)
+
+
+def test_shard_map_inside_falls_back():
+    inner = jax.shard_map(lambda y: lax.psum(y * y, "device"), mesh=MESH, in_specs=P("device"), out_specs=P())
+    run = propagate_scales(lambda x: inner(x) * 2.0)
+    x = ScaledArray(np.float32([1, 2, 3, 4]), np.int32(3))
+    np.testing.assert_array_equal(value(run(x)), [2 * 64 * 30])
+    assert [name for name, _ in run.report(x).fallbacks] == ["shard_map"]
+
+
+def test_sums_over_a_mapped_axis_inside():
+    x = ScaledArray(np.float32([[1, 2], [3, 4], [5, 6]]), np.int32([4, 60, -60]))
+    got = propagate_scales(lambda x: jax.vmap(lambda row: lax.psum(row, "row"), axis_name="row")(x))(x)
+    np.testing.assert_allclose(value(got), np.broadcast_to(value(x).sum(0), (3, 2)), rtol=1e-6)

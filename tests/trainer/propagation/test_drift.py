@@ -146,6 +146,67 @@ def test_the_largest_of_many_scales():
     np.testing.assert_array_equal(value(propagate_scales(program)(*arrays)), want)
 
 
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.silu, jax.nn.gelu])
+def test_training_in_a_loop_inside_the_transform(activation):
+    """SGD under scan: a gradient's exponent says more than its data, and parameters that took it on would say three times as much at the
+    next step; within eight all losses were zero."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (16, 32), "b": (32, 16), "c": (16, 32), "d": (32, 16), "out": (16, 4)}
+    params = {name: (rng.standard_normal(shape) / shape[0] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
+    x, y = rng.standard_normal((32, 16)).astype(np.float32), rng.standard_normal((32, 4)).astype(np.float32)
+
+    def loss(params, x, y):
+        x = x + activation(x @ params["a"]) @ params["b"]
+        x = x + activation(x @ params["c"]) @ params["d"]
+        return jnp.mean((x @ params["out"] - y) ** 2)
+
+    def train(params, x, y):
+        def step(params, _):
+            value, gradients = jax.value_and_grad(loss)(params, x, y)
+            return jax.tree.map(lambda p, g: p - 0.02 * g, params, gradients), value
+
+        return lax.scan(step, params, None, length=60)
+
+    ended, losses = propagate_scales(train)(scaled(params), scaled(x), scaled(y))
+    want, want_losses = jax.jit(train)(params, x, y)
+    np.testing.assert_allclose(unscaled(losses), want_losses, rtol=1e-5)
+    for name in params:
+        np.testing.assert_allclose(unscaled(ended[name]), want[name], rtol=0, atol=1e-5)
+        assert abs(int(ended[name].exponent)) < 16
+
+
+def test_the_ends_of_the_range():
+    largest = np.float32(np.finfo(np.float32).max)
+    np.testing.assert_array_equal(unscaled(scaled(np.float32([largest, 8.0]))), [largest, 8.0])
+    np.testing.assert_array_equal(unscaled(propagate_scales(lambda x: x[1:] * 1.0)(at([-largest, 1.0, 2.0], 0))), [1.0, 2.0])
+    tail = propagate_scales(lambda x: (jnp.log(x + 1e-30), jnp.log(jnp.maximum(x, 1e-30))))(at([1.0, 0.0], 30))
+    assert all(-70 < float(unscaled(one)[1]) < -60 for one in tail)  # an epsilon may grow, and does not become zero
+
+
+def test_infinities_compare_and_nan_stays():
+    inf = np.full(3, np.inf, np.float32)
+    less, same = propagate_scales(lambda x, b: (x < b, x == b))(at(X, 0), at(inf, 0))
+    assert np.all(less) and not np.any(same)
+    assert np.all(propagate_scales(lambda x, b: x < b)(at(X, 0), at(np.inf, 0)))
+    assert np.isnan(unscaled(propagate_scales(lambda x: x * 0.0)(at([np.inf, 1.0], 0)))[0])
+    assert np.isnan(unscaled(propagate_scales(lambda x: 0.0 / x)(at([0.0, 1.0], 0)))[0])
+
+
+def test_one_large_value_among_zeros_has_a_square_in_float16():
+    x = np.zeros((1000, 1000), np.float32)
+    x[3, 4] = 1
+    for program, want in ((lambda x: jnp.sum(x * x), 1.0), (lambda x: jnp.mean(x**2), 1e-6)):
+        np.testing.assert_allclose(unscaled(propagate_scales(program, data_dtype="float16")(x)), want, rtol=1e-3)
+    assert np.all(np.isfinite(np.float32(scaled(x, dtype=jnp.float8_e4m3fn).data)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_gradient_of_a_bound_that_is_a_scalar(dtype):
+    """It asks where the result is the bound: rounded like data, or nowhere."""
+    gradient = jax.grad(lambda bound, x: jnp.minimum(x, bound).sum())
+    assert unscaled(propagate_scales(gradient, data_dtype=dtype)(1.1, np.float32([0.5, 2.0, 3.0]))) == 2
+
+
 def test_zeros_at_a_large_scale_leave_sums_alone():
     assert unscaled(propagate_scales(lambda a: jnp.mean((a - 1) ** 2))(at([0.0, 0.0], 120))) == 1
     np.testing.assert_array_equal(unscaled(propagate_scales(lambda a: a + 1.0)(at([0.0, 0.0], 60))), [1.0, 1.0])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import floor_log2, shift, wide
+from trainer.propagation.array import ZERO_EXPONENT, floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest, of_array
 from trainer.propagation.rules.registry import Call, rule, to_unit
 from trainer.propagation.values import SENTINEL, Scaled, Uniform, plain, split_number
@@ -26,10 +26,18 @@ def _apart(call: Call, x):
     return wide(x.data), x.exponent
 
 
+def _nothing(call: Call, a, b):
+    """A product with known zeros, at any scale: what is not finite becomes NaN, as everywhere."""
+    if isinstance(a, Uniform) and isinstance(b, Uniform) and a.known and b.known:
+        return call.number(0.0)
+    a, b = (jnp.broadcast_to(_apart(call, x)[0], call.outs[0].shape) for x in (a, b))
+    return call.store(call.bind(a, b), Exponent(ZERO_EXPONENT))
+
+
 @rule("mul", data="a b", exponent="ea + eb")
 def mul(call: Call, a, b):
     if _is_zero(a) or _is_zero(b):
-        return call.number(0.0)
+        return _nothing(call, a, b)
     (da, ea), (db, eb) = _apart(call, a), _apart(call, b)
     if abs(_mantissa(a) or 0) == 1.0:  # a power of two moves the scale alone
         return call.store(db if _mantissa(a) > 0 else -db, ea + eb)
@@ -41,7 +49,7 @@ def mul(call: Call, a, b):
 @rule("div", data="a / b", exponent="ea - eb")
 def div(call: Call, a, b):
     if _is_zero(a):
-        return call.number(0.0)
+        return _nothing(call, a, b)
     (da, ea), (db, eb) = _apart(call, a), _apart(call, b)
     if abs(_mantissa(b) or 0) == 1.0:
         return call.store(da if _mantissa(b) > 0 else -da, ea - eb)
@@ -140,22 +148,20 @@ def _size(call: Call, x) -> Exponent:
 
 
 def _term(call: Call, x, exponent: Exponent):
-    """Data of a term of a sum. Two kinds of terms get lost that a program relies on:
+    """Data of a term of a sum. Where results are held narrowly, two kinds of terms get lost that a program relies on:
 
     a number beside an array (the epsilon in 1 / sqrt(v + epsilon)) does not vanish: it becomes the least that data can have;
-    an array that no scale has reached is a mask of 0 and -1e9, or the like: where results are held narrowly, its numbers stay finite,
-    so that a row which is masked throughout does.
+    an array that no scale has reached is a mask of 0 and -1e9, or the like: its numbers stay finite, so that a row which is
+    masked throughout does.
     """
     data = call.align(x, exponent)
     shape = call.outs[0].shape
     narrow = call.narrow(len(shape))
-    limits = jnp.finfo(call.held_as(call.outs[0].dtype, len(shape)))
-    least = float(limits.smallest_subnormal if narrow else limits.tiny)
-    if isinstance(x, Uniform) and x.known and exponent.terms and not x.any_scale:
-        return jnp.maximum(data, least) if x.number > 0 else jnp.minimum(data, -least)
     if isinstance(x, Scaled) and x.ndim or not narrow:
         return data
+    limits = jnp.finfo(call.held_as(call.outs[0].dtype, len(shape)))
     if not x.ndim or isinstance(x, Uniform):
+        least = float(limits.smallest_subnormal)
         return jnp.where(data == 0, data, jnp.sign(data) * jnp.maximum(jnp.abs(data), least))
     most = float(limits.max) / 2
     return jnp.where(jnp.isfinite(data), jnp.clip(data, -most, most), data)

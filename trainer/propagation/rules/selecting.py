@@ -18,8 +18,21 @@ MASKED = 8  # log2 of the size that a mask value must have, so that exp of it is
 def compare(call: Call, a, b):
     exponents = [call.exponent(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
     exponent = highest(exponents, lowest=True) if exponents else Exponent()
-    data = [call.align(x, exponent, far=True) for x in (a, b)]
-    return call.bind(*(jnp.broadcast_to(x, call.outs[0].shape) for x in data))
+    shape, narrow = call.ins[0].shape, any(x.data.dtype.itemsize < 4 for x in (a, b) if isinstance(x, Scaled) and x.ndim)
+    return call.bind(*(jnp.broadcast_to(_comparable(call, x, exponent, narrow), call.outs[0].shape) for x in (a, b)))
+
+
+def _comparable(call: Call, x, exponent: Exponent, narrow: bool):
+    """Data at the lower of two exponents: what leaves the range stays finite if it was. A number beside narrow data is rounded like it: the
+    gradient of minimum(x, a) asks where the result is a."""
+    if narrow and call.data_dtype is not None and not x.ndim and not (isinstance(x, Uniform) and x.any_scale):
+        x = call.lift(x)
+        x = Scaled(wide(x.data.astype(call.data_dtype)), x.exponent, x.dtype)
+    data = call.align(x, exponent, far=True)
+    if not isinstance(x, Scaled) or x.exponent == exponent:
+        return data
+    most = float(jnp.finfo(data.dtype).max)
+    return jnp.where(jnp.isfinite(x.data), jnp.clip(data, -most, most), data)
 
 
 @rule("is_finite", data="is_finite(a)", exponent="the result has none")
@@ -82,7 +95,7 @@ def _largest(x: Scaled) -> float:
 def clamp(call: Call, low, x, high):
     if not isinstance(x, Scaled):
         x = call.lift(x)
-    if all(isinstance(b, Uniform) and b.known for b in (low, high)) and low.number <= 0 <= high.number:
+    if all(isinstance(b, Uniform) and b.known for b in (low, high)) and low.number <= 0 <= high.number and not x.exponent.divided:
         largest = _largest(x)
         data = [call.align(b, x.exponent, largest) for b in (low, high)]
         return call.settle(jnp.clip(wide(x.data), *data), x.exponent)
