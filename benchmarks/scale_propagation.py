@@ -4,7 +4,8 @@ decoder: the 1m decoder's training step (batch 16 x 128 bytes, AdamW, all host d
 with an exponent beside every tensor, in float16, and with propagated FP8 scales; and `propagate_scales` applied to loss and gradients alone, by
 the rules of primitives only, with ScaledArray parameters. mlp: 20 steps of SGD in one dispatch, the transform around all of them; around
 each, which brings every argument to unit scale at every step (a kernel or two for each, to run and to compile); and around each with
-unit_inputs=True, which saves that. rescales: what a calibration places. Tracing and compiling is timed from empty caches, for the trainer's step with the program that makes its first state.
+unit_inputs=True, which saves that. rescales: what a calibration places. Tracing and compiling is timed from empty caches, for the trainer's
+step with the program that makes its first state.
 A peer, for scale: jax-scalify took 1.15 to 1.47 times the plain step on MLPs of these sizes (on jax 0.4.33, the last that it runs on).
 """
 from __future__ import annotations

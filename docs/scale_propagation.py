@@ -97,8 +97,8 @@ SwiGLU, attention and for quantized products (`trainer/scaled_ops.py`, `trainer/
   gradients whose exponent says more than their data lose digits in float16: an optimizer inside the transform wants float32 data. The
   trainer's computes in float32, from unscaled gradients.
 - **Numbers beyond 2**24 are masks** where they stand as constants in the program: they never set a scale, and saturate. In an array that is an
-  argument they are data: under `data_dtype="float16"` give masks as booleans, or with -inf in them; 0 and -1e9 in one tensor leave nothing
-  of the logits that it is added to.
+  argument they are data: give masks as booleans, or with -inf in them; 0 and -1e9 in one float16 tensor leave nothing of the logits that it is added
+  to, nor does finfo.min in a float32 ScaledArray.
 - **One exponent for a tensor.** In float32, values 2**-126 of the largest and below become zero (numbers that stand in the program, such as an
   epsilon, become that small instead): also beside zeros that come of a dead ReLU or a cancellation at an exponent of 100 or more, and where
   rows with exponents of their own fall together. Plain arrays beside ScaledArrays stay as they are, at exponent 0.

@@ -195,8 +195,9 @@ def scaled(tree, exponent=None, *, leading: int = 0, dtype=None):
     """The floating-point arrays of a tree as ScaledArrays; integers, booleans, keys and ScaledArrays pass through.
 
     exponent: the int32 exponent, by default the one that brings the data's RMS into [1, 2), or in a narrow dtype its largest magnitude
-    below 2**7, if that is lower (all-zero arrays get ZERO_EXPONENT, which gives way to any other scale). leading: how many leading dimensions have an exponent for each index. dtype: of the data,
-    by default that of the array. Exact, also for subnormals, where dtype holds the array's digits.
+    below 2**7, if that is lower (all-zero arrays get ZERO_EXPONENT, which gives way to any other scale). leading: how many leading
+    dimensions have an exponent for each index. dtype: of the data, by default that of the array. Exact, also for subnormals, where dtype
+    holds the array's digits.
     """
     return jax.tree.map(lambda x: _scale_leaf(x, exponent, leading, dtype), tree, is_leaf=is_scaled)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies, normal
+from tests.trainer.propagation.harness import MODES, Case, check, check_moved, check_plain_dies
 
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from trainer.propagation.array import floor_log2, shift, wide
 from trainer.propagation.exponents import Exponent, highest, of_array

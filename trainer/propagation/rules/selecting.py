@@ -18,7 +18,7 @@ MASKED = 8  # log2 of the size that a mask value must have, so that exp of it is
 def compare(call: Call, a, b):
     exponents = [call.exponent(x) for x in (a, b) if not (isinstance(x, Uniform) and x.any_scale)]
     exponent = highest(exponents, lowest=True) if exponents else Exponent()
-    shape, narrow = call.ins[0].shape, any(x.data.dtype.itemsize < 4 for x in (a, b) if isinstance(x, Scaled) and x.ndim)
+    narrow = any(x.data.dtype.itemsize < 4 for x in (a, b) if isinstance(x, Scaled) and x.ndim)
     return call.bind(*(jnp.broadcast_to(_comparable(call, x, exponent, narrow), call.outs[0].shape) for x in (a, b)))
 
 
