@@ -166,6 +166,17 @@ def normalized(x, leading: int = 0, slack: int = 0):
     return data, lax.select(lax.eq(top, like(top, 0)), like(top, ZERO_EXPONENT), lax.sub(biased, like(top, BIAS)))
 
 
+def brought_near(x, leading: int, slack: int):
+    """(x / 2**k, k) with the largest magnitude within 2**-slack and 2**(slack + 1), for each index of so many leading dimensions of float32
+    or float64 x; int32 k is 0 where it is there already, and where all is zero or something is not finite. Cheaper than `normalized`."""
+    top = lax.reduce_max(lax.abs(x), tuple(range(leading, x.ndim)))
+    biased = lax.shift_right_logical(lax.bitcast_convert_type(top.astype(jnp.float32), jnp.int32), like(top, _MANTISSA_BITS))
+    stays = lax.eq(lax.clamp(np.int32(BIAS - slack), biased, np.int32(BIAS + slack)), biased)
+    stays = lax.bitwise_or(stays, lax.eq(lax.clamp(np.int32(1), biased, np.int32(2 * BIAS)), biased) ^ True)
+    k = lax.select(stays, like(top, 0), lax.sub(biased, like(top, BIAS)))
+    return times(x, trailing(pow2_of_biased(lax.sub(like(top, BIAS), k)), x.ndim)), k
+
+
 def _scale_leaf(x, exponent, leading: int, dtype):
     if is_scaled(x) or not is_float(x):
         return x

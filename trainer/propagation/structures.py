@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from trainer.propagation.array import ZERO_EXPONENT, shift, trailing, wide
+from trainer.propagation.array import ZERO_EXPONENT, brought_near, shift, trailing, wide
 from trainer.propagation.exponents import Exponent, of_array
 from trainer.propagation.interpret import STRUCTURES, Context, interpret
-from trainer.propagation.rules.registry import to_unit
 from trainer.propagation.values import Scaled, Uniform, collapse, lift, plain
 
 
@@ -234,14 +233,15 @@ def _standing_still(ctx, jaxpr, consts, fixed, carried, rest):
         carried = joined
 
 
-def _brought_back(kinds, flat) -> list:
+def _brought_back(kinds, flat, jaxpr) -> list:
     """The arrays of carried variables, with data that has drifted from unit scale brought back, lest exponents that say more than their data
-    say ever more with each iteration: those of parameters and of their gradients would."""
+    say ever more with each iteration: those of parameters and of their gradients would. What the body passes on as it is stays."""
     found = []
-    for variable, kind in zip(unpack(kinds, flat), kinds):
-        if isinstance(variable, Scaled) and kind.exponent == "traced" and variable.data.size:
-            data, exponent = to_unit(wide(variable.data), variable.exponent, slack=DRIFT)
-            variable = replace(variable, data=data.astype(kind.dtype), exponent=exponent)
+    same = set(map(id, jaxpr.invars))
+    for variable, kind, out in zip(unpack(kinds, flat), kinds, jaxpr.outvars):
+        if isinstance(variable, Scaled) and kind.exponent == "traced" and variable.data.size and id(out) not in same:
+            data, moved = brought_near(wide(variable.data), kind.rank, DRIFT)
+            variable = replace(variable, data=data.astype(kind.dtype), exponent=variable.exponent + of_array(moved))
         found += pack(variable, kind)
     return found
 
@@ -262,7 +262,7 @@ def scan(ctx: Context, eqn, values):
 
     def step(carry, x):
         out = body(*const_flat, *carry, *x)
-        return tuple(_brought_back(carried, out[: len(init_flat)])), tuple(out[len(init_flat) :])
+        return tuple(_brought_back(carried, out[: len(init_flat)], jaxpr)), tuple(out[len(init_flat) :])
 
     last, stacked = lax.scan(step, init_flat, xs_flat, params["length"], params["reverse"], params.get("unroll", 1))
     return unpack(carried, last) + _unpack_stacked(body.kinds[num_carry:], stacked, params["length"])
@@ -298,7 +298,7 @@ def while_loop(ctx: Context, eqn, values):
     body_flat = [a for x, k in zip(for_body, fixed) for a in pack(x, k)]
     cond_flat = [a for x, k in zip(for_cond, cond_kinds) for a in pack(x, k)]
     init_flat = tuple(a for x, k in zip(init, carried) for a in pack(x, k))
-    last = lax.while_loop(lambda c: test(*cond_flat, *c)[0], lambda c: tuple(_brought_back(carried, body(*body_flat, *c))), init_flat)
+    last = lax.while_loop(lambda c: test(*cond_flat, *c)[0], lambda c: tuple(_brought_back(carried, body(*body_flat, *c), jaxpr)), init_flat)
     return unpack(carried, last)
 
 

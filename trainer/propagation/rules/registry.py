@@ -124,14 +124,12 @@ class Call:
         return self.bind(*map(plain, xs))
 
 
-def to_unit(data, exponent: Exponent, slack: int = 0) -> tuple:
-    """(data / 2^k, exponent + k) with the largest magnitude in [1, 2), for each leading index that has an exponent of its own. slack: k of
-    at most this size are left at 0."""
+def to_unit(data, exponent: Exponent) -> tuple:
+    """(data / 2^k, exponent + k) with the largest magnitude in [1, 2), for each leading index that has an exponent of its own."""
     largest = jnp.max(jnp.abs(data), axis=tuple(range(exponent.ndim, data.ndim)), initial=0)
     top = floor_log2(largest.astype(jnp.float32))
     # Known zeros and infinities stay; everything else moves by what the largest value says.
-    far = (jnp.abs(top) <= 1024) & (jnp.abs(top) > slack)
-    down = jnp.where(far, -top, 0)
+    down = jnp.where(jnp.abs(top) > 1024, 0, -top)
     return shift(data, down), exponent + of_array(-down)
 
 
