@@ -173,7 +173,7 @@ def brought_near(x, leading: int, slack: int):
     biased = lax.shift_right_logical(lax.bitcast_convert_type(top.astype(jnp.float32), jnp.int32), like(top, _MANTISSA_BITS))
     stays = lax.eq(lax.clamp(np.int32(BIAS - slack), biased, np.int32(BIAS + slack)), biased)
     stays = lax.bitwise_or(stays, lax.eq(lax.clamp(np.int32(1), biased, np.int32(2 * BIAS)), biased) ^ True)
-    k = lax.select(stays, like(top, 0), lax.sub(biased, like(top, BIAS)))
+    k = lax.select(stays, like(top, 0), lax.min(lax.sub(biased, like(top, BIAS)), like(top, -_LOWEST)))  # 2**-127 is no normal number
     return times(x, trailing(pow2_of_biased(lax.sub(like(top, BIAS), k)), x.ndim)), k
 
 

@@ -78,7 +78,9 @@ def test_a_value_made_to_vary_keeps_its_exponent():
 def test_parameters_that_are_the_same_on_all_devices(weights):
     """They are made to vary without the program saying so, and their gradient is summed."""
     x = np.float32([[1, 2], [3, 4], [5, 6], [7, 8]])
-    loss = lambda w, x: lax.psum((x * w).sum(), "device")  # noqa: E731
+
+    def loss(w, x):
+        return lax.psum((x * w).sum(), "device")
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P("device")), out_specs=P())

@@ -11,6 +11,7 @@ from jax import lax
 
 from tests.trainer.propagation.harness import value
 from trainer import ScaledArray, propagate_scales, scaled, unscaled
+from trainer.propagation.array import brought_near
 
 X = np.float32([0.5, -1.0, 2.0])
 
@@ -181,6 +182,19 @@ def test_the_ends_of_the_range():
     np.testing.assert_array_equal(unscaled(propagate_scales(lambda x: x[1:] * 1.0)(at([-largest, 1.0, 2.0], 0))), [1.0, 2.0])
     tail = propagate_scales(lambda x: (jnp.log(x + 1e-30), jnp.log(jnp.maximum(x, 1e-30))))(at([1.0, 0.0], 30))
     assert all(-70 < float(unscaled(one)[1]) < -60 for one in tail)  # an epsilon may grow, and does not become zero
+
+
+@pytest.mark.parametrize("slack", [0, 8])
+def test_brought_near_keeps_values(slack):
+    """The whole range of float32, zeros, and what is not finite, each row by itself."""
+    exponents = np.arange(-126, 128)
+    rows = np.ldexp(np.float32([1.5, 1.0]), exponents[:, None]).astype(np.float32)
+    rows = np.concatenate([rows, np.float32([[0, 0], [np.inf, 1], [np.nan, 1]])])
+    data, k = jax.jit(lambda x: brought_near(x, 1, slack))(rows)
+    np.testing.assert_array_equal(np.ldexp(np.float64(data), k[:, None]), np.float64(rows))
+    np.testing.assert_array_equal(np.asarray(k)[-3:], 0)
+    largest = np.max(np.abs(np.asarray(data)[:-3]), axis=1)
+    assert np.all((largest >= 2.0**-slack) & (largest < 2.0 ** (slack + 2)))
 
 
 def test_infinities_compare_and_nan_stays():

@@ -28,8 +28,6 @@ def _apart(call: Call, x):
 
 def _nothing(call: Call, a, b):
     """A product with known zeros, at any scale: what is not finite becomes NaN, as everywhere."""
-    if isinstance(a, Uniform) and isinstance(b, Uniform) and a.known and b.known:
-        return call.number(0.0)
     a, b = (jnp.broadcast_to(_apart(call, x)[0], call.outs[0].shape) for x in (a, b))
     return call.store(call.bind(a, b), Exponent(ZERO_EXPONENT))
 
