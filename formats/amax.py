@@ -20,13 +20,15 @@ class Amax(enum.Enum):
     """The magnitude that a scale maps to the largest value of the element.
 
     current: the largest one. percentile: the p-quantile of the magnitudes (0 < p <= 1, linear interpolation). rms: a multiple of
-    the root mean square (Gaussian-optimal if no multiple is given). absmean: the mean magnitude (BitNet b1.58 equation 3 for
+    the root mean square (Gaussian-optimal if no multiple is given). std: likewise of the standard deviation around the mean of the
+    values (what the released code of Quartet takes). absmean: the mean magnitude (BitNet b1.58 equation 3 for
     ternary values). mse: the one of 49 magnitudes, the current one times 2**(i/16), i = -40 .. 8, with the least squared error.
     """
 
     CURRENT = "current"
     PERCENTILE = "percentile"
     RMS = "rms"
+    STD = "std"
     ABSMEAN = "absmean"
     MSE = "mse"
 
@@ -67,6 +69,10 @@ def _typical(v, view: View, statistic: Amax, parameter):
             return view.reduce(lambda u, **where: jnp.nanquantile(u, parameter, **where), held)
         case Amax.RMS:
             return parameter * jnp.sqrt(view.reduce(jnp.sum, v * v) / number)
+        case Amax.STD:
+            mean = view.reduce(jnp.sum, v) / number
+            # around the mean at once: a difference of squares loses what is small beside it
+            return parameter * jnp.sqrt(view.reduce(jnp.sum, jnp.where(inside, jnp.square(v - mean), 0.0)) / number)
         case Amax.ABSMEAN:
             return view.reduce(jnp.sum, jnp.abs(v)) / number
 

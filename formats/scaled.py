@@ -68,7 +68,7 @@ def scaled(element, granularity="tensor", *, axis: int | tuple[int, ...] = -1, b
     granularity: "tensor" one scale; "channel", "token" one for each index of the dimensions other than `axis`; "block" one for every
     `block` consecutive values along `axis` (the last block of a row may be short), or for every tile of block=(16, 16) along
     axis=(-2, -1). rule: see `Rule`; its number may be given instead, and traced, for the power-of-two rules, which have
-    float8_e8m0fnu scales whatever scale_format. amax: see `Amax`; amax_at is its parameter (percentile: 0.999; rms: the
+    float8_e8m0fnu scales whatever scale_format. amax: see `Amax`; amax_at is its parameter (percentile: 0.999; rms, std: the
     Gaussian-optimal multiple). pre_scale: 3/4 keeps blocks with a power-of-two scale from clipping (Quartet, section 4.3).
     ValueError for what does not fit together.
     """
@@ -117,7 +117,7 @@ def _check_blocks(granularity: Granularity, axis, size) -> None:
 
 def _parameter(amax: Amax, given, element):
     """amax_at, checked; None where the statistic has no parameter."""
-    if amax is Amax.RMS:
+    if amax in (Amax.RMS, Amax.STD):
         return np.float32(gaussian_clip(element)) if given is None else _number("amax_at", given)
     if amax is Amax.PERCENTILE:
         value = _number("amax_at", 0.999 if given is None else given)
@@ -125,7 +125,7 @@ def _parameter(amax: Amax, given, element):
             raise ValueError(f"amax_at={given!r} with amax='percentile' must be above 0 and at most 1")
         return value
     if given is not None:
-        raise ValueError(f"amax_at={given!r} goes with amax='rms' or 'percentile', not with {amax.value!r}")
+        raise ValueError(f"amax_at={given!r} goes with amax='rms', 'std' or 'percentile', not with {amax.value!r}")
     return None
 
 

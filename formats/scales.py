@@ -21,13 +21,17 @@ from formats.rounding import round_to
 class Rule(enum.Enum):
     """From amax to scale, m = largest value of the element. exact: amax / m. The others are powers of two, as exponents:
     floor: floor(log2 amax) - floor(log2 m); ceil: ceil(log2 amax) - floor(log2 m); rceil: ceil(log2(amax / m));
-    even: as floor, of amax rounded (half up) to the element's mantissa bits."""
+    even: as floor, of amax rounded (half up) to the element's mantissa bits; rfloor: floor(log2(amax / m)); rround: log2(amax / m) to
+    the nearest integer (up from about an ulp around the middle, 2**(1/2)). QuEST and Quartet speak of the scale amax / m itself, and
+    their released code floors it."""
 
     EXACT = "exact"
     FLOOR = "floor"
     CEIL = "ceil"
     RCEIL = "rceil"
     EVEN = "even"
+    RFLOOR = "rfloor"
+    RROUND = "rround"
 
 
 def hides(amax, element):
@@ -35,7 +39,8 @@ def hides(amax, element):
     return ~jnp.isfinite(amax) & ~element.unbounded
 
 
-POWER_RULES = (Rule.FLOOR, Rule.CEIL, Rule.RCEIL, Rule.EVEN)
+POWER_RULES = (Rule.FLOOR, Rule.CEIL, Rule.RCEIL, Rule.EVEN, Rule.RFLOOR, Rule.RROUND)  # numbers are written in checkpoints: append only
+_SQRT2, _ONE = np.float32(2**0.5), np.int32(0x3F800000)
 
 
 def rule_number(rule):
@@ -86,7 +91,7 @@ def affine_scale(low, high, element: Element):
 
 def shared_exponent(amax, element, number):
     """int32 exponent of a block's power-of-two scale, -127 .. 127 (E8M0), by integer arithmetic on amax's pattern; no
-    higher than lets the largest value times the scale be a float32 (ceil, rceil and even could ask for one more).
+    higher than lets the largest value times the scale be a float32 (some rules could ask for one more).
 
     number: int32 place of the rule in `POWER_RULES`, may be traced. Never floor(log2 amax): float32 log2 is one too large an ulp
     below a power of two. 0 for the float32 identity.
@@ -98,8 +103,14 @@ def shared_exponent(amax, element, number):
         bits = bits + jnp.where(number == POWER_RULES.index(Rule.EVEN), half, 0)
     mantissa = bits & np.int32(0x7FFFFF)
     ceil, rceil = number == POWER_RULES.index(Rule.CEIL), number == POWER_RULES.index(Rule.RCEIL)
-    up = (ceil & (mantissa > 0)) | (rceil & (mantissa > (top & np.int32(0x7FFFFF))))
-    exponent = (bits >> 23) - (top >> 23) + up.astype(jnp.int32)
+    top_mantissa = top & np.int32(0x7FFFFF)
+    up = (ceil & (mantissa > 0)) | (rceil & (mantissa > top_mantissa))
+    down = (number == POWER_RULES.index(Rule.RFLOOR)) & (mantissa < top_mantissa)
+    # log2 of the quotient of the two mantissas, from -1 to 1, against -1/2 and 1/2
+    one = fb.to_value(top_mantissa | _ONE)
+    value, rround = fb.to_value(mantissa | _ONE), number == POWER_RULES.index(Rule.RROUND)
+    up, down = up | (rround & (value >= one * _SQRT2)), down | (rround & (value * _SQRT2 < one))
+    exponent = (bits >> 23) - (top >> 23) + up.astype(jnp.int32) - down.astype(jnp.int32)
     # subnormals are one with zero, whatever the backend made of them in the maximum
     exponent = jnp.where(subnormal, -127, exponent)
     highest = jnp.minimum(254 - (top >> 23), 127)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from trainer.config.frozen import ModelSpec, OptimizerSpec, TrainConfig
-from trainer.config.precision import build_policy
+from trainer.config.policies import build_policy
 from trainer.model import ModelConfig
 from trainer.optimizers import OptimizerNumbers
 from trainer.schedules import ScheduleNumbers

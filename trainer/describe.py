@@ -13,7 +13,7 @@ import numpy as np
 
 import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
-from trainer.config.precision import UNQUANTIZED_BITS, build_format
+from trainer.config.policies import UNQUANTIZED_BITS, build_format
 from trainer.precision import ROLES, Source
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.

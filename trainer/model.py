@@ -17,10 +17,12 @@ from jax import lax
 
 from trainer import ops, scaled_ops, scales
 from trainer.keys import fold_in
-from trainer.linear import RowShards, linear
-from trainer.precision import PrecisionPolicy
+from trainer.linear import linear
+from trainer.operands import ROWS, RowShards, straight_through
+from trainer.precision import PrecisionPolicy, matches
 from trainer.scales import Site
 
+HEAD_SALT, EMBEDDING_SALT = 0x48454144, 0x454D4244  # random bits outside the layers, whose salts count from 0
 SITES = ("qkv", "attention_out", "gate_up", "down")  # the linear layers of a block, in the order of the forward pass
 
 
@@ -118,16 +120,18 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones((d,), jnp.float32))
         self.gate_up = _normal(rngs, (d, 2 * f), gate_up)
         self.down = _normal(rngs, (f, d), down)
-        self.num_heads = config.num_heads
+        self.num_heads, self.num_layers = config.num_heads, config.num_layers
 
-    def __call__(self, h_ND, batch: int, call: Call):
+    def __call__(self, h_ND, batch: int, call: Call, layer: int):
+        """layer: the place in the stack that decides about exemptions."""
         sites = list(_unstacked(call.sites, len(SITES)))
 
         def project(x, name):
             index = SITES.index(name)
             key = None if call.key is None else fold_in(call.key, index)
-            site = replace(sites[index], expected=scales.expected_rms(call.policy, self.stds[index], call.num_tokens))
-            return linear(x, getattr(self, name)[...], call.policy, key, call.rows, site)
+            policy = call.policy.at(layer, self.num_layers, name)
+            site = replace(sites[index], expected=scales.expected_rms(policy, self.stds[index], call.num_tokens))
+            return linear(x, getattr(self, name)[...], policy, key, call.rows, site)
 
         own = _ops(call)
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
@@ -151,31 +155,57 @@ class Decoder(nnx.Module):
         config = self.config
         batch = tokens_BT.shape[0]
         # The table is small enough for the head's logits; this brings the residual stream to unit variance.
-        h_ND = ops.embed(self.embedding[...], tokens_BT.reshape(-1)) * config.embedding_width**0.5
+        table_VD = self._table(call)
+        h_ND = ops.embed(table_VD, tokens_BT.reshape(-1)) * config.embedding_width**0.5
         h_ND = self._run_layers(h_ND, batch, call)
         h_ND = _ops(call).rms_norm(h_ND, self.final_norm[...])
         if config.tied_head:
             h_ND = h_ND * config.logit_scale
         head_VD = self.embedding if self.head is None else self.head
-        return linear(h_ND, head_VD[...].T, call.policy.without_quantizers())
+        key = None if call.key is None else fold_in(call.key, HEAD_SALT)
+        return linear(h_ND, head_VD[...].T, call.policy.outside("head"), key, call.rows)
+
+    def _table(self, call: Call):
+        """The embedding as its policy's forward quantizer of weights makes it, straight-through; rows are what is contracted elsewhere."""
+        policy = call.policy.outside("embedding")
+        quantizer = policy.weights.first
+        if quantizer is None:
+            return self.embedding[...]
+        key = None if call.key is None else fold_in(call.key, EMBEDDING_SALT)
+        return straight_through(self.embedding[...], quantizer, ROWS, key, policy)
 
     def _run_layers(self, h_ND, batch, call):
         graphdef, stacked = nnx.split(self.layers)
 
-        def run(h_ND, layer, sites, index):
-            key = None if call.key is None else fold_in(call.key, index)
-            return nnx.merge(graphdef, layer)(h_ND, batch, replace(call, key=key, sites=sites))
+        def runner(place: int):
+            """The layer there, or any with the same policies."""
 
-        if self.config.remat:
-            run = jax.checkpoint(run)
+            def run(h_ND, layer, sites, index):
+                key = None if call.key is None else fold_in(call.key, index)
+                return nnx.merge(graphdef, layer)(h_ND, batch, replace(call, key=key, sites=sites), place)
+
+            return jax.checkpoint(run) if self.config.remat else run
+
         num_layers = self.config.num_layers
-        if self.config.scan_layers:
-            indices = jnp.arange(num_layers, dtype=jnp.uint32)
-            h_ND, _ = lax.scan(lambda h, xs: (run(h, *xs), None), h_ND, (stacked, call.sites, indices))
+        if not self.config.scan_layers:
+            for index, (layer, sites) in enumerate(_unstacked((stacked, call.sites), num_layers)):
+                h_ND = runner(index)(h_ND, layer, sites, index)
             return h_ND
-        for index, (layer, sites) in enumerate(_unstacked((stacked, call.sites), num_layers)):
-            h_ND = run(h_ND, layer, sites, index)
+        indices = jnp.arange(num_layers, dtype=jnp.uint32)
+        for start, stop in alike(call.policy, num_layers):
+            run, piece = runner(start), jax.tree.map(lambda x: x[start:stop], (stacked, call.sites, indices))
+            h_ND, _ = lax.scan(lambda h, xs: (run(h, *xs), None), h_ND, piece)
         return h_ND
+
+
+def alike(policy: PrecisionPolicy, num_layers: int) -> list[tuple[int, int]]:
+    """[start, stop) of the runs of layers that no exemption tells apart."""
+
+    def named(layer):
+        return [[matches(exemption.where, layer, num_layers, site) for exemption in policy.exemptions] for site in SITES]
+
+    starts = [layer for layer in range(num_layers) if layer == 0 or named(layer) != named(layer - 1)]
+    return list(zip(starts, [*starts[1:], num_layers]))
 
 
 def _build(config: ModelConfig, key):

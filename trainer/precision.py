@@ -9,6 +9,7 @@ leaves and may be traced or stacked over the members of a cohort; everything str
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -17,6 +18,7 @@ import numpy as np
 
 import formats
 from formats import Amax, Granularity, Rounding
+from trainer.methods.rotation import Rotation
 
 ROLES = ("weights", "activations", "output_gradients")
 GEMMS = {"weights": ("forward", "dgrad"), "activations": ("forward", "wgrad"), "output_gradients": ("dgrad", "wgrad")}
@@ -49,6 +51,15 @@ def unmovable(fmt: formats.Scaled, source: str = Source.DELAYED.value) -> str | 
     return None
 
 
+class Gradient(str, Enum):
+    """What becomes of the gradient of a tensor that was quantized, besides being that of what it was quantized to (straight-through). The
+    mask belongs to the values that were rounded: where those were rotated, it is applied before the gradient is rotated back."""
+
+    STRAIGHT_THROUGH = "straight_through"  # nothing
+    CLIPPED = "clipped"  # zero where the value lay beyond the range
+    TRUST = "trust"  # zero where rounding moved it by more than half a step of a uniform grid (QuEST, Panferov et al. 2025, section 3.2)
+
+
 def _static(**kwargs):
     return field(metadata={"static": True}, **kwargs)
 
@@ -56,11 +67,13 @@ def _static(**kwargs):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantizer:
-    """A format, and how values are rounded to it. The gradient is straight-through: the cotangent is never narrowed here.
+    """A format, and how values are rounded to it. The cotangent is never narrowed here.
 
     source: see `Source`; "none" with an element format (whose own range is then all there is), another one with a format that has
     scales. static_rms: of "static" alone, float32, the RMS that the tensor is expected to have (None: the model says). static_clip: of
     "static" and "propagated", float32, amax over RMS for elements other than minifloats (None: chosen for Gaussian data).
+    transform: what is quantized is the tensor rotated along the contraction; both operands of a product need the same. gradient: see
+    `Gradient`; of forward operands. native: the dtype that holds the narrow numbers in the product itself, None for float32.
     """
 
     format: formats.Format
@@ -68,6 +81,9 @@ class Quantizer:
     source: str = _static(default="current")
     static_rms: jax.Array | np.float32 | None = None
     static_clip: jax.Array | np.float32 | None = None
+    transform: Rotation | None = _static(default=None)
+    gradient: str = _static(default="straight_through")
+    native: str | None = _static(default=None)
 
     def __post_init__(self):
         if (self.source == Source.NONE.value) == isinstance(self.format, formats.Scaled) or self.source not in (s.value for s in Source):
@@ -76,32 +92,69 @@ class Quantizer:
             raise ValueError(f"source={self.source!r} with a format of type {type(self.format).__name__}; accepted: {accepted}")
         if self.source in FROM_ELSEWHERE and (reason := unmovable(self.format, self.source)):
             raise ValueError(f"source={self.source!r}: {reason}")
+        if self.transform is not None and self.source in (Source.DELAYED.value, Source.STATIC.value):
+            raise ValueError(f"source={self.source!r} with a transform: the amax of a tensor is not that of the rotated one; accepted with it: current, propagated, none")
+        if self.gradient == Gradient.TRUST.value and not uniform(self.format):
+            raise ValueError("gradient='trust' needs a format whose values are evenly spaced, such as an integer; accepted with others: straight_through, clipped")
         if self.source in (Source.STATIC.value, Source.PROPAGATED.value) and self.static_clip is None and _needs_clip(self.format):
             object.__setattr__(self, "static_clip", np.float32(formats.gaussian_clip(self.format.element)))
 
     @property
     def stochastic(self) -> bool:
-        return Rounding(self.rounding).random
+        """Whether it needs random bits."""
+        return Rounding(self.rounding).random or (self.transform is not None and self.transform.random)
+
+    @property
+    def element(self):
+        """The format of single numbers."""
+        return self.format.element if isinstance(self.format, formats.Scaled) else self.format
+
+
+def _whole_grid(element) -> bool:
+    """True for an element whose widths say that it is an integer; those of pytree machinery are no numbers at all."""
+    return isinstance(element.exp_bits, np.integer) and element.exp_bits == 0
+
+
+def uniform(fmt) -> bool:
+    """False for a format whose values are known not to be evenly spaced."""
+    element = fmt.element if isinstance(fmt, formats.Scaled) else fmt
+    return isinstance(element, formats.Element) and not (isinstance(element.exp_bits, np.integer) and element.exp_bits > 0)
 
 
 def _needs_clip(fmt: formats.Scaled) -> bool:
     """True for a tensor scale of an element whose own range says nothing about values of size 1: integers, tables, logarithms."""
     if fmt.granularity is not Granularity.TENSOR:
         return False
-    if not isinstance(fmt.element, formats.Element):
-        return True
-    exp_bits = fmt.element.exp_bits  # not a number where pytree machinery puts its own things in the place of leaves
-    return isinstance(exp_bits, np.integer) and exp_bits == 0
+    return not isinstance(fmt.element, formats.Element) or _whole_grid(fmt.element)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operand:
-    """The quantizers of one role in the two products that read it (in the order of GEMMS); `shared`: quantized once, used twice."""
+    """The quantizers of one role in the two products that read it (in the order of GEMMS). What the second product reads: `shared`: the
+    numbers of the first, not quantized again; `chained`: the numbers of the first (rotated, if they were), quantized by `second`, as
+    Quartet does; else the tensor, quantized by `second`."""
 
     first: Quantizer | None = None
     second: Quantizer | None = None
     shared: bool = _static(default=True)
+    chained: bool = _static(default=False)
+
+    def __post_init__(self):
+        if self.chained and (self.shared or self.first is None):
+            raise ValueError("chained=True needs shared=False and a first quantizer: there is nothing to quantize again")
+        if self.second is not None and self.second.gradient != Gradient.STRAIGHT_THROUGH.value:
+            raise ValueError(f"gradient={self.second.gradient!r} of a second product's quantizer: a tensor is masked by its forward product; accepted there: straight_through")
+
+    @property
+    def kept(self) -> bool:
+        """True if the second product reads what the first one was given."""
+        return self.shared or self.chained
+
+    @property
+    def rotated(self) -> bool:
+        """True if the second product reads numbers that were rotated for the first one: its result is then rotated too."""
+        return self.kept and self.first is not None and self.first.transform is not None
 
     def quantizers(self) -> tuple[Quantizer, ...]:
         both = (self.first,) if self.shared else (self.first, self.second)
@@ -114,11 +167,21 @@ class Operand:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Exemption:
+    """A place and the policy there. where: see `matches`."""
+
+    where: str = _static()
+    policy: PrecisionPolicy
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PrecisionPolicy:
     """Role -> quantizers; `dot_dtype` is the dtype of the product's inputs (accumulation is float32). history, history_choice: how many
     steps delayed scales remember, and which of their amax counts ("max", "most_recent"). data_dtype: the forward and backward pass run
     under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: dtypes that the state is held
-    in between steps, as ScaledArrays where that is not None (float32)."""
+    in between steps, as ScaledArrays where that is not None (float32). exemptions: places with a policy of their own, the last that
+    matches counts; the embedding and the head are not quantized unless one says so."""
 
     weights: Operand = Operand()
     activations: Operand = Operand()
@@ -130,6 +193,10 @@ class PrecisionPolicy:
     master_weights: str | None = _static(default=None)
     adam_m: str | None = _static(default=None)
     adam_v: str | None = _static(default=None)
+    exemptions: tuple[Exemption, ...] = ()
+
+    def __post_init__(self):
+        _check_transforms(self)
 
     def roles(self, source: Source) -> tuple[str, ...]:
         """The roles in which a quantizer has its scale from there."""
@@ -137,9 +204,63 @@ class PrecisionPolicy:
 
     @property
     def stochastic(self) -> bool:
-        """True if any operand needs random bits."""
-        return any(q.stochastic for role in ROLES for q in getattr(self, role).quantizers())
+        """True if anything needs random bits."""
+        own = any(q.stochastic for role in ROLES for q in getattr(self, role).quantizers())
+        return own or any(exemption.policy.stochastic for exemption in self.exemptions)
 
     def without_quantizers(self) -> PrecisionPolicy:
         """The same dot dtype and nothing quantized: for layers that are kept high."""
         return replace(PrecisionPolicy(), dot_dtype=self.dot_dtype, data_dtype=self.data_dtype)
+
+    def at(self, layer: int, num_layers: int, site: str) -> PrecisionPolicy:
+        """The policy of a linear layer of a block."""
+        return self._chosen(lambda where: matches(where, layer, num_layers, site), replace(self, exemptions=()))
+
+    def outside(self, name: str) -> PrecisionPolicy:
+        """The policy of "embedding" or "head"."""
+        return self._chosen(lambda where: where == name, self.without_quantizers())
+
+    def _chosen(self, fits, otherwise):
+        return next((exemption.policy for exemption in reversed(self.exemptions) if fits(exemption.where)), otherwise)
+
+
+OUTSIDE = ("embedding", "head")
+_PLACE = re.compile(r"(?:(first|last|layer)(\d+))?(?:(?:^|\.)([a-z_]+))?")
+
+
+def matches(where: str, layer: int, num_layers: int, site: str) -> bool:
+    """Whether a place names this linear layer: "first2", "last1" (that many blocks from an end), "layer3" (counted from 0), "down" (a site
+    in every block), or both, "last1.down". "embedding" and "head" name none."""
+    side, count, name = _PLACE.fullmatch(where).groups()
+    number = int(count or 0)
+    here = {None: True, "first": layer < number, "last": layer >= num_layers - number, "layer": layer == number}[side]
+    return here and name in (None, site)
+
+
+def check_place(where: str, num_layers: int, sites: tuple[str, ...]) -> None:
+    """ValueError, one line, for a place that no layer has."""
+    found = _PLACE.fullmatch(where) if where else None
+    if found is None or not (found[3] in (None, *sites) or where in OUTSIDE):
+        raise ValueError(f"{where!r} is no place; accepted: first1, last2, layer0, one of {', '.join(sites)}, both as in last1.{sites[-1]}, {', '.join(OUTSIDE)}")
+    if where not in OUTSIDE and not any(matches(where, layer, num_layers, site) for layer in range(num_layers) for site in sites):
+        raise ValueError(f"{where!r} names no layer of a model with {num_layers}; accepted: layer0 to layer{num_layers - 1}")
+
+
+def _check_transforms(policy: PrecisionPolicy) -> None:
+    """ValueError if the two operands of a product are not rotated alike: their product would mean nothing."""
+    x, w, g = policy.activations, policy.weights, policy.output_gradients
+
+    def of(quantizer):
+        return None if quantizer is None else quantizer.transform
+
+    def second(operand):
+        return None if operand.shared else of(operand.second)
+
+    if g.shared and of(g.first) is not None:
+        raise ValueError("output_gradients with a transform are rotated along another dimension for each product; accepted: second=fresh")
+    pairs = {"forward": (("activations", of(x.first)), ("weights", of(w.first))), "dgrad": (("output_gradients", of(g.first)), ("weights", second(w))),
+             "wgrad": (("activations", second(x)), ("output_gradients", second(g)))}
+    for gemm, ((one, left), (other, right)) in pairs.items():
+        if left != right:
+            said = [f"{role} have {'no transform' if t is None else f'{t.kind.value} in blocks of {t.block}'}" for role, t in ((one, left), (other, right))]
+            raise ValueError(f"in {gemm} {' and '.join(said)}; accepted: the same transform and transform_block for both, or none")

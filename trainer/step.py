@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from trainer import model as decoder
 from trainer import carried, scales, telemetry
 from trainer.keys import fold_in
-from trainer.linear import RowShards
+from trainer.operands import RowShards
 from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
 from trainer.precision import ROLES, PrecisionPolicy
 from trainer.propagation import unscaled

@@ -18,7 +18,7 @@ from tests.formats.oracle import bits_equal, random_patterns, saturated, values_
 ELEMENTS = {"float8_e4m3fn": (3, -9, 448.0), "float8_e5m2": (2, -16, 57344.0), "float6_e2m3fn": (3, -3, 7.5),
             "float6_e3m2fn": (2, -4, 28.0), "float4_e2m1fn": (1, -1, 6.0), "int4": (30, 0, 7.0), "int8_f6": (30, -6, 127 / 64),
             "bfloat16": (7, -133, float.fromhex("0x1.fep127"))}
-RULES = ("floor", "ceil", "rceil", "even")
+RULES = ("floor", "ceil", "rceil", "even", "rfloor", "rround")
 split = jax.jit(formats.split, static_argnames=("rounding", "overflow", "reduce_max"))
 
 
@@ -33,7 +33,8 @@ def exponent_of(amax: float, name: str, rule: str) -> int:
         amax = math.floor(amax / step + 0.5) * step
     fraction, exponent = math.frexp(amax)
     top_fraction, top = math.frexp(largest)
-    shared = exponent - top + {"floor": 0, "even": 0, "ceil": fraction > 0.5, "rceil": fraction > top_fraction}[rule]
+    shared = exponent - top + {"floor": 0, "even": 0, "ceil": fraction > 0.5, "rceil": fraction > top_fraction,
+                                       "rfloor": -(fraction < top_fraction), "rround": round(math.log2(fraction / top_fraction))}[rule]
     return max(-127, min(127, 128 - top, shared))  # the largest value times the scale stays a float32
 
 

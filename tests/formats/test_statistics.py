@@ -32,8 +32,8 @@ def test_ternary_has_its_gaussian_clip():
 
 def test_rms_percentile_and_mean_by_numpy():
     rms = np.sqrt((X.astype(np.float64) ** 2).mean(axis=1, keepdims=True))
-    want = {"rms": 2.0 * rms, "percentile": np.quantile(np.abs(X), 0.99, axis=1, keepdims=True), "absmean": np.abs(X).mean(axis=1, keepdims=True)}
-    given = {"rms": 2.0, "percentile": 0.99, "absmean": None}
+    want = {"rms": 2.0 * rms, "std": 2.0 * X.astype(np.float64).std(axis=1, keepdims=True), "percentile": np.quantile(np.abs(X), 0.99, axis=1, keepdims=True), "absmean": np.abs(X).mean(axis=1, keepdims=True)}
+    given = {"rms": 2.0, "std": 2.0, "percentile": 0.99, "absmean": None}
     for name, amax in want.items():
         _, scale = formats.split(X, formats.scaled("int4", "token", amax=name, amax_at=given[name]))
         np.testing.assert_allclose(scale, amax / 7, rtol=2e-6, err_msg=name)
@@ -126,9 +126,9 @@ def test_pre_scale_keeps_every_block_from_clipping():
 
 
 @pytest.mark.parametrize(("make", "complaint"), [
-    (lambda: formats.scaled("int4", amax="max"), "amax='max' must be one of current, percentile, rms, absmean, mse"),
+    (lambda: formats.scaled("int4", amax="max"), "amax='max' must be one of current, percentile, rms, std, absmean, mse"),
     (lambda: formats.scaled("int4", amax="percentile", amax_at=99.9), "amax_at=99.9 with amax='percentile' must be above 0 and at most 1"),
-    (lambda: formats.scaled("int4", amax_at=2.0), "amax_at=2.0 goes with amax='rms' or 'percentile'"),
+    (lambda: formats.scaled("int4", amax_at=2.0), "amax_at=2.0 goes with amax='rms', 'std' or 'percentile'"),
     (lambda: formats.scaled("int4", pre_scale=-1), "pre_scale=-1 must be a positive number"),
     (lambda: formats.scaled("int4", two_level=True), "two_level=True needs granularity='block'"),
     (lambda: formats.scaled("int4", rule="floor", zero_point=True), "zero_point=True needs an integer element"),

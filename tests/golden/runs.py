@@ -32,7 +32,7 @@ RUNS = {
     "float32": ("precision=float32",),
     "int4": ("precision=int4", "accumulate=2", "schedule=cosine"),
     "fp8": ("precision=fp8", "model.tied_head=false", "optimizer.clip_norm=0.1"),
-    "mxfp4": ("seed=1", "precision=mxfp4", "model.num_layers=2", "model.scan_layers=true", "model.remat=true"),
+    "mxfp4": ("seed=1", "precision=mxfp4", "precision.pad=true", "model.num_layers=2", "model.scan_layers=true", "model.remat=true"),
     "scaled": ("precision=fp8_scaled_fp16_state", "accumulate=2", "schedule=cosine"),
     "stochastic": ("precision=int4", "precision.weights.rounding=stochastic", "precision.activations.rounding=stochastic", "schedule=constant"),
 }  # fmt: skip

@@ -12,9 +12,9 @@ import formats
 import trainer
 from trainer.cli import sweep_configs
 from trainer.config import Composer, config_dir, hydra_ready, run_id, trunk_id
-from trainer.config.precision import build_format
+from trainer.config.policies import build_format
 
-BASE = ("model=2k", "data=synthetic", "steps=100")
+BASE = ("model=25k", "data=synthetic", "steps=100")
 DIGEST = "0" * 64
 
 
@@ -220,7 +220,7 @@ def test_config_dir_adds_groups(tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "both.yaml").write_text("runs:\n  - precision=mine,int4 model=2k steps=3\n")
     config = trainer.config(*BASE, "precision=mine", config_dir=str(tmp_path))
-    assert (config.precision.name, config.precision.weights.first.bits, config.model.name) == ("mine", 7, "2k")
+    assert (config.precision.name, config.precision.weights.first.bits, config.model.name) == ("mine", 7, "25k")
     configs, _ = sweep_configs(["sweep=both"], str(tmp_path))
     assert [c.precision.name for c in configs] == ["mine", "int4"]
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import typing
@@ -10,11 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import frozen
 from trainer.config.checks import in_range, one_of
-from trainer.config.precision import freeze_precision
+from trainer.config.blocks import check_blocks
+from trainer.config.precision import HIGH, freeze_precision
 from trainer.config.schema import TrainSchema
 from trainer.mirrors import MIRRORS
 from trainer.data import registry as data_registry
 from trainer.optimizers import OPTIMIZERS
+from trainer.precision import check_place
 from trainer.schedules import SCHEDULES
 
 LR_RULES = ("mup", "constant")
@@ -43,7 +46,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
     steps = _steps(c, model, batch_tokens)
     return frozen.TrainConfig(
         model=model,
-        precision=freeze_precision(c["precision"]["name"], c["precision"]),
+        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"]),
         optimizer=_optimizer(c["optimizer"]),
         schedule=_schedule(c["schedule"], steps),
         data=_data(c["data"]),
@@ -75,6 +78,33 @@ def _model(m: dict) -> frozen.ModelSpec:
     if m["d_model"] % (2 * m["num_heads"]):
         raise ValueError(f"model.num_heads={m['num_heads']}: rotary heads need an even width; accepted: a divisor of d_model/2 = {m['d_model'] // 2}")
     return frozen.ModelSpec(**m)
+
+
+def _precision(p: dict, model: frozen.ModelSpec, tokens: int) -> frozen.PrecisionSpec:
+    """tokens: of a micro-batch."""
+    from trainer.model import SITES  # the model is above config in everything else
+
+    for place in p["exemptions"]:
+        try:
+            check_place(place, model.num_layers, SITES)
+        except ValueError as error:
+            raise ValueError(f"precision.exemptions.{place}: {error}") from None
+    precision = freeze_precision(p["name"], p, _preset)
+    check_blocks(precision, model, tokens)
+    return precision
+
+
+@functools.cache
+def _preset(name: str) -> dict:
+    """configs/precision/NAME.yaml as it is composed by itself; Hydra is initialised wherever a config is frozen."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        composed = compose("train", overrides=[f"precision={name}"]).precision
+    except HydraException:
+        raise ValueError(f"no such precision; accepted: {HIGH}, or a name that precision= takes") from None
+    return OmegaConf.to_container(composed, resolve=True)
 
 
 def _non_embedding_params(model: frozen.ModelSpec) -> int:

@@ -36,21 +36,29 @@ class QuantizerSpec:
     man_bits: int | None
     variant: str | None
     granularity: str | None
-    block: int | None
+    block: int | tuple[int, int] | None
     scale_format: str | None
     scale_rule: str | None
     rounding: str
     source: str
     static_rms: float | None = None
     two_level: bool | None = None
+    amax: str | None = None
+    amax_at: float | None = None
+    pre_scale: float | None = None
+    transform: str | None = None
+    transform_block: int | None = None
+    gradient: str | None = None
 
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """The quantizers of a role in its two products (None: not quantized)."""
+    """The quantizers of a role in its two products (None: not quantized). reads: what the second product reads, None for "shared" where
+    that can be and "fresh" elsewhere."""
 
     first: QuantizerSpec | None
     second: QuantizerSpec | None
+    reads: str | None = None
 
     @property
     def both(self) -> tuple[QuantizerSpec | None, ...]:
@@ -60,7 +68,8 @@ class RoleSpec:
 @dataclass(frozen=True)
 class PrecisionSpec:
     """history, history_choice: of delayed scales; None where nothing is delayed. data_dtype: of scale propagation, None without it.
-    master_weights, adam_m, adam_v: dtypes of the state as scaled arrays, None for plain float32."""
+    master_weights, adam_m, adam_v: dtypes of the state as scaled arrays, None for plain float32. execution: "native", or None for emulated.
+    exemptions: place and precision there, None for what is kept high."""
 
     name: str
     dot_dtype: str
@@ -73,6 +82,9 @@ class PrecisionSpec:
     master_weights: str | None = None
     adam_m: str | None = None
     adam_v: str | None = None
+    execution: str | None = None
+    pad: bool | None = None
+    exemptions: tuple[tuple[str, PrecisionSpec | None], ...] | None = None
 
     @property
     def state(self) -> dict[str, str]:
@@ -160,13 +172,17 @@ class TrainConfig:
         """What the run's numbers depend on, as plain JSON types. Names that only label (of a model or precision) are left out, and
         of the data's description all but the name: its content is in the sha256."""
         whole = dataclasses.asdict(self)
-        del whole["options"], whole["model"]["name"], whole["precision"]["name"]
+        precisions = [whole["precision"], *(there for _, there in whole["precision"]["exemptions"] or () if there)]
+        del whole["options"], whole["model"]["name"]
+        for precision in precisions:
+            del precision["name"]
         whole["data"] = self.data.name
         return _without_unset(whole)
 
 
 # Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
-LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS)
+LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS, "amax", "amax_at", "pre_scale", "transform",
+              "transform_block", "gradient", "reads", "execution", "pad", "exemptions")
 
 
 def _without_unset(content: dict) -> dict:

@@ -5,7 +5,7 @@ One class per config group; a name here is a key on the command line (`precision
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from omegaconf import MISSING
 
@@ -32,17 +32,24 @@ class GemmSchema:
     man_bits: Optional[int] = None
     variant: Optional[str] = None
     granularity: Optional[str] = None
-    block: Optional[int] = None
+    block: Optional[Any] = None  # that many values along the contraction, or a tile [along it, across it]
     scale_format: Optional[str] = None
     scale_rule: Optional[str] = None
+    amax: Optional[str] = None  # what a scale maps to the largest value: current, rms, std, absmean, percentile, mse
+    amax_at: Optional[float] = None  # its parameter: the multiple of the rms or std, the percentile
+    pre_scale: Optional[float] = None  # multiplies before rounding and divides after: 0.75 keeps power-of-two scales from clipping
     two_level: Optional[bool] = None  # blocks' scales under one float32 scale of the tensor, as NVFP4 has them
     rounding: Optional[str] = None
+    transform: Optional[str] = None  # rotate blocks of transform_block values along the contraction before rounding: hadamard, random_hadamard, ...
+    transform_block: Optional[int] = None
+    gradient: Optional[str] = None  # straight_through (unset), clipped, trust: where the gradient of what was rounded passes
     source: Optional[str] = None  # current, delayed, static, none: where the scale comes from
     static_rms: Optional[float] = None  # of source=static: the RMS that the tensor is expected to have; unset: the model says
 
 
 @dataclass
 class RoleSchema(GemmSchema):
+    second: Optional[str] = None  # what the second product reads: shared, fresh, chained; unset: shared where that can be
     forward: GemmSchema = field(default_factory=GemmSchema)
     dgrad: GemmSchema = field(default_factory=GemmSchema)
     wgrad: GemmSchema = field(default_factory=GemmSchema)
@@ -59,6 +66,9 @@ class PrecisionSchema:
     history: Optional[int] = None  # of source=delayed: how many steps are remembered; unset: 1024
     history_choice: Optional[str] = None  # and which of their amax counts: max (unset) or most_recent
     dot_dtype: str = "float32"
+    execution: str = "emulated"  # or native: products of the narrow numbers in a dtype that holds them
+    pad: Optional[bool] = None  # dimensions that blocks do not divide: padded (unset: those of at least one block; true: any), or refused (false)
+    exemptions: Dict[str, str] = field(default_factory=dict)  # place -> precision, or "high": {last2: high, first1.qkv: int8, head: int8}
     data_dtype: Optional[str] = None  # scale propagation: forward and backward pass with data in float16, bfloat16 or float32; unset: off
     master_weights: Optional[str] = None  # kept between steps as scaled arrays of this dtype; unset: float32
     adam_m: Optional[str] = None  # first moments, likewise

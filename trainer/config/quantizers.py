@@ -1,0 +1,148 @@
+"""One role's quantizers: from the keys of a preset and its overrides to frozen specs. Every refusal is one line."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import formats
+from formats.modes import Rounding
+from trainer.config.checks import in_range, one_of
+from trainer.config.frozen import QuantizerSpec, RoleSpec
+from trainer.config.policies import UNQUANTIZED_BITS, build_format, build_quantizer
+from trainer.methods.rotation import Kind
+from trainer.precision import FROM_ELSEWHERE, GEMMS, Gradient, Source, unmovable
+
+WIDTHS = ("bits", "exp_bits", "man_bits", "variant")
+SCALES = ("granularity", "block", "scale_format", "scale_rule", "two_level", "amax", "amax_at", "pre_scale")
+ROUNDED = ("rounding", "transform", "transform_block", "gradient")  # of any quantizer
+BLOCK, BLOCK_SCALES = 32, "float8_e4m3fn"  # where nothing else is said: block size, as in MX; scales under a tensor's, as in NVFP4
+KEYS = ("format", *WIDTHS, *SCALES, *ROUNDED, "source", "static_rms")
+READS = ("shared", "fresh", "chained")
+MAX_INTEGER_BITS = 16
+
+
+def fits_bfloat16(spec: QuantizerSpec) -> bool:
+    """True if every value of the element is a bfloat16: 8 significant bits."""
+    about = formats.describe(build_format(spec))
+    return about["exp_bits"] <= 8 and about["man_bits"] <= (7 if about["exp_bits"] else 8)
+
+
+def freeze_role(role: str, keys: dict, shared: dict) -> RoleSpec:
+    """shared: the keys of all roles."""
+    specs = []
+    for gemm in ("forward", "dgrad", "wgrad"):
+        own = {name: value for name, value in keys[gemm].items() if value is not None}
+        if gemm in GEMMS[role]:
+            own_format = "format" in own
+            inherited = {name: None if own_format else keys[name] for name in KEYS}
+            if specs:  # a tensor is masked once, by its forward product
+                inherited["gradient"] = None
+            specs.append(_quantizer(f"precision.{role}" + (f".{gemm}" if own else ""), inherited | own, shared))
+        elif own:
+            raise ValueError(f"precision.{role}.{gemm}={own}: {role} are not read in {gemm}; accepted: {', '.join(GEMMS[role])}")
+    masked = keys["gradient"] or keys["dgrad"]["gradient"] or keys["wgrad"]["gradient"]
+    if role == "output_gradients" and masked not in (None, Gradient.STRAIGHT_THROUGH.value):
+        raise ValueError(f"precision.{role}.gradient={masked}: nothing is differentiated through output gradients; accepted there: straight_through")
+    reads = keys["second"] if keys["second"] is None else one_of(f"precision.{role}.second", keys["second"], READS)
+    first, second = specs
+    if reads == "shared" and (None if first is None else replace(first, gradient=None)) != second:
+        raise ValueError(f"precision.{role}.second=shared: its two products are quantized differently; accepted: fresh, chained, or the same keys for both")
+    if reads == "chained" and (first is None or second is None):
+        raise ValueError(f"precision.{role}.second=chained quantizes twice, but {role} have no format in {GEMMS[role][0 if first is None else 1]}; accepted: a format for both products")
+    return RoleSpec(first, second, reads)
+
+
+def overridable(fmt: str) -> tuple[str, ...]:
+    """The keys, besides `format`, that mean something for a format."""
+    if fmt == "float32":
+        return ()
+    free = (*SCALES, *ROUNDED, "source", "static_rms")
+    if fmt == "integer":
+        return ("bits", *free)
+    if fmt == "minifloat":
+        return ("exp_bits", "man_bits", "variant", *free)
+    if not isinstance(formats.get(fmt), formats.Scaled):
+        return free
+    return ROUNDED if unmovable(formats.get(fmt)) else (*ROUNDED, "source", "static_rms")
+
+
+def _check_format(key: str, fmt: str) -> None:
+    if fmt in ("integer", "minifloat"):
+        return
+    try:
+        formats.get(fmt)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}; or 'integer' with bits, or 'minifloat' with exp_bits and man_bits") from None
+
+
+def _quantizer(key: str, keys: dict, shared: dict) -> QuantizerSpec | None:
+    """One quantizer; None where nothing is quantized."""
+    fmt = keys["format"] or "float32"
+    _check_format(key, fmt)
+    allowed = overridable(fmt)
+    if "granularity" in shared and "granularity" in allowed:
+        block = shared.get("block", BLOCK) if shared["granularity"] == "block" else None
+        keys = keys | {"granularity": shared["granularity"], "block": block, "two_level": shared.get("two_level")}
+    for name in KEYS[1:]:
+        if keys[name] is not None and name not in allowed:
+            reason = "has a fixed width" if name in WIDTHS else f"takes no {name}"
+            raise ValueError(f"{key}.{name}={keys[name]}: format '{fmt}' {reason}; can be overridden: {', '.join(('format', *allowed))}")
+    if fmt == "float32":
+        return None
+    if fmt == "integer" and keys["bits"] != UNQUANTIZED_BITS:
+        in_range(f"{key}.bits", keys["bits"], 2, MAX_INTEGER_BITS, f"2 to {MAX_INTEGER_BITS}, or {UNQUANTIZED_BITS} for float32")
+    if fmt == "minifloat":
+        in_range(f"{key}.exp_bits", keys["exp_bits"], 0, 8)
+        in_range(f"{key}.man_bits", keys["man_bits"], 0, 23)
+    rounding = one_of(f"{key}.rounding", keys["rounding"] or "nearest_even", Rounding)
+    source_key = f"{key}.source" if keys["source"] else "precision.source"
+    source = one_of(source_key, keys["source"] or shared.get("source") or Source.CURRENT.value, Source)
+    if keys["two_level"] and keys["scale_format"] is None:
+        keys = keys | {"scale_format": BLOCK_SCALES}
+    if source == Source.NONE.value and keys["granularity"] == "tensor":
+        keys = keys | {"granularity": None}  # that of any format with a scale, unless it says otherwise
+    if source == Source.NONE.value and any(keys[name] is not None for name in SCALES):
+        raise ValueError(f"{source_key}=none means no scale, so {', '.join(SCALES)} cannot be set; accepted with them: current, delayed, static, propagated")
+    if keys["static_rms"] is not None:
+        if source != Source.STATIC.value:
+            raise ValueError(f"{key}.static_rms={keys['static_rms']}: the scale's source is {source}; accepted with it: source=static")
+        in_range(f"{key}.static_rms", keys["static_rms"], 2.0**-100, 2.0**100, "a number from 2**-100 to 2**100")
+    own = {"format": fmt, "rounding": rounding, "source": source, "block": _block(f"{key}.block", keys["block"]), **_turned(key, keys)}
+    spec = QuantizerSpec(**{**keys, **own})
+    try:
+        built = build_format(spec)
+        _check_source(source_key, spec, built)
+        build_quantizer(spec)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith("precision.") else f"{key}: {error}") from None
+    return spec
+
+
+def _block(key: str, block):
+    """A block size, or the two of a tile."""
+    if isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
+        return tuple(block)
+    if block is not None and not (isinstance(block, int) and block > 0):
+        raise ValueError(f"{key}={block} is not possible; accepted: a number of values along the contraction, or two, [along it,across it]")
+    return block
+
+
+def _turned(key: str, keys: dict) -> dict:
+    """The keys of the transform and of the gradient; what they do by themselves is left unset."""
+    if keys["transform"] is not None:
+        one_of(f"{key}.transform", keys["transform"], Kind)
+    elif keys["transform_block"] is not None:
+        raise ValueError(f"{key}.transform_block={keys['transform_block']} without a transform; accepted: with transform={'|'.join(kind.value for kind in Kind)}")
+    gradient = one_of(f"{key}.gradient", keys["gradient"] or Gradient.STRAIGHT_THROUGH.value, Gradient)
+    return {"gradient": None if gradient == Gradient.STRAIGHT_THROUGH.value else gradient}
+
+
+def _check_source(key: str, spec: QuantizerSpec, fmt: formats.Format) -> None:
+    """ValueError if the format's scales cannot come from there."""
+    if not isinstance(fmt, formats.Scaled):
+        return
+    reason = unmovable(fmt, spec.source)
+    if spec.source in FROM_ELSEWHERE and reason:
+        raise ValueError(f"{key}={spec.source} with format '{spec.format}': {reason}")
+    if spec.source == Source.NONE.value:
+        accepted = [source.value for source in Source if source is not Source.NONE and not (reason and source.value in FROM_ELSEWHERE)]
+        raise ValueError(f"{key}=none: format '{spec.format}' is made of blocks with scales; accepted: {', '.join(accepted)}")
