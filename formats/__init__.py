@@ -13,12 +13,13 @@ from formats.amax import Amax, gaussian_clip
 from formats.blocks import split
 from formats.catalogue import get, names, register
 from formats.codebooks import Codebook, binary, codebook, dybit, nf4
-from formats.delayed import AmaxHistory, amax_history
+from formats.delayed import AmaxHistory, RangeAverage, amax_history, range_average
 from formats.describe import describe, table
 from formats.elements import Element, identity, integer, minifloat
 from formats.gaussian import gaussian_mse
 from formats.gradients import Gradient, QuantizedGradient
 from formats.logarithmic import Logarithmic, lns
+from formats.midrise import Midrise, midrise
 from formats.modes import Overflow, Rounding, StochasticRule, mode_number
 from formats.noise import random_bits
 from formats.qarray import QArray, encode
@@ -27,12 +28,12 @@ from formats.rounding import round_to
 from formats.scaled import Granularity, Scaled, block, scaled
 from formats.scales import Rule, rule_number
 
-Format = Element | Codebook | Logarithmic | Scaled
+Format = Element | Codebook | Logarithmic | Midrise | Scaled
 
 __all__ = [
-    "Amax", "AmaxHistory", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Overflow",
-    "QArray", "QuantizedGradient", "Rounding", "Rule", "Scaled", "StochasticRule", "amax_history", "binary", "block",
+    "Amax", "AmaxHistory", "Codebook", "Element", "Format", "Gradient", "Granularity", "Logarithmic", "Midrise", "Overflow",
+    "QArray", "QuantizedGradient", "RangeAverage", "Rounding", "Rule", "Scaled", "StochasticRule", "amax_history", "binary", "block",
     "codebook", "describe", "dybit", "encode", "gaussian_clip", "gaussian_mse", "get", "identity", "integer", "lns",
-    "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "register", "round_to", "rule_number",
+    "midrise", "minifloat", "mode_number", "names", "nf4", "quantize", "random_bits", "range_average", "register", "round_to", "rule_number",
     "scaled", "split", "table",
 ]

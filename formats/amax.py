@@ -37,27 +37,28 @@ _SAMPLES = 1 << 14
 _CANDIDATES = np.exp2(np.arange(-40, 9) / 16).astype(np.float32)
 
 
-def magnitude(v, view: View, statistic: Amax, parameter, squared_error, reduce_max=None):
+def magnitude(v, view: View, statistic: Amax, parameter, squared_error, reduce_max=None, reduce_mean=None):
     """float32 amax of each scale's values, broadcasting against the cut array v; NaN where a value is NaN or infinite.
 
-    parameter: p, or the multiple. squared_error(amax): the squared errors of v quantized by that amax, used by mse. reduce_max: see
-    `blocks.split`; only for the current amax. ValueError with another one.
+    parameter: p, or the multiple. squared_error(amax): the squared errors of v quantized by that amax, used by mse. reduce_max,
+    reduce_mean: see `blocks.split`. ValueError for a statistic that is neither a maximum nor made of means.
     """
     amax = view.amax(v)
     if reduce_max is not None:
-        if statistic is not Amax.CURRENT:
-            raise ValueError(f"amax={statistic.value!r} cannot be taken over values that several devices hold; amax='current' can")
-        return reduce_max(amax)
+        if statistic is not Amax.CURRENT and (reduce_mean is None or statistic in (Amax.PERCENTILE, Amax.MSE)):
+            raise ValueError(f"amax={statistic.value!r} cannot be taken over values that several devices hold; amax='current' can, and with reduce_mean rms, std and absmean")
+        amax = reduce_max(amax)
     if statistic is Amax.CURRENT:
         return amax
     if statistic is Amax.MSE:
         found = _least_error(v, view, amax, squared_error)
     else:
-        found = _typical(v, view, statistic, parameter)
+        found = _typical(v, view, statistic, parameter, reduce_mean or (lambda mean: mean))
     return jnp.where(jnp.isfinite(amax), found, amax)
 
 
-def _typical(v, view: View, statistic: Amax, parameter):
+def _typical(v, view: View, statistic: Amax, parameter, whole):
+    """whole: makes means of equal parts the mean of all."""
     if view.blocks is None:
         inside, number = np.bool_(True), np.float32(v.size / max(1, math.prod(view.scales_shape)))
     else:  # a last block may be filled up
@@ -68,13 +69,13 @@ def _typical(v, view: View, statistic: Amax, parameter):
             held = jnp.where(inside, jnp.abs(v), np.float32(np.nan))
             return view.reduce(lambda u, **where: jnp.nanquantile(u, parameter, **where), held)
         case Amax.RMS:
-            return parameter * jnp.sqrt(view.reduce(jnp.sum, v * v) / number)
+            return parameter * jnp.sqrt(whole(view.reduce(jnp.sum, v * v) / number))
         case Amax.STD:
-            mean = view.reduce(jnp.sum, v) / number
+            mean = whole(view.reduce(jnp.sum, v) / number)
             # around the mean at once: a difference of squares loses what is small beside it
-            return parameter * jnp.sqrt(view.reduce(jnp.sum, jnp.where(inside, jnp.square(v - mean), 0.0)) / number)
+            return parameter * jnp.sqrt(whole(view.reduce(jnp.sum, jnp.where(inside, jnp.square(v - mean), 0.0)) / number))
         case Amax.ABSMEAN:
-            return view.reduce(jnp.sum, jnp.abs(v)) / number
+            return whole(view.reduce(jnp.sum, jnp.abs(v)) / number)
 
 
 def _least_error(v, view: View, amax, squared_error):

@@ -77,14 +77,15 @@ class Scaling(NamedTuple):
 
 
 def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None, sr_rule="full", key=None, random_bits=None,
-          reduce_max=None, amax=None, scale=None):
+          reduce_max=None, reduce_mean=None, amax=None, scale=None):
     """(values, scale): the narrow numbers and what multiplies them; values * scale == apply(x, fmt) down to 2**-126.
 
     x: float32, float16 or bfloat16; both results are float32. scale broadcasts against x: shape [] for "tensor", 1 in
     `axis` for "channel" and "token", the shape of x for "block". For an element the scale is 1. key, random_bits: as in
-    `apply`; random_bits may be a function that gives them, called where they are used. reduce_max: applied to amax (to that of the tensor, with two levels), e.g. a pmax over the mesh axis that shards values
-    of one scale. amax: float32, used in place of the current one (delayed scales), shaped like scale, for "block" with one entry a
-    block. scale: float32, given outright instead, shaped like amax (static and learned scales; "exact" and float32 scales only).
+    `apply`; random_bits may be a function that gives them, called where they are used. reduce_max: applied to amax (to that of the tensor, with two
+    levels), e.g. a pmax over the mesh axis that shards values of one scale; reduce_mean: likewise to means over equal shards (a pmean),
+    for the statistics that are made of them. amax: float32, used in place of the current one (delayed scales), shaped like scale, for
+    "block" with one entry a block; with zero_point a pair, the smallest and the largest value. scale: float32, given outright instead, shaped like amax (static and learned scales; "exact" and float32 scales only).
     A scale of 2**-127, subnormal in float32, is returned as 2**-126 with values of half the size.
     Not differentiable: the result is a constant to autodiff.
     """
@@ -93,7 +94,7 @@ def split(x, fmt, *, rounding="nearest_even", overflow="saturate", sr_bits=None,
     noise = draw_noise(view, manner, key, random_bits)
     if isinstance(fmt, ELEMENTS):
         return manner.round(v, fmt, noise), jnp.float32(1.0)
-    scaling = scales_of(v, view, fmt, amax=amax, scale=scale, reduce_max=reduce_max)
+    scaling = scales_of(v, view, fmt, amax=amax, scale=scale, reduce_max=reduce_max, reduce_mean=reduce_mean)
     values = narrow(v, fmt, scaling, manner, noise, lambda values, y: values)
     factor = factor_of(fmt, scaling)
     if scaling.exponent is not None:
@@ -179,8 +180,8 @@ def draw_noise(view: View, manner: Manner, key, random_bits):
     return lambda: view.cut(random_bits)
 
 
-def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=None) -> Scaling:
-    """The scales of v, the tensor cut by view; amax, scale, reduce_max as in `split`."""
+def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=None, reduce_mean=None) -> Scaling:
+    """The scales of v, the tensor cut by view; amax, scale, reduce_max, reduce_mean as in `split`."""
     if scale is not None:
         if amax is not None or not fmt.exact or fmt.scale_element is not None or fmt.zero_point:
             raise ValueError("scale= needs a format with rule='exact', scale_format='float32', zero_point=False, and no amax=")
@@ -195,7 +196,7 @@ def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=N
             return narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), lambda: None, lambda values, y: (y - v) ** 2)
 
         across = None if fmt.two_level else reduce_max
-        amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, across)
+        amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, across, reduce_mean)
         top = reduce_max(jnp.max(amax, initial=0.0)) if fmt.two_level and reduce_max is not None else None
     return _scaling(amax, fmt, top)
 
@@ -232,8 +233,11 @@ class _Bound(NamedTuple):
 def _affine(v, view: View, fmt: Scaled, amax, reduce_max) -> Scaling:
     """Scale and zero point from the smallest and the largest value, 0 included; both statistics of the values, or percentiles."""
     if amax is not None:
-        raise ValueError("amax= does not say where zero lies: formats with zero_point=True take no given amax")
-    if fmt.amax is Amax.PERCENTILE:
+        if not isinstance(amax, tuple):
+            raise ValueError("amax= does not say where zero lies: formats with zero_point=True take amax=(low, high)")
+        low, high = (view.per_scale(as_float32(limit)) for limit in amax)
+        low, high, reduce_max = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0), None
+    elif fmt.amax is Amax.PERCENTILE:
         low, high = (view.reduce(lambda u, q=q, **where: jnp.quantile(u, q, **where), v) for q in (1 - fmt.amax_at, fmt.amax_at))
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     else:

@@ -7,11 +7,13 @@ import re
 from formats.codebooks import Codebook, binary, dybit, nf4
 from formats.elements import Element, identity, integer, minifloat, power_of_two
 from formats.logarithmic import Logarithmic, lns
+from formats.midrise import Midrise, midrise
 from formats.scaled import ELEMENTS, Scaled, block, scaled
 
-_FORMATS: dict[str, Element | Codebook | Logarithmic | Scaled] = {}
+_FORMATS: dict[str, Element | Codebook | Logarithmic | Midrise | Scaled] = {}
 _FLOAT = re.compile(r"float(\d+)_e(\d)m(\d+)(?:b(-?\d+))?(fnuz|fn)?")
 _LOGARITHMIC = re.compile(r"lns(\d+)(?:_g(\d+))?")
+_MIDRISE = re.compile(r"midrise(\d+)")
 _DYBIT = re.compile(r"dybit(\d)")
 _BLOCK_FLOAT = re.compile(r"bfp(\d+)(?:_b(\d+))?")
 _INTEGER = re.compile(r"(u?)int(\d+)(_full)?(?:_f(-?\d+))?")
@@ -34,7 +36,7 @@ def names() -> list[str]:
 def get(name: str):
     """The format called `name`. Besides `names()`: intN, uintN (N 2..16; "int8_full" reaches -128, "int8_f6"
     has 6 fraction bits), floatB_eEmM[bBIAS][fn|fnuz] of any widths, B = 1 + E + M, lnsN (N 2..16; gamma 2**(N-5), so that every
-    width reaches down to about 2**-16, or "lns8_g16"), dybitN (N 2..8), bfpN (integers of N bits, blocks of 16 with a shared
+    width reaches down to about 2**-16, or "lns8_g16"), dybitN (N 2..8), midriseN (N 1..16), bfpN (integers of N bits, blocks of 16 with a shared
     exponent; "bfp8_b64"). ValueError, with advice, for any other name."""
     if name in _FORMATS:
         return _FORMATS[name]
@@ -47,13 +49,15 @@ def get(name: str):
     if logarithmic := _LOGARITHMIC.fullmatch(str(name)):
         bits = int(logarithmic[1])
         return lns(bits, int(logarithmic[2] or 2 ** max(0, bits - 5)))
+    if (uniform := _MIDRISE.fullmatch(str(name))) and 1 <= int(uniform[1]) <= 16:
+        return midrise(int(uniform[1]))
     if adaptive := _DYBIT.fullmatch(str(name)):
         return dybit(int(adaptive[1]))
     if shared := _BLOCK_FLOAT.fullmatch(str(name)):
         return block(integer(int(shared[1])), int(shared[2] or 16))
     if re.fullmatch(r"e\dm\d+", str(name).lower()):
         raise ValueError(f"format={name!r} does not say which one: {_advice(name.lower())}")
-    raise ValueError(f"format={name!r} is not known; accepted: {', '.join(names())}, intN, floatB_eEmM[fn|fnuz], lnsN, dybitN, bfpN")
+    raise ValueError(f"format={name!r} is not known; accepted: {', '.join(names())}, intN, floatB_eEmM[fn|fnuz], lnsN, dybitN, midriseN, bfpN")
 
 
 def resolve(fmt):
@@ -94,7 +98,7 @@ def _fill() -> None:
     register("ternary", integer(2))
     register("binary", binary())
     register("nf4", nf4())
-    for name in ("lns8", "dybit4", "dybit8", "bfp8"):
+    for name in ("lns8", "dybit4", "dybit8", "midrise4", "bfp8"):
         register(name, get(name))
 
 

@@ -52,3 +52,27 @@ def amax_history(length: int = 1024, shape: tuple[int, ...] = ()) -> AmaxHistory
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length={length!r} must be a positive integer")
     return AmaxHistory(jnp.zeros((length, *shape), np.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RangeAverage:
+    """An exponential moving average of the smallest and the largest value of a tensor (Krishnamoorthi 2018, section 3.1): state of a step,
+    as `AmaxHistory` is.
+
+    reach: float32[*scales, 2], how far the values go below and above zero, (-low, high); 0 where nothing has been seen yet, and never
+    negative, since a range contains zero.
+    """
+
+    reach: jax.Array
+
+    def push(self, reach, decay) -> RangeAverage:
+        """decay times the average and the rest of this step's; the first one as it is. One that is NaN or infinite is not remembered."""
+        reach = jnp.where(jnp.isfinite(as_float32(reach)), reach, self.reach)
+        seen = jnp.max(self.reach, axis=-1, keepdims=True) > 0
+        return RangeAverage(jnp.where(seen, decay * self.reach + (1 - decay) * reach, reach))
+
+
+def range_average(shape: tuple[int, ...] = ()) -> RangeAverage:
+    """Nothing seen yet, for scales of that shape."""
+    return RangeAverage(jnp.zeros((*shape, 2), np.float32))

@@ -12,6 +12,7 @@ import numpy as np
 from formats.catalogue import get, names, resolve
 from formats.elements import Element, minifloat
 from formats.logarithmic import Logarithmic
+from formats.midrise import Midrise
 from formats.scaled import Granularity, Scaled
 
 
@@ -55,6 +56,8 @@ def name_of(fmt) -> str:
         return _element_name(fmt)
     if isinstance(fmt, Logarithmic):
         return f"lns{int(fmt.bits)}_g{fmt.gamma}"
+    if isinstance(fmt, Midrise):
+        return f"midrise{int(fmt.bits)}"
     return _scaled_name(fmt) if isinstance(fmt, Scaled) else f"codebook{fmt.levels.shape[0]}"
 
 
@@ -109,6 +112,8 @@ def _smallest(element) -> tuple[float | None, float | None]:
     """Smallest positive normal and subnormal value."""
     if isinstance(element, Logarithmic):
         return 2.0 ** (-int(element.last_code) / element.gamma), None
+    if isinstance(element, Midrise):
+        return None, 0.5
     if not isinstance(element, Element):
         return None, float(min(level for level in element.levels if level > 0))
     quantum, man_bits, whole = int(element.quantum_exp), int(element.man_bits), int(element.exp_bits) == 0

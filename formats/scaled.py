@@ -13,10 +13,11 @@ from formats.amax import Amax, gaussian_clip
 from formats.codebooks import Codebook
 from formats.elements import Element, power_of_two
 from formats.logarithmic import Logarithmic
+from formats.midrise import Midrise
 from formats.modes import parse
 from formats.scales import POWER_RULES, Rule, rule_number
 
-ELEMENTS = (Element, Codebook, Logarithmic)
+ELEMENTS = (Element, Codebook, Logarithmic, Midrise)
 
 
 class Granularity(enum.Enum):
@@ -41,7 +42,7 @@ class Scaled:
     (NVFP4). zero_point: integers relative to a code of their own for zero, x = scale (code - zero).
     """
 
-    element: Element | Codebook | Logarithmic
+    element: Element | Codebook | Logarithmic | Midrise
     scale_element: Element | None
     rule_number: jax.Array | np.int32
     amax_at: jax.Array | np.float32 | None

@@ -19,7 +19,7 @@ from trainer import ops, scaled_ops, scales
 from trainer.keys import fold_in
 from trainer.linear import linear
 from trainer.operands import ROWS, RowShards, straight_through
-from trainer.precision import PrecisionPolicy, matches
+from trainer.precision import PrecisionPolicy, Source, matches
 from trainer.scales import Site
 
 HEAD_SALT, EMBEDDING_SALT = 0x48454144, 0x454D4244  # random bits outside the layers, whose salts count from 0
@@ -39,6 +39,8 @@ class ModelConfig:
     scan_layers: bool = False
     remat: bool = False
     mup_base_width: int = 0  # 0: standard parametrisation
+    extra_norm: bool = False  # an RMSNorm with a gain of its own before every linear layer of a block
+    learned: tuple[str, ...] = ()  # roles with learned scales
 
     @property
     def embedding_width(self) -> int:
@@ -120,20 +122,30 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones((d,), jnp.float32))
         self.gate_up = _normal(rngs, (d, 2 * f), gate_up)
         self.down = _normal(rngs, (f, d), down)
+        if config.extra_norm:
+            widths = (d, d, d, f)
+            self.extra_norms = nnx.Dict({f"{name}_norm": nnx.Param(jnp.ones((width,), jnp.float32)) for name, width in zip(SITES, widths)})
+        if config.learned:
+            self.steps = nnx.Dict({role: nnx.Param(jnp.ones((len(SITES),), jnp.float32)) for role in config.learned})
         self.num_heads, self.num_layers = config.num_heads, config.num_layers
+        self.extra_norm, self.learned = config.extra_norm, config.learned
 
     def __call__(self, h_ND, batch: int, call: Call, layer: int):
         """layer: the place in the stack that decides about exemptions."""
         sites = list(_unstacked(call.sites, len(SITES)))
 
+        own = _ops(call)
+
         def project(x, name):
             index = SITES.index(name)
             key = None if call.key is None else fold_in(call.key, index)
             policy = call.policy.at(layer, self.num_layers, name)
-            site = replace(sites[index], expected=scales.expected_rms(policy, self.stds[index], call.num_tokens))
+            learned = {role: self.steps[role][...][index] for role in policy.roles(Source.LEARNED)}
+            site = replace(sites[index], expected=scales.expected_rms(policy, self.stds[index], call.num_tokens), learned=learned)
+            if self.extra_norm:
+                x = own.rms_norm(x, self.extra_norms[f"{name}_norm"][...])
             return linear(x, getattr(self, name)[...], policy, key, call.rows, site)
 
-        own = _ops(call)
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
         h_ND = h_ND + project(own.rotary_attention(qkv, batch, self.num_heads), "attention_out")
         gate_up = project(own.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")

@@ -18,7 +18,7 @@ from formats import noise
 from formats.gradients import pass_inside, pass_through
 from trainer import scales, telemetry
 from trainer.keys import fold_in
-from trainer.methods import rotation
+from trainer.methods import lsq, rotation
 from trainer.precision import Gradient, Operand, PrecisionPolicy, Quantizer, Source
 from trainer.propagation import ScaledArray, floor_log2, pow2, scale_rule, shift, unscaled
 from trainer.scales import Site
@@ -92,12 +92,12 @@ def _split(x, quantizer: Quantizer, key, amax, *, use: Use, rows: RowShards | No
         if rows is not None:
             start = lax.axis_index(rows.axis_name) * x.shape[0]
         bits = partial(noise.random_bits, fold_in(key, use.salt), x.shape, offset=start * x.shape[1])
-    reduce_max = None
+    reduce_max = reduce_mean = None
     if amax is not None and fmt.two_level:  # the blocks' own scales stay current under that of the tensor
         reduce_max, amax = partial(lambda given, current: given, amax), None
     elif amax is None and rows is not None and _crosses_rows(fmt, use.contract):
-        reduce_max = partial(lax.pmax, axis_name=rows.axis_name)
-    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, amax=amax)
+        reduce_max, reduce_mean = (partial(over, axis_name=rows.axis_name) for over in (lax.pmax, lax.pmean))
+    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, reduce_mean=reduce_mean, amax=amax)
     inside = _inside(x, values, scale, quantizer)
     if quantizer.native is not None:
         values = values.astype(quantizer.native)
@@ -184,23 +184,40 @@ def to_tensor(gradient, operand: Operand, inside, use: Use, size: int, rotated: 
     return rotation.rotate_back(gradient, turn, use.contract, size, key)
 
 
-def seen_amax(x, operand: Operand, use: Use, rows: RowShards | None):
-    """amax of the whole tensor, float32, if a quantizer of the role is delayed; else None."""
-    if not operand.takes(Source.DELAYED):
+def seen_range(x, operand: Operand, use: Use, rows: RowShards | None):
+    """Of the whole tensor what the role's histories need, float32: amax [], reach below and above zero [2], or None."""
+    if operand.takes(Source.DELAYED):
+        seen = jnp.max(jnp.abs(x), initial=0.0)
+    elif operand.takes(Source.EMA):
+        seen = jnp.stack([jnp.max(-x, initial=0.0), jnp.max(x, initial=0.0)])
+    else:
         return None
-    amax, rows = jnp.max(jnp.abs(x), initial=0.0), use.shards(rows)
-    return amax if rows is None else lax.pmax(amax, rows.axis_name)
+    rows = use.shards(rows)
+    return seen if rows is None else lax.pmax(seen, rows.axis_name)
 
 
-def given_amax(quantizer: Quantizer | None, role: str, site: Site, current):
-    """The amax of the whole tensor by the quantizer's source, None where that is the tensor at hand."""
-    if quantizer is not None and quantizer.source == Source.DELAYED.value:
-        return scales.delayed_amax(site.remembered[role], current)
-    if quantizer is not None and quantizer.source == Source.STATIC.value:
-        return scales.static_amax(quantizer, site.expected.get(role))
-    if quantizer is not None and quantizer.source == Source.PROPAGATED.value and (quantizer.format.block is None or quantizer.format.two_level):
-        return scales.static_amax(quantizer, np.float32(1.0))  # of the data
+def given_range(quantizer: Quantizer | None, role: str, site: Site, current):
+    """What `formats.split` takes as amax, by the quantizer's source: None where that is the tensor at hand. current: of `seen_range`."""
+    if quantizer is None:
+        return None
+    match Source(quantizer.source):
+        case Source.DELAYED:
+            return scales.delayed_amax(site.remembered[role], current)
+        case Source.EMA:
+            low, high = scales.averaged_range(site.remembered[role], current)
+            return (low, high) if quantizer.format.zero_point else jnp.maximum(-low, high)
+        case Source.STATIC:
+            return scales.static_amax(quantizer, site.expected.get(role))
+        case Source.LEARNED:
+            return learned_step(quantizer, role, site) * quantizer.element.max_value
+        case Source.PROPAGATED if quantizer.format.block is None or quantizer.format.two_level:
+            return scales.static_amax(quantizer, np.float32(1.0))  # of the data
     return None
+
+
+def learned_step(quantizer: Quantizer, role: str, site: Site):
+    """float32: the learned scale of a role; not let below a millionth of what it started from, where gradients would push it to zero."""
+    return jnp.maximum(site.learned[role], np.float32(2.0**-20)) * lsq.initial_step(site.expected[role], quantizer.element.max_value)
 
 
 def statistics(tensor, found: Narrow, quantizer: Quantizer | None, use: Use, key, policy: PrecisionPolicy):

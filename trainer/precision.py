@@ -31,22 +31,27 @@ class Source(str, Enum):
     CURRENT = "current"  # amax of the tensor at hand
     DELAYED = "delayed"  # amax of earlier steps, kept in the state
     STATIC = "static"  # a constant, from the size that the tensor is expected to have (unit scaling)
+    EMA = "ema"  # a moving average of the smallest and largest value of earlier steps, kept in the state
+    LEARNED = "learned"  # a parameter of the model, trained by the gradient of its loss (LSQ)
     PROPAGATED = "propagated"  # the exponent that scale propagation carries beside the data: the data is at unit scale as it is
     NONE = "none"  # no scale: the element's own range
 
 
-FROM_ELSEWHERE = (Source.DELAYED.value, Source.STATIC.value, Source.PROPAGATED.value)  # a scale that the tensor at hand does not set
+REMEMBERED = (Source.DELAYED, Source.EMA)  # what a step leaves for the next one
+FROM_ELSEWHERE = tuple(s.value for s in (*REMEMBERED, Source.STATIC, Source.LEARNED, Source.PROPAGATED))  # a scale that the tensor at hand does not set
 
 
 def unmovable(fmt: formats.Scaled, source: str = Source.DELAYED.value) -> str | None:
     """Why a format's scales cannot come from elsewhere than the tensor at hand, and what can; None where they can. Blocks of
     propagated data have scales of their own, relative to what is propagated."""
     if fmt.granularity in (Granularity.CHANNEL, Granularity.TOKEN):
-        return (f"granularity={fmt.granularity.value} has many scales, and only one for a whole tensor can be delayed, static or propagated; "
+        return (f"granularity={fmt.granularity.value} has many scales, and only one for a whole tensor can be {source}; "
                 "accepted: granularity=tensor")
     if fmt.granularity is Granularity.BLOCK and not fmt.two_level and source != Source.PROPAGATED.value:
         return "its blocks have no scale of the whole tensor above them that could be delayed or static; accepted: source=current, or two_level=true"
-    if fmt.zero_point or fmt.amax is not Amax.CURRENT:
+    if source == Source.LEARNED.value and not (fmt.exact and fmt.scale_element is None and not fmt.zero_point and fmt.granularity is Granularity.TENSOR):
+        return "a learned scale is one float32 number; accepted with it: granularity=tensor, scale_rule=exact, scale_format=float32, zero_point=false"
+    if (fmt.zero_point and source != Source.EMA.value) or fmt.amax is not Amax.CURRENT:
         return "zero_point=True and other statistics than amax='current' are taken of the tensor at hand; accepted: source=current"
     return None
 
@@ -92,8 +97,10 @@ class Quantizer:
             raise ValueError(f"source={self.source!r} with a format of type {type(self.format).__name__}; accepted: {accepted}")
         if self.source in FROM_ELSEWHERE and (reason := unmovable(self.format, self.source)):
             raise ValueError(f"source={self.source!r}: {reason}")
-        if self.transform is not None and self.source in (Source.DELAYED.value, Source.STATIC.value):
-            raise ValueError(f"source={self.source!r} with a transform: the amax of a tensor is not that of the rotated one; accepted with it: current, propagated, none")
+        if self.transform is not None and self.source in FROM_ELSEWHERE and self.source != Source.PROPAGATED.value:
+            raise ValueError(f"source={self.source!r} with a transform: the range of a tensor is not that of the rotated one; accepted with it: current, propagated, none")
+        if self.gradient == Gradient.CLIPPED.value and getattr(self.format, "zero_point", False):
+            raise ValueError("gradient='clipped' with zero_point=True: accepted there: trust, which is the same to half a step, or straight_through")
         if self.gradient == Gradient.TRUST.value and not uniform(self.format):
             raise ValueError("gradient='trust' needs a format whose values are evenly spaced, such as an integer; accepted with others: straight_through, clipped")
         if self.source in (Source.STATIC.value, Source.PROPAGATED.value) and self.static_clip is None and _needs_clip(self.format):
@@ -118,7 +125,9 @@ def _whole_grid(element) -> bool:
 def uniform(fmt) -> bool:
     """False for a format whose values are known not to be evenly spaced."""
     element = fmt.element if isinstance(fmt, formats.Scaled) else fmt
-    return isinstance(element, formats.Element) and not (isinstance(element.exp_bits, np.integer) and element.exp_bits > 0)
+    if isinstance(element, formats.Element):
+        return not (isinstance(element.exp_bits, np.integer) and element.exp_bits > 0)
+    return isinstance(element, formats.Midrise)
 
 
 def _needs_clip(fmt: formats.Scaled) -> bool:
@@ -178,7 +187,7 @@ class Exemption:
 @dataclass(frozen=True)
 class PrecisionPolicy:
     """Role -> quantizers; `dot_dtype` is the dtype of the product's inputs (accumulation is float32). history, history_choice: how many
-    steps delayed scales remember, and which of their amax counts ("max", "most_recent"). data_dtype: the forward and backward pass run
+    steps delayed scales remember, and which of their amax counts ("max", "most_recent"). ema_decay: of source "ema". data_dtype: the forward and backward pass run
     under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: dtypes that the state is held
     in between steps, as ScaledArrays where that is not None (float32). exemptions: places with a policy of their own, the last that
     matches counts; the embedding and the head are not quantized unless one says so."""
@@ -189,6 +198,7 @@ class PrecisionPolicy:
     dot_dtype: str = _static(default="float32")
     history: int = _static(default=1024)
     history_choice: str = _static(default="max")
+    ema_decay: float = _static(default=0.99)
     data_dtype: str | None = _static(default=None)
     master_weights: str | None = _static(default=None)
     adam_m: str | None = _static(default=None)

@@ -30,10 +30,10 @@ EXPONENT_FIELD = np.int32(0x7F800000)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Meter:
-    """Zeros whose cotangent is what linear layers saw, float32, by role: amax [], and telemetry's statistics [fields]; stacked [L, S, ...]
-    outside of the layers. Roles that nobody asks about are left out."""
+    """Zeros whose cotangent is what linear layers saw, float32, by role: amax [] or reach [2], and telemetry's statistics [fields]; stacked
+    [L, S, ...] outside of the layers. Roles that nobody asks about are left out."""
 
-    amax: dict[str, jax.Array] = field(default_factory=dict)
+    ranges: dict[str, jax.Array] = field(default_factory=dict)
     statistics: dict[str, jax.Array] = field(default_factory=dict)
 
 
@@ -42,32 +42,42 @@ class Meter:
 class Site:
     """What a linear layer is told about the scales of its place, by role; of many places together, the same stacked.
 
-    remembered: float32, the amax that delayed quantizers go by, 0 where nothing has been seen yet. expected: float32, the RMS that
-    static quantizers go by. meter: where the layer reports.
+    remembered: float32, the amax that delayed quantizers go by, or the reach [2] of averaged ones, 0 where nothing has been seen yet.
+    expected: float32, the RMS that static quantizers go by and learned scales start from. learned: float32, the learned scales over what
+    they started from. meter: where the layer reports.
     """
 
     remembered: dict[str, jax.Array] = field(default_factory=dict)
     expected: dict[str, np.float32] = field(default_factory=dict)
+    learned: dict[str, jax.Array] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
 
 
-# --- delayed ----------------------------------------------------------------------------------------------------------
+# --- of earlier steps -------------------------------------------------------------------------------------------------
 
 
-def empty_histories(policy: PrecisionPolicy, shape: tuple[int, int]) -> dict[str, formats.AmaxHistory]:
-    """Role -> history of amax [H, L, S], for the roles that need one: a policy without delayed quantizers has no such state."""
-    return {role: formats.amax_history(policy.history, shape) for role in policy.roles(Source.DELAYED)}
+def empty_histories(policy: PrecisionPolicy, shape: tuple[int, int]) -> dict[str, formats.AmaxHistory | formats.RangeAverage]:
+    """Role -> history of amax [H, L, S] or average of the range [L, S, 2], for the roles that need one: most policies have no such state."""
+    delayed = {role: formats.amax_history(policy.history, shape) for role in policy.roles(Source.DELAYED)}
+    return delayed | {role: formats.range_average(shape) for role in policy.roles(Source.EMA)}
 
 
-def remembered(policy: PrecisionPolicy, histories: dict[str, formats.AmaxHistory]) -> dict[str, jax.Array]:
-    """Role -> the amax that counts, [L, S]; 0 where nothing has been seen."""
-    nothing = {role: jnp.zeros(history.amax.shape[1:], jnp.float32) for role, history in histories.items()}
-    return {role: history.get(nothing[role], policy.history_choice) for role, history in histories.items()}
+def remembered(policy: PrecisionPolicy, histories: dict) -> dict[str, jax.Array]:
+    """Role -> what its scales go by, [L, S] (amax) or [L, S, 2] (reach below and above zero); 0 where nothing has been seen."""
+    return {role: history.reach if isinstance(history, formats.RangeAverage)
+            else history.get(jnp.zeros(history.amax.shape[1:], jnp.float32), policy.history_choice) for role, history in histories.items()}
 
 
-def amax_meter(policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
-    """A meter of what the histories need, [L, S]."""
-    return Meter({role: jnp.zeros(shape, jnp.float32) for role in policy.roles(Source.DELAYED)})
+def pushed(policy: PrecisionPolicy, histories: dict, seen: dict[str, jax.Array]) -> dict:
+    """The histories after a step that saw this much of each role."""
+    return {role: history.push(seen[role], jnp.float32(policy.ema_decay)) if isinstance(history, formats.RangeAverage) else history.push(seen[role])
+            for role, history in histories.items()}
+
+
+def range_meter(policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
+    """A meter of what the histories need, [L, S] or [L, S, 2]."""
+    delayed = {role: jnp.zeros(shape, jnp.float32) for role in policy.roles(Source.DELAYED)}
+    return Meter(delayed | {role: jnp.zeros((*shape, 2), jnp.float32) for role in policy.roles(Source.EMA)})
 
 
 def watched(meter: Meter, shape: tuple[int, int]) -> Meter:
@@ -76,9 +86,15 @@ def watched(meter: Meter, shape: tuple[int, int]) -> Meter:
 
 
 def combine(seen: Meter, data_axis: str | None) -> Meter:
-    """What several micro-batches saw, [parts, L, S, ...], as one: the largest amax (layers see to that of all devices, to scale by it)."""
-    return Meter({role: jnp.max(amax, axis=0) for role, amax in seen.amax.items()},
+    """What several micro-batches saw, [parts, L, S, ...], as one: the largest (layers see to that of all devices, to scale by it)."""
+    return Meter({role: jnp.max(found, axis=0) for role, found in seen.ranges.items()},
                  {role: telemetry.combine(parts, data_axis) for role, parts in seen.statistics.items()})
+
+
+def averaged_range(remembered_reach: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(smallest, largest) of the averages [2], or of the tensor at hand before there are any or where it is not finite."""
+    reach = jnp.where(jnp.any(remembered_reach > 0) & jnp.all(jnp.isfinite(current)), remembered_reach, current)
+    return -reach[0], reach[1]
 
 
 def delayed_amax(remembered_amax: jax.Array, current: jax.Array) -> jax.Array:
@@ -91,10 +107,10 @@ def delayed_amax(remembered_amax: jax.Array, current: jax.Array) -> jax.Array:
 
 
 def expected_rms(policy: PrecisionPolicy, weight_std: float, num_tokens: int) -> dict[str, np.float32]:
-    """Role -> expected RMS for the static quantizers of a linear layer: the weights' at the start; 1 for activations; for gradients that
+    """Role -> expected RMS for the static and learned quantizers of a linear layer: the weights' at the start; 1 for activations; for gradients that
     of a mean over num_tokens tokens."""
     sizes = {"weights": weight_std, "activations": 1.0, "output_gradients": 1.0 / num_tokens}
-    return {role: np.float32(sizes[role]) for role in policy.roles(Source.STATIC)}
+    return {role: np.float32(sizes[role]) for role in (*policy.roles(Source.STATIC), *policy.roles(Source.LEARNED))}
 
 
 def static_amax(quantizer: Quantizer, expected: np.float32 | None) -> jax.Array:

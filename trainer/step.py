@@ -63,7 +63,7 @@ class State:
     step: jax.Array  # int32: updates done
     first_loss: jax.Array  # float32: the loss of step 0, the reference of the divergence rule
     diverged_step: jax.Array  # int32
-    histories: dict = field(default_factory=dict)  # role -> AmaxHistory [H, L, S] of delayed scales; empty where there are none
+    histories: dict = field(default_factory=dict)  # role -> AmaxHistory or RangeAverage of scales that go by earlier steps; empty where there are none
 
 
 class Metrics(NamedTuple):
@@ -97,8 +97,8 @@ def lr_tree(params, model: decoder.ModelConfig, lr):
 
 
 def decay_tree(params):
-    """True for matrices, False for the gains of normalisations."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _leaf_name(path).endswith("norm"), params)
+    """True for matrices, False for the gains of normalisations and learned scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not (_leaf_name(path).endswith("norm") or "steps" in (part.key for part in path)), params)
 
 
 def _optimizer(structure: StepStructure, params, hyper: Hyper, lr):
@@ -168,7 +168,7 @@ def differentiate(structure: StepStructure, graphdef, params, tokens_BT1, policy
 def _observe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis, member_axis):
     """`differentiate` for this state; with telemetry where it is due (or is for another member: under vmap all take the same branch)."""
     policy, key = hyper.policy, fold_in(hyper.key, state.step)
-    meter = scales.amax_meter(policy, _places(structure))
+    meter = scales.range_meter(policy, _places(structure))
     sites = scales.Site(scales.remembered(policy, state.histories), meter=meter)
     run = partial(differentiate, structure, graphdef, state.params, tokens_BT1, policy, key, data_axis)
     if not structure.telemetry_every:
@@ -209,7 +209,7 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
     after = State(
         keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
         first_loss, jnp.where(healthy, state.diverged_step, state.step),
-        keep({role: history.push(seen.amax[role]) for role, history in state.histories.items()}, state.histories),
+        keep(scales.pushed(hyper.policy, state.histories, seen.ranges), state.histories),
     )
     return after, Metrics(loss, grad_norm, lr, seen.statistics)
 

@@ -49,6 +49,7 @@ class QuantizerSpec:
     transform: str | None = None
     transform_block: int | None = None
     gradient: str | None = None
+    zero_point: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class PrecisionSpec:
     adam_m: str | None = None
     adam_v: str | None = None
     execution: str | None = None
+    ema_decay: float | None = None
+    extra_norm: bool | None = None
     pad: bool | None = None
     exemptions: tuple[tuple[str, PrecisionSpec | None], ...] | None = None
 
@@ -182,7 +185,7 @@ class TrainConfig:
 
 # Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
 LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS, "amax", "amax_at", "pre_scale", "transform",
-              "transform_block", "gradient", "reads", "execution", "pad", "exemptions")
+              "transform_block", "gradient", "reads", "execution", "pad", "exemptions", "zero_point", "ema_decay", "extra_norm")
 
 
 def _without_unset(content: dict) -> dict:

@@ -17,16 +17,21 @@ TRANSFORM_BLOCK = 32  # where nothing else is said, as Quartet has it
 
 def build_format(spec: QuantizerSpec) -> formats.Format:
     """The format of a spec, with concrete widths."""
-    if spec.format == "integer":
-        element = formats.identity() if spec.bits == UNQUANTIZED_BITS else formats.integer(spec.bits)
+    amax = spec.amax
+    if spec.format == "integer" and spec.bits == 1:
+        element, amax = formats.binary(), amax or "absmean"  # the mean magnitude, with the least error (XNOR-Net, Rastegari et al. 2016, eq. 6)
+    elif spec.format == "integer":
+        element = formats.identity() if spec.bits == UNQUANTIZED_BITS else formats.integer(spec.bits, signed=not spec.zero_point)
+    elif spec.format == "midrise":
+        element = formats.midrise(spec.bits)
     elif spec.format == "minifloat":
         element = formats.minifloat(spec.exp_bits, spec.man_bits, spec.variant or "ieee")
     else:
         element = formats.get(spec.format)
     if isinstance(element, formats.Scaled) or spec.source == "none":
         return element
-    given = {"block": spec.block, "scale_format": spec.scale_format, "rule": spec.scale_rule, "two_level": spec.two_level, "amax": spec.amax,
-             "amax_at": spec.amax_at, "pre_scale": spec.pre_scale, "axis": (0, 1) if isinstance(spec.block, tuple) else None}
+    given = {"block": spec.block, "scale_format": spec.scale_format, "rule": spec.scale_rule, "two_level": spec.two_level, "amax": amax,
+             "amax_at": spec.amax_at, "pre_scale": spec.pre_scale, "zero_point": spec.zero_point, "axis": (0, 1) if isinstance(spec.block, tuple) else None}
     return formats.scaled(element, spec.granularity or "tensor", **{name: value for name, value in given.items() if value is not None})
 
 
@@ -52,7 +57,9 @@ def build_quantizer(spec: QuantizerSpec | None, native: bool = False) -> Quantiz
 def native_dtype(spec: QuantizerSpec) -> str | None:
     """The dtype whose products a backend may run natively that holds the format's numbers exactly; None where there is none."""
     if spec.format == "integer":
-        return "int8" if spec.bits <= 8 else None
+        return "int8" if spec.bits <= 8 and not spec.zero_point else None
+    if spec.format == "midrise":
+        return None
     element = build_format(spec)
     element = element.element if isinstance(element, formats.Scaled) else element
     name = formats.describe(element)["name"]
@@ -71,10 +78,18 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
         return Operand(first, None if reads == "shared" else build_quantizer(role.second, native), reads == "shared", reads == "chained")
 
     delayed = {} if spec.history is None else {"history": spec.history, "history_choice": spec.history_choice}
+    if spec.ema_decay is not None:
+        delayed["ema_decay"] = spec.ema_decay
     policy = PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed,
                              data_dtype=spec.data_dtype, **{part: getattr(spec, part) for part in STATE_PARTS})
     exemptions = [Exemption(where, policy.without_quantizers() if there is None else build_policy(there)) for where, there in spec.exemptions or ()]
     return replace(policy, exemptions=tuple(exemptions))
+
+
+def added_parameters(spec: PrecisionSpec) -> dict:
+    """What a precision adds to the parameters of every block, as arguments of `ModelConfig`."""
+    roles = tuple(role for role in ROLES for q in getattr(spec, role).both[:1] if q is not None and q.source == Source.LEARNED.value)
+    return {"extra_norm": bool(spec.extra_norm), "learned": roles}
 
 
 def reads_second(role: RoleSpec) -> str:
@@ -87,4 +102,4 @@ def reads_second(role: RoleSpec) -> str:
         return "shared" if role.second is None else "fresh"
     block = build_format(first).block if first.source != "none" else None
     along = first.transform is not None or (block is not None and not (isinstance(block, tuple) and len(set(block)) == 1))
-    return "shared" if role.first == role.second and not along else "fresh"
+    return "shared" if replace(first, gradient=None) == role.second and not along else "fresh"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from formats.delayed import Choice
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import STATE_PARTS, PrecisionSpec, RoleSpec
-from trainer.config.policies import UNQUANTIZED_BITS, build_format, build_policy, native_dtype, reads_second
+from trainer.config.policies import UNQUANTIZED_BITS, added_parameters, build_format, build_policy, native_dtype, reads_second
 from trainer.config.quantizers import fits_bfloat16, freeze_role, overridable
 from trainer.precision import GEMMS, ROLES, Source
 
@@ -16,7 +16,7 @@ HIGH = "high"  # an exemption that is not quantized
 DOT_DTYPES = ("float32", "bfloat16")
 DATA_DTYPES = ("float16", "bfloat16", "float32")  # of scale propagation
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-HISTORY, MAX_HISTORY = 1024, 1 << 20
+HISTORY, MAX_HISTORY, EMA_DECAY = 1024, 1 << 20, 0.99
 
 
 def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) -> PrecisionSpec:
@@ -31,10 +31,12 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
             raise ValueError(f"precision.{key}={precision[key]}: nothing in precision={name} takes it; accepted: a precision of elements that need scales")
     history = in_range("precision.history", HISTORY if precision["history"] is None else precision["history"], 1, MAX_HISTORY)
     choice = one_of("precision.history_choice", precision["history_choice"] or Choice.MAX.value, Choice)
-    delayed = any(q.source == Source.DELAYED.value for q in quantizers)
+    delayed, averaged = (any(q.source == source.value for q in quantizers) for source in (Source.DELAYED, Source.EMA))
+    decay = in_range("precision.ema_decay", EMA_DECAY if precision["ema_decay"] is None else precision["ema_decay"], 0.0, 1.0 - 1e-6, "0 up to, not including, 1")
     spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers),
+                         ema_decay=decay if averaged else None, extra_norm=precision["extra_norm"] or None,
                          execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))
-    if precision["bits"] is not None and not any(q.format == "integer" for q in quantizers):
+    if precision["bits"] is not None and not any(q.format in ("integer", "midrise") for q in quantizers):
         raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
                          "like, or precision.weights.format=integer with precision.weights.bits")
     for role, both in zip(ROLES, roles):
@@ -91,8 +93,8 @@ def _exempt(where: str, name: str, precision: dict, preset: Callable[[str], dict
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     spec = freeze_precision(name, found | {"data_dtype": precision["data_dtype"]}, preset)
-    if spec.history is not None:
-        raise ValueError(f"{key} has delayed scales, which only a whole model remembers; accepted: {HIGH}, or a precision with current scales")
+    if spec.history is not None or spec.ema_decay is not None or added_parameters(spec)["learned"]:
+        raise ValueError(f"{key} has delayed, averaged or learned scales, which only a whole model keeps; accepted: {HIGH}, or a precision with current scales")
     if spec.exemptions:
         raise ValueError(f"{key} has exemptions of its own; accepted: {HIGH}, or a precision without them")
     if where == "embedding" and spec.weights.first is not None and spec.weights.first.transform is not None:
@@ -107,6 +109,10 @@ def _carried(precision: dict, quantizers) -> dict:
         one_of("precision.data_dtype", data_dtype, DATA_DTYPES)
         if precision["dot_dtype"] != "float32":
             raise ValueError(f"precision.data_dtype={data_dtype} with precision.dot_dtype={precision['dot_dtype']}: products then take the data as it is; accepted with it: float32")
+        for source in (Source.EMA, Source.LEARNED):
+            if any(q.source == source.value for q in quantizers):
+                raise ValueError(f"source={source.value} with precision.data_dtype={data_dtype}: under scale propagation scales are carried, or of the data at hand; accepted: "
+                                 "propagated, current, delayed, static, none")
     elif any(q.source == Source.PROPAGATED.value for q in quantizers):
         raise ValueError(f"source=propagated in precision={precision['name']}, where nothing carries scales; accepted: with precision.data_dtype={'|'.join(DATA_DTYPES)}")
     state = {part: precision[part] for part in STATE_PARTS if precision[part] not in (None, "float32")}

@@ -12,7 +12,7 @@ from trainer.methods.rotation import Kind
 from trainer.precision import FROM_ELSEWHERE, GEMMS, Gradient, Source, unmovable
 
 WIDTHS = ("bits", "exp_bits", "man_bits", "variant")
-SCALES = ("granularity", "block", "scale_format", "scale_rule", "two_level", "amax", "amax_at", "pre_scale")
+SCALES = ("granularity", "block", "scale_format", "scale_rule", "two_level", "amax", "amax_at", "pre_scale", "zero_point")
 ROUNDED = ("rounding", "transform", "transform_block", "gradient")  # of any quantizer
 BLOCK, BLOCK_SCALES = 32, "float8_e4m3fn"  # where nothing else is said: block size, as in MX; scales under a tensor's, as in NVFP4
 KEYS = ("format", *WIDTHS, *SCALES, *ROUNDED, "source", "static_rms")
@@ -56,7 +56,7 @@ def overridable(fmt: str) -> tuple[str, ...]:
     if fmt == "float32":
         return ()
     free = (*SCALES, *ROUNDED, "source", "static_rms")
-    if fmt == "integer":
+    if fmt in ("integer", "midrise"):
         return ("bits", *free)
     if fmt == "minifloat":
         return ("exp_bits", "man_bits", "variant", *free)
@@ -66,12 +66,12 @@ def overridable(fmt: str) -> tuple[str, ...]:
 
 
 def _check_format(key: str, fmt: str) -> None:
-    if fmt in ("integer", "minifloat"):
+    if fmt in ("integer", "midrise", "minifloat"):
         return
     try:
         formats.get(fmt)
     except ValueError as error:
-        raise ValueError(f"{key}.{error}; or 'integer' with bits, or 'minifloat' with exp_bits and man_bits") from None
+        raise ValueError(f"{key}.{error}; or 'integer' or 'midrise' with bits, or 'minifloat' with exp_bits and man_bits") from None
 
 
 def _quantizer(key: str, keys: dict, shared: dict) -> QuantizerSpec | None:
@@ -89,7 +89,9 @@ def _quantizer(key: str, keys: dict, shared: dict) -> QuantizerSpec | None:
     if fmt == "float32":
         return None
     if fmt == "integer" and keys["bits"] != UNQUANTIZED_BITS:
-        in_range(f"{key}.bits", keys["bits"], 2, MAX_INTEGER_BITS, f"2 to {MAX_INTEGER_BITS}, or {UNQUANTIZED_BITS} for float32")
+        in_range(f"{key}.bits", keys["bits"], 1, MAX_INTEGER_BITS, f"1 to {MAX_INTEGER_BITS}, or {UNQUANTIZED_BITS} for float32")
+    if fmt == "midrise":
+        in_range(f"{key}.bits", keys["bits"], 1, MAX_INTEGER_BITS)
     if fmt == "minifloat":
         in_range(f"{key}.exp_bits", keys["exp_bits"], 0, 8)
         in_range(f"{key}.man_bits", keys["man_bits"], 0, 23)

@@ -26,7 +26,7 @@ class ModelSchema:
 class GemmSchema:
     """A role's quantizer in one of its matrix products; what is unset is as for the role."""
 
-    format: Optional[str] = None  # "integer", "minifloat", or a name of `bitlaw formats`; "float32" is not quantized
+    format: Optional[str] = None  # "integer", "midrise", "minifloat", or a name of `bitlaw formats`; "float32" is not quantized
     bits: Optional[int] = None
     exp_bits: Optional[int] = None
     man_bits: Optional[int] = None
@@ -39,11 +39,12 @@ class GemmSchema:
     amax_at: Optional[float] = None  # its parameter: the multiple of the rms or std, the percentile
     pre_scale: Optional[float] = None  # multiplies before rounding and divides after: 0.75 keeps power-of-two scales from clipping
     two_level: Optional[bool] = None  # blocks' scales under one float32 scale of the tensor, as NVFP4 has them
+    zero_point: Optional[bool] = None  # affine: unsigned integers relative to a code of their own for zero
     rounding: Optional[str] = None
     transform: Optional[str] = None  # rotate blocks of transform_block values along the contraction before rounding: hadamard, random_hadamard, ...
     transform_block: Optional[int] = None
     gradient: Optional[str] = None  # straight_through (unset), clipped, trust: where the gradient of what was rounded passes
-    source: Optional[str] = None  # current, delayed, static, none: where the scale comes from
+    source: Optional[str] = None  # current, delayed, ema, static, learned, propagated, none: where the scale comes from
     static_rms: Optional[float] = None  # of source=static: the RMS that the tensor is expected to have; unset: the model says
 
 
@@ -64,10 +65,12 @@ class PrecisionSchema:
     block: Optional[int] = None
     two_level: Optional[bool] = None
     history: Optional[int] = None  # of source=delayed: how many steps are remembered; unset: 1024
+    ema_decay: Optional[float] = None  # of source=ema: what a step keeps of the average; unset: 0.99
     history_choice: Optional[str] = None  # and which of their amax counts: max (unset) or most_recent
     dot_dtype: str = "float32"
     execution: str = "emulated"  # or native: products of the narrow numbers in a dtype that holds them
     pad: Optional[bool] = None  # dimensions that blocks do not divide: padded (unset: those of at least one block; true: any), or refused (false)
+    extra_norm: Optional[bool] = None  # an RMSNorm with a gain of its own before every linear layer of a block
     exemptions: Dict[str, str] = field(default_factory=dict)  # place -> precision, or "high": {last2: high, first1.qkv: int8, head: int8}
     data_dtype: Optional[str] = None  # scale propagation: forward and backward pass with data in float16, bfloat16 or float32; unset: off
     master_weights: Optional[str] = None  # kept between steps as scaled arrays of this dtype; unset: float32
