@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling.files import write_whole
 
-_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights", "adam_m", "adam_v")
+_ROLES = ("weights", "activations", "output_gradients", "kv", "scores", "probabilities", "master_weights", "adam_m", "adam_v")
 _ROLE_FIELDS = {"format": "VARCHAR", "granularity": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE",
                 "man_bits": "DOUBLE", "block": "DOUBLE", "rounding": "VARCHAR", "source": "VARCHAR", "log_mse": "DOUBLE"}
 
@@ -29,7 +29,9 @@ RUN_COLUMNS: dict[str, str] = {
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_FIELDS.items()},
     "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
     "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",
-    "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
+    "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "edq": "DOUBLE", "lost_updates": "DOUBLE", "updates_per_ulp": "DOUBLE",
+    "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE", **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:3] for what in ("underflow", "overflow")},
+    "weights_bytes_per_param": "DOUBLE", "moments_bytes_per_param": "DOUBLE", "peak_bytes_per_param": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
     "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR",
 }
 """Columns that every run table has, absent ones NULL, and their SQL types (section 4 of the design)."""

@@ -117,6 +117,14 @@ class Program:
             self.compile_seconds += time.perf_counter() - began
         return self._cache[signature](*args)
 
+    def peak_bytes(self) -> int | None:
+        """What training takes at once on a device, as the compiler laid it out: arguments, results and intermediate values. None before the
+        first dispatch, and where the backend does not tell."""
+        stats = next((compiled.memory_analysis() for (name, *_), compiled in self._cache.items() if name == "run"), None)
+        if stats is None:
+            return None
+        return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+
     def init(self, hyper):
         """Fresh states [M, ...] from stacked hyper-parameters."""
         each = self._each(lambda h: steps.init(self.structure, h))
@@ -144,6 +152,22 @@ class Program:
         tokens_MSBT1 = _spread(tokens_MSBT1, 2, self.structure.accumulate, self.layout.data_devices)
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
         return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
+
+    def probe(self, states, hyper, windows_WT1, wanted_M) -> steps.Probe:
+        """`step.probe` of the wanted (bool) members on these windows, each leaf [M]; NaN for the others."""
+
+        def local(states, hyper, windows, wanted):
+            def measure(state, hyper):
+                return steps.probe(self.structure, self.graphdef, state, windows.astype(jnp.int32), hyper, self._data_axis)
+
+            def member(state, hyper, wanted):
+                nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure, state, hyper))
+                return lax.cond(wanted, measure, lambda *_: nothing, state, hyper)
+
+            return self._each(member)((states, hyper, wanted))
+
+        specs = (P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
+        return self._call("probe", local, specs, P(MEMBER), (states, hyper, windows_WT1, wanted_M))
 
     def evaluate(self, states, hyper, windows_WT1, wanted_M):
         """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""

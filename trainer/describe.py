@@ -8,13 +8,14 @@ import subprocess
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
+from trainer import telemetry
 from trainer.config.policies import UNQUANTIZED_BITS, build_format
 from trainer.precision import ROLES, Source
+from trainer.stored import BLOCKWISE
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
 PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -74,12 +75,13 @@ def precision_columns(precision: PrecisionSpec) -> dict:
     kv = precision.data_dtype or "float32"
     columns |= {"kv_format": kv, "kv_bits": _bits(kv)}
     for part, dtype in precision.state.items():
-        columns |= {f"{part}_format": dtype, f"{part}_bits": _bits(dtype)}
+        rounding = precision.master_rounding if part == "master_weights" else precision.adam_rounding
+        columns |= {f"{part}_format": dtype, f"{part}_bits": _bits(dtype), f"{part}_rounding": None if dtype == "float32" else rounding or "nearest_even"}
     return columns
 
 
-def _bits(dtype: str) -> int:
-    return jnp.dtype(dtype).itemsize * 8
+def _bits(name: str) -> int:
+    return 8 if name == BLOCKWISE else formats.describe(name)["bits"]
 
 
 def mfu(flops_per_token: float, tokens_per_s: float) -> float | None:
@@ -109,7 +111,7 @@ def config_columns(config: TrainConfig, dataset, model) -> dict:
         "precision": precision_name(config.precision), **precision_columns(config.precision),
         "quantized_fraction": model.matmul_params() / (model.matmul_params() + model.vocab_size * model.d_model) if quantized else 0.0,
         "dot_precision": "highest" if config.precision.dot_dtype == "float32" else config.precision.dot_dtype,
-        "execution": "emulated", "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr, "batch_tokens": config.batch_tokens,
+        "execution": config.precision.execution or "emulated", "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr, "batch_tokens": config.batch_tokens,
         "schedule": config.schedule.name, "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
         "jax_version": jax.__version__, "code_version": code_version(), "data": dataset.name, "data_sha256": dataset.sha256,
     }
@@ -129,6 +131,29 @@ def record(member, dataset, layout: str, losses_W: np.ndarray | None, model) -> 
         "bits_per_byte": None if loss is None else loss / math.log(2) / dataset.bytes_per_token, "layout": layout,
         "wall_s": round(member.wall_s, 3), "tokens_per_s": rate, "mfu": None if rate is None else mfu(per_token, rate),
     }
+
+
+def narrows(precision: PrecisionSpec) -> bool:
+    """Whether forward and backward pass compute anything in less than float32."""
+    quantized = any(quantizes(spec) for role in ROLES for spec in getattr(precision, role).both)
+    return quantized or precision.dot_dtype != "float32" or precision.data_dtype not in (None, "float32") or precision.exemptions is not None
+
+
+def measured(precision: PrecisionSpec, rows: list[dict], probe) -> dict:
+    """The columns of what low precision did: to updates, over the logged steps of the last quarter, and to the gradients of a probe batch
+    (a `step.Probe`, or None). Where nothing is narrower than float32 they are the exact ones."""
+    logged = [row for row in rows if row.get("edq") is not None]
+    last = [row for row in logged if row["step"] > 0.75 * logged[-1]["step"]] if logged else []
+
+    def mean(name):
+        values = [row[name] for row in last if math.isfinite(row[name])]
+        return sum(values) / len(values) if values else None
+
+    columns = {"edq": mean("edq"), "lost_updates": mean("lost"), "updates_per_ulp": mean("updates_per_ulp")}
+    if probe is None:
+        return columns if narrows(precision) else columns | {"gradient_cosine": 1.0, "gradient_magnitude": 1.0}
+    columns |= {"gradient_cosine": _finite(probe.cosine), "gradient_magnitude": _finite(probe.magnitude)}
+    return columns | {f"{role}_{what}": _finite(value) for what in telemetry.LOSSES for role, value in getattr(probe, what).items()}
 
 
 def precision_name(precision: PrecisionSpec) -> str:

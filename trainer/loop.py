@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from trainer import build, checkpoint
+from trainer import build, checkpoint, describe
 from trainer.cohort import Program
 from trainer.data import Dataset, batches, validation_windows
 from trainer.member import Member, link_branches
-from trainer.step import Hyper
+from trainer.optimizers import state_bytes
+from trainer.step import Hyper, Probe
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class CohortRun:
         """Branch, checkpoint, evaluate and finish the members that are due; returns the records written."""
         due = [m for m in self.members if self._needs_host(m)]
         losses = self._losses([m for m in due if m.due_eval or (m.ended and m.diverged_step is None)])
+        probes = self._probes([m for m in due if m.ended and m.diverged_step is None])
         for member in due:
             if member.due_eval:
                 member.log_eval(losses[member.slot])
@@ -161,22 +163,47 @@ class CohortRun:
         for member in due:
             if member.due_checkpoint or (member.ended and member.saved_step != member.step):
                 self._save(host, member)
-        return [record for m in due if m.ended for record in self._finish(m, losses)]
+        return [record for m in due if m.ended for record in self._finish(m, losses, probes.get(m.slot))]
 
     def _losses(self, members: list[Member]) -> np.ndarray | None:
         """Losses on the validation windows [M, W], of these members only."""
         if not members:
             return None
+        return np.asarray(self.program.evaluate(self.states, self.hyper, self.windows, self._wanted(members)))
+
+    def _probes(self, members: list[Member]) -> dict[int, Probe]:
+        """Slot -> what the precision does to gradients, of these members where it does anything. One micro-batch of validation windows."""
+        members = [m for m in members if self.options.probe and describe.narrows(m.config.precision)]
+        if not members:
+            return {}
+        structure = self.program.structure
+        windows = self.windows[: structure.batch_size // structure.accumulate]
+        found = jax.device_get(self.program.probe(self.states, self.hyper, windows, self._wanted(members)))
+        return {m.slot: jax.tree.map(lambda x: float(x[m.slot]), found) for m in members}
+
+    def _wanted(self, members: list[Member]) -> np.ndarray:
+        """bool for every slot: whether it is one of these members'."""
         wanted = np.zeros(self.program.padded(len(self.members)), bool)
         wanted[[m.slot for m in members]] = True
-        return np.asarray(self.program.evaluate(self.states, self.hyper, self.windows, wanted))
+        return wanted
 
-    def _finish(self, member: Member, losses) -> Iterator[dict]:
+    def _memory(self) -> dict[str, float]:
+        """Bytes per parameter (embeddings included) that a member's weights and moments take, and at most everything on a device together,
+        over the members that it holds."""
+        slots, total = self.program.padded(len(self.members)), self.model.num_params_total
+        found = {f"{part}_bytes_per_param": state_bytes(tree) / slots / total for part, tree in
+                 (("weights", self.states.params), ("moments", self.states.opt_state))}
+        peak = self.program.peak_bytes()
+        if peak is not None:
+            found["peak_bytes_per_param"] = peak * self.program.layout.member_devices / slots / total
+        return found
+
+    def _finish(self, member: Member, losses, probe: Probe | None) -> Iterator[dict]:
         """The records of a run that ended, and of those that wait for a branch point which it will never reach."""
         healthy = member.diverged_step is None
         if healthy and not np.isfinite(losses[member.slot]).all():  # the last update did it
             member.diverged_step, healthy = member.step, False
-        yield member.finish(self.dataset, self.program.layout.name, losses[member.slot] if healthy else None, self.model)
+        yield member.finish(self.dataset, self.program.layout.name, losses[member.slot] if healthy else None, self.model, probe, self._memory())
         for child in self._children(member):
             if child.waiting:  # the trunk diverged before the branch: so does every run that shares it
                 child.diverge_with(member)

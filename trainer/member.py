@@ -12,6 +12,7 @@ from trainer.config.frozen import TrainConfig
 from trainer.data import Dataset
 from trainer.mirrors import Mirror
 from trainer.model import SITES, ModelConfig
+from trainer.optimizers import DescentQuality
 from trainer.precision import ROLES
 from trainer.records import RunFolder
 
@@ -81,7 +82,7 @@ class Member:
         for i in range(count):
             step = first_step + i
             row = {"step": step + 1, "tokens": (step + 1) * self.config.batch_tokens, "loss": float(metrics.loss[i]),
-                   "grad_norm": float(metrics.grad_norm[i]), "lr": float(metrics.lr[i]), "wall_s": round(self.wall_s, 3)}
+                   "grad_norm": float(metrics.grad_norm[i]), "lr": float(metrics.lr[i]), **{name: float(f"{getattr(metrics, name)[i]:.6g}") for name in DescentQuality._fields}, "wall_s": round(self.wall_s, 3)}
             if diverged_step == step:
                 self.diverged_step = self.step = step
                 self._rows.append(row | {"step": step, "diverged": True})  # of an update that was not applied
@@ -147,12 +148,13 @@ class Member:
         self.waiting, self.wall_s, self.train_loss = False, trunk.wall_s, trunk.train_loss
         self._rows, self._telemetry = list(trunk.folder.metrics()), list(trunk.folder.telemetry())
 
-    def finish(self, dataset: Dataset, layout: str, losses_W: np.ndarray | None, model: ModelConfig) -> dict:
-        """Write record.json. `losses_W`: the final evaluation's loss per window, None for a diverged run."""
+    def finish(self, dataset: Dataset, layout: str, losses_W: np.ndarray | None, model: ModelConfig, probe=None, memory: dict | None = None) -> dict:
+        """Write record.json. `losses_W`: the final evaluation's loss per window, None for a diverged run; `probe`: a `step.Probe`;
+        `memory`: columns of it."""
         if losses_W is not None and not any("val_loss" in row and row["step"] == self.step for row in self.folder.metrics()):
             self.log_eval(losses_W)
         self.flush()
-        record = describe.record(self, dataset, layout, losses_W, model)
+        record = describe.record(self, dataset, layout, losses_W, model) | describe.measured(self.config.precision, self.folder.metrics(), probe) | (memory or {})
         self.folder.finish(record)
         self.mirror.finish(record)
         self.finished = True

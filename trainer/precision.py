@@ -37,6 +37,23 @@ class Source(str, Enum):
     NONE = "none"  # no scale: the element's own range
 
 
+class Arithmetic(str, Enum):
+    """What AdamW computes in: float32, or bfloat16 after every operation (`trainer.optimizers.collage_adamw`)."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    KAHAN = "kahan"
+    COLLAGE_LIGHT = "collage_light"
+    COLLAGE_PLUS = "collage_plus"
+
+
+class Storage(str, Enum):
+    """How narrow state is held: at the size of its format, or as float32 arrays of the same values."""
+
+    PACKED = "packed"
+    EMULATED = "emulated"
+
+
 REMEMBERED = (Source.DELAYED, Source.EMA)  # what a step leaves for the next one
 FROM_ELSEWHERE = tuple(s.value for s in (*REMEMBERED, Source.STATIC, Source.LEARNED, Source.PROPAGATED))  # a scale that the tensor at hand does not set
 
@@ -188,8 +205,9 @@ class Exemption:
 class PrecisionPolicy:
     """Role -> quantizers; `dot_dtype` is the dtype of the product's inputs (accumulation is float32). history, history_choice: how many
     steps delayed scales remember, and which of their amax counts ("max", "most_recent"). ema_decay: of source "ema". data_dtype: the forward and backward pass run
-    under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: dtypes that the state is held
-    in between steps, as ScaledArrays where that is not None (float32). exemptions: places with a policy of their own, the last that
+    under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: formats that the state is
+    held in between steps, None for float32, and master_rounding, adam_rounding how it is rounded to them; scaled_state: float16 and
+    bfloat16 as ScaledArrays; optimizer_arithmetic, storage: see `Arithmetic`, `Storage`; all of it in `trainer.stored`. exemptions: places with a policy of their own, the last that
     matches counts; the embedding and the head are not quantized unless one says so."""
 
     weights: Operand = Operand()
@@ -203,6 +221,11 @@ class PrecisionPolicy:
     master_weights: str | None = _static(default=None)
     adam_m: str | None = _static(default=None)
     adam_v: str | None = _static(default=None)
+    master_rounding: str = _static(default="nearest_even")
+    adam_rounding: str = _static(default="nearest_even")
+    scaled_state: bool = _static(default=True)
+    optimizer_arithmetic: str = _static(default="float32")
+    storage: str = _static(default="packed")
     exemptions: tuple[Exemption, ...] = ()
 
     def __post_init__(self):

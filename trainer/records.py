@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_ROLES = ("weights", "activations", "output_gradients", "kv", "master_weights", "adam_m", "adam_v")
+_ROLES = ("weights", "activations", "output_gradients", "kv", "scores", "probabilities", "master_weights", "adam_m", "adam_v")
 _ROLE_COLUMNS: dict[str, type] = {
     "format": str, "granularity": str, "bits": float, "bits_effective": float, "exp_bits": int, "man_bits": int, "block": int, "rounding": str,
     "source": str, "log_mse": float,
@@ -41,6 +41,9 @@ RECORD_COLUMNS: dict[str, type] = {
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_COLUMNS.items()},
     "quantized_fraction": float, "dot_precision": str, "execution": str, "layout": str, "lr_rule": str, "lr": float,
     "batch_tokens": int, "steps": int, "schedule": str, "diverged_step": int, "wall_s": float, "tokens_per_s": float, "mfu": float,
+    "edq": float, "lost_updates": float, "updates_per_ulp": float, "gradient_cosine": float, "gradient_magnitude": float,
+    **{f"{role}_{what}": float for role in _ROLES[:3] for what in ("underflow", "overflow")},
+    "weights_bytes_per_param": float, "moments_bytes_per_param": float, "peak_bytes_per_param": float,
     "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str,
 }  # fmt: skip
 

@@ -11,20 +11,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from trainer import model as decoder
-from trainer import carried, scales, telemetry
+from trainer import carried, scales, stored, telemetry
 from trainer.keys import fold_in
 from trainer.operands import RowShards
-from trainer.optimizers import OPTIMIZERS, OptimizerNumbers
+from trainer.optimizers import OptimizerNumbers
 from trainer.precision import ROLES, PrecisionPolicy
 from trainer.propagation import unscaled
 from trainer.schedules import SCHEDULES, ScheduleNumbers
 
 # Parameters whose learning rate scales as 1/width under muP (Yang et al. 2022, table 3, Adam: hidden and output weights).
 HIDDEN_MATRICES = ("qkv", "attention_out", "gate_up", "down", "head")
+PROBE_SALT = 0x50524F42
 EVAL_BATCH = 32  # windows per forward pass of an evaluation, over all devices
 
 
@@ -67,18 +69,22 @@ class State:
 
 
 class Metrics(NamedTuple):
-    """Of one step, float32: training loss (nats per token), global gradient norm before clipping, learning rate; and role -> telemetry's
+    """Of one step, float32: training loss (nats per token), global gradient norm before clipping, learning rate; how much of
+    the update the parameters underwent (`optimizers.DescentQuality`); and role -> telemetry's
     statistics [L, S, fields], NaN where the step is not due, empty where no step is."""
 
     loss: jax.Array
     grad_norm: jax.Array
     lr: jax.Array
+    edq: jax.Array
+    lost: jax.Array
+    updates_per_ulp: jax.Array
     sites: dict[str, jax.Array] = {}
 
 
 def no_metrics(structure: StepStructure) -> Metrics:
     """The metrics of a step that is not taken: NaN."""
-    return Metrics(*(jnp.float32(jnp.nan),) * 3, _no_statistics(structure))
+    return Metrics(*(jnp.float32(jnp.nan),) * 6, sites=_no_statistics(structure))
 
 
 def _no_statistics(structure: StepStructure) -> dict[str, jax.Array]:
@@ -102,15 +108,16 @@ def decay_tree(params):
 
 
 def _optimizer(structure: StepStructure, params, hyper: Hyper, lr):
-    build = OPTIMIZERS[structure.optimizer]
-    return build(hyper.optimizer, lr_tree(params, structure.model, lr), decay_tree(params))
+    return stored.optimizer(structure.optimizer, hyper.optimizer, lr_tree(params, structure.model, lr), decay_tree(params), hyper.policy, hyper.key)
 
 
 def init(structure: StepStructure, hyper: Hyper) -> State:
     """The state before the first step; a pure function of hyper.key."""
     params = decoder.init_params(structure.model, jax.random.wrap_key_data(hyper.key, impl="threefry2x32"))
-    opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
-    params, opt_state = carried.stored_params(params, hyper.policy), carried.stored_moments(opt_state, hyper.policy)
+    params = stored.initial(params, hyper.policy, hyper.key)
+    with jax.numpy_dtype_promotion("standard"):
+        opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
+    params, opt_state = stored.held_params(params, hyper.policy), stored.held_moments(opt_state, hyper.policy)
     histories = scales.empty_histories(hyper.policy, _places(structure))
     return State(params, opt_state, jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(-1), histories)
 
@@ -196,22 +203,49 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 
     lr = hyper.optimizer.lr * SCHEDULES[structure.schedule](state.step, hyper.schedule)
     clip = jnp.minimum(1.0, hyper.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
-    params, opt_state = unscaled(state.params), unscaled(state.opt_state)
+    params, opt_state = stored.wide(state.params), unscaled(state.opt_state)
     optimizer = _optimizer(structure, params, hyper, lr)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 counts with our float32 numbers
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
-    params = carried.stored_params(jax.tree.map(jnp.add, params, updates), hyper.policy)
-    opt_state = carried.stored_moments(opt_state, hyper.policy)
+    held = stored.held_params(jax.tree.map(jnp.add, params, updates), hyper.policy)
+    quality = stored.quality(opt_state, updates, params, stored.wide(held))
+    opt_state = stored.held_moments(opt_state, hyper.policy)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
 
     after = State(
-        keep(params, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
+        keep(held, state.params), keep(opt_state, state.opt_state), state.step + healthy.astype(jnp.int32),
         first_loss, jnp.where(healthy, state.diverged_step, state.step),
         keep(scales.pushed(hyper.policy, state.histories, seen.ranges), state.histories),
     )
-    return after, Metrics(loss, grad_norm, lr, seen.statistics)
+    return after, Metrics(loss, grad_norm, lr, *quality, sites=seen.statistics)
+
+
+class Probe(NamedTuple):
+    """What low precision does to one batch's gradients, float32: cosine of the angle to the exact ones, <g, exact> / |exact|^2, and role ->
+    share of values that became zero (underflow) or lay beyond the range (overflow), means over layers and sites, NaN where nothing is
+    quantized."""
+
+    cosine: jax.Array
+    magnitude: jax.Array
+    underflow: dict[str, jax.Array]
+    overflow: dict[str, jax.Array]
+
+
+def probe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> Probe:
+    """The gradients of one batch as the policy computes them, against those in float32 at the same parameters."""
+    structure, policy = replace(structure, batch_size=tokens_BT1.shape[0] * (1 if data_axis is None else lax.axis_size(data_axis)), accumulate=1), hyper.policy
+    params, places = stored.wide(state.params), _places(structure)
+    sites = scales.Site(scales.remembered(policy, state.histories), meter=scales.watched(scales.range_meter(policy, places), places))
+    _, found, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, fold_in(hyper.key, PROBE_SALT), data_axis, sites)
+    _, exact, _ = differentiate(structure, graphdef, params, tokens_BT1, PrecisionPolicy(), fold_in(hyper.key, PROBE_SALT), data_axis, scales.Site())
+    (found, exact) = (ravel_pytree(grads)[0] for grads in (found, exact))
+    top, top_exact = (jnp.maximum(jnp.max(jnp.abs(g)), np.float32(2.0**-126)) for g in (found, exact))
+    found, exact = found / top, exact / top_exact  # so that no square leaves the range
+    along, size, size_exact = jnp.vdot(found, exact), jnp.vdot(found, found), jnp.vdot(exact, exact)
+    shares = {name: {role: jnp.mean(values[..., telemetry.FIELDS.index(name)]) for role, values in seen.statistics.items()} for name in telemetry.LOSSES}
+    return Probe(along / jnp.sqrt(size * size_exact), along / size_exact * (top / top_exact), **shares)
 
 
 def eval_groups(num_windows: int, num_devices: int) -> int:

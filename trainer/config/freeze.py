@@ -46,7 +46,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
     steps = _steps(c, model, batch_tokens)
     return frozen.TrainConfig(
         model=model,
-        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"]),
+        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"]),
         optimizer=_optimizer(c["optimizer"]),
         schedule=_schedule(c["schedule"], steps),
         data=_data(c["data"]),
@@ -80,7 +80,7 @@ def _model(m: dict) -> frozen.ModelSpec:
     return frozen.ModelSpec(**m)
 
 
-def _precision(p: dict, model: frozen.ModelSpec, tokens: int) -> frozen.PrecisionSpec:
+def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str) -> frozen.PrecisionSpec:
     """tokens: of a micro-batch."""
     from trainer.model import SITES  # the model is above config in everything else
 
@@ -91,6 +91,8 @@ def _precision(p: dict, model: frozen.ModelSpec, tokens: int) -> frozen.Precisio
             raise ValueError(f"precision.exemptions.{place}: {error}") from None
     precision = freeze_precision(p["name"], p, _preset)
     check_blocks(precision, model, tokens)
+    if precision.optimizer_arithmetic is not None and optimizer != "adamw":
+        raise ValueError(f"precision.optimizer_arithmetic={precision.optimizer_arithmetic} is of AdamW, and optimizer.name={optimizer}; accepted with it: optimizer=adamw")
     return precision
 
 
@@ -179,6 +181,6 @@ def _options(c: dict) -> frozen.Options:
         runs_dir=c["runs_dir"], sweep=c["sweep"], logger=c["logger"]["name"],
         eval_every_steps=c["eval"]["every_steps"], checkpoint_seconds=c["checkpoint"]["every_seconds"],
         checkpoint_steps=c["checkpoint"]["every_steps"], checkpoint_keep=c["checkpoint"]["keep"], log_every=c["log_every"],
-        telemetry_every=c["telemetry_every"],
+        telemetry_every=c["telemetry_every"], probe=c["probe"],
         steps_per_dispatch=c["steps_per_dispatch"], host_devices=c["host_devices"], plugins=tuple(c["plugins"]),
     )

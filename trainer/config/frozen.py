@@ -12,6 +12,7 @@ NUMERICS_VERSION = 2
 
 
 STATE_PARTS = ("master_weights", "adam_m", "adam_v")
+STATE_KEYS = ("master_rounding", "adam_rounding", "scaled_state", "optimizer_arithmetic", "storage")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class PrecisionSpec:
     adam_m: str | None = None
     adam_v: str | None = None
     execution: str | None = None
+    master_rounding: str | None = None
+    adam_rounding: str | None = None
+    scaled_state: bool | None = None
+    optimizer_arithmetic: str | None = None
+    storage: str | None = None
     ema_decay: float | None = None
     extra_norm: bool | None = None
     pad: bool | None = None
@@ -91,8 +97,9 @@ class PrecisionSpec:
 
     @property
     def state(self) -> dict[str, str]:
-        """Part of the state -> the dtype that it is held in."""
-        return {part: getattr(self, part) or "float32" for part in STATE_PARTS}
+        """Part of the state -> the format that it is held in."""
+        plain = "float32" if self.optimizer_arithmetic is None else "bfloat16"
+        return {part: getattr(self, part) or plain for part in STATE_PARTS}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,7 @@ class Options:
     checkpoint_keep: int
     log_every: int
     telemetry_every: int
+    probe: bool
     steps_per_dispatch: int
     host_devices: int | None
     plugins: tuple[str, ...]
@@ -185,7 +193,7 @@ class TrainConfig:
 
 # Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
 LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS, "amax", "amax_at", "pre_scale", "transform",
-              "transform_block", "gradient", "reads", "execution", "pad", "exemptions", "zero_point", "ema_decay", "extra_norm")
+              "transform_block", "gradient", "reads", "execution", "pad", "exemptions", "zero_point", "ema_decay", "extra_norm", *STATE_KEYS)
 
 
 def _without_unset(content: dict) -> dict:

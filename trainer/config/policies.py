@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 import formats
-from trainer.config.frozen import STATE_PARTS, PrecisionSpec, QuantizerSpec, RoleSpec
+from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, QuantizerSpec, RoleSpec
 from trainer.methods.rotation import Kind, Rotation
 from trainer.precision import ROLES, Exemption, Gradient, Operand, PrecisionPolicy, Quantizer, Source
 
@@ -81,7 +81,7 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
     if spec.ema_decay is not None:
         delayed["ema_decay"] = spec.ema_decay
     policy = PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed,
-                             data_dtype=spec.data_dtype, **{part: getattr(spec, part) for part in STATE_PARTS})
+                             data_dtype=spec.data_dtype, **{key: value for key in (*STATE_PARTS, *STATE_KEYS) if (value := getattr(spec, key)) is not None})
     exemptions = [Exemption(where, policy.without_quantizers() if there is None else build_policy(there)) for where, there in spec.exemptions or ()]
     return replace(policy, exemptions=tuple(exemptions))
 

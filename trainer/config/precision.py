@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from formats.delayed import Choice
 from trainer.config.checks import in_range, one_of
-from trainer.config.frozen import STATE_PARTS, PrecisionSpec, RoleSpec
+from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, RoleSpec
 from trainer.config.policies import UNQUANTIZED_BITS, added_parameters, build_format, build_policy, native_dtype, reads_second
+from trainer.config.state import freeze_state
 from trainer.config.quantizers import fits_bfloat16, freeze_role, overridable
 from trainer.precision import GEMMS, ROLES, Source
 
@@ -15,7 +16,6 @@ EXECUTIONS = ("emulated", "native")
 HIGH = "high"  # an exemption that is not quantized
 DOT_DTYPES = ("float32", "bfloat16")
 DATA_DTYPES = ("float16", "bfloat16", "float32")  # of scale propagation
-STATE_DTYPES = ("float32", "float16", "bfloat16")
 HISTORY, MAX_HISTORY, EMA_DECAY = 1024, 1 << 20, 0.99
 
 
@@ -33,7 +33,7 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     choice = one_of("precision.history_choice", precision["history_choice"] or Choice.MAX.value, Choice)
     delayed, averaged = (any(q.source == source.value for q in quantizers) for source in (Source.DELAYED, Source.EMA))
     decay = in_range("precision.ema_decay", EMA_DECAY if precision["ema_decay"] is None else precision["ema_decay"], 0.0, 1.0 - 1e-6, "0 up to, not including, 1")
-    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers),
+    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers), **freeze_state(precision),
                          ema_decay=decay if averaged else None, extra_norm=precision["extra_norm"] or None,
                          execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))
     if precision["bits"] is not None and not any(q.format in ("integer", "midrise") for q in quantizers):
@@ -99,11 +99,11 @@ def _exempt(where: str, name: str, precision: dict, preset: Callable[[str], dict
         raise ValueError(f"{key} has exemptions of its own; accepted: {HIGH}, or a precision without them")
     if where == "embedding" and spec.weights.first is not None and spec.weights.first.transform is not None:
         raise ValueError(f"{key} rotates both operands of a product, and an embedding has one; accepted: {HIGH}, or a precision whose weights have no transform")
-    return replace(spec, **{part: None for part in STATE_PARTS})
+    return replace(spec, **{key: None for key in (*STATE_PARTS, *STATE_KEYS)})
 
 
 def _carried(precision: dict, quantizers) -> dict:
-    """The keys of scale propagation and of scaled state."""
+    """The key of scale propagation."""
     data_dtype = precision["data_dtype"]
     if data_dtype is not None:
         one_of("precision.data_dtype", data_dtype, DATA_DTYPES)
@@ -115,10 +115,7 @@ def _carried(precision: dict, quantizers) -> dict:
                                  "propagated, current, delayed, static, none")
     elif any(q.source == Source.PROPAGATED.value for q in quantizers):
         raise ValueError(f"source=propagated in precision={precision['name']}, where nothing carries scales; accepted: with precision.data_dtype={'|'.join(DATA_DTYPES)}")
-    state = {part: precision[part] for part in STATE_PARTS if precision[part] not in (None, "float32")}
-    for part, dtype in state.items():
-        one_of(f"precision.{part}", dtype, STATE_DTYPES)
-    return {"data_dtype": data_dtype, **state}
+    return {"data_dtype": data_dtype}
 
 
 def _shared(precision: dict) -> dict:

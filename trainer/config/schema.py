@@ -73,9 +73,14 @@ class PrecisionSchema:
     extra_norm: Optional[bool] = None  # an RMSNorm with a gain of its own before every linear layer of a block
     exemptions: Dict[str, str] = field(default_factory=dict)  # place -> precision, or "high": {last2: high, first1.qkv: int8, head: int8}
     data_dtype: Optional[str] = None  # scale propagation: forward and backward pass with data in float16, bfloat16 or float32; unset: off
-    master_weights: Optional[str] = None  # kept between steps as scaled arrays of this dtype; unset: float32
-    adam_m: Optional[str] = None  # first moments, likewise
+    master_weights: Optional[str] = None  # kept between steps in this format: float16, bfloat16, float8_e4m3fn, ...; unset: float32
+    master_rounding: Optional[str] = None  # and how they are rounded to it: nearest_even (unset), stochastic, ...
+    adam_m: Optional[str] = None  # first moments, likewise; blockwise8 too, or a block format such as mxfp8_e4m3
     adam_v: Optional[str] = None  # second moments, likewise
+    adam_rounding: Optional[str] = None
+    scaled_state: Optional[bool] = None  # float16 and bfloat16 state, rounded to nearest, with a power of two beside each tensor (unset: yes)
+    optimizer_arithmetic: Optional[str] = None  # float32 (unset), or AdamW all in bfloat16: bfloat16, kahan, collage_light, collage_plus
+    storage: Optional[str] = None  # packed (unset): state at the size of its format; emulated: the same values as float32
     weights: RoleSchema = field(default_factory=RoleSchema)
     activations: RoleSchema = field(default_factory=RoleSchema)
     output_gradients: RoleSchema = field(default_factory=RoleSchema)
@@ -154,6 +159,7 @@ class TrainSchema:
     sweep: str = "train"
     log_every: int = 10
     telemetry_every: int = 0
+    probe: bool = True  # compare the gradients of one batch with exact ones when a run ends
     steps_per_dispatch: int = 25
     host_devices: Optional[int] = None
     plugins: List[str] = field(default_factory=list)

@@ -3,57 +3,28 @@
 An optimizer is a function (numbers: OptimizerNumbers, lr_tree, decay_tree) -> optax.GradientTransformation, where `lr_tree` holds
 each parameter's learning rate (traced float32 scalars) and `decay_tree` says (bool) whether weight decay applies to it. Plugins add
 theirs with `register`.
+
+What keeps parameters and moments in few bits is plain optax, for any training loop:
+
+    collage_adamw(1e-3, variant="plus")                                      # all bfloat16; parameters of two words
+    low_precision_params(optax.adamw(1e-3), "bfloat16", "stochastic", key)   # parameters that land on a format
+    low_precision_moments(optax.adamw(1e-3), m=blockwise8(True), v=blockwise8(False))
+    state_bytes(state), descent_quality(intended, before, after)
 """
-from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+from trainer.optimizers.adam import adamw, scale_by_tree
+from trainer.optimizers.blockwise import Blockwise8, BlockwiseArray, blockwise8
+from trainer.optimizers.collage import CollageState, Variant, collage_adamw
+from trainer.optimizers.expansion import expand, fast_two_sum, grow, mul, round_bfloat16, two_prod, two_sum
+from trainer.optimizers.moments import LowPrecisionMomentsState, low_precision_moments
+from trainer.optimizers.parameters import LowPrecisionParamsState, low_precision_params, round_params
+from trainer.optimizers.quality import DescentQuality, descent_quality
+from trainer.optimizers.registry import OPTIMIZERS, OptimizerNumbers, register
+from trainer.optimizers.trees import state_bytes
 
-import jax
-import jax.numpy as jnp
-import optax
-
-OPTIMIZERS: dict[str, Callable] = {}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class OptimizerNumbers:
-    """Traced hyper-parameters, all float32 scalars."""
-
-    lr: jax.Array
-    beta1: jax.Array
-    beta2: jax.Array
-    eps: jax.Array
-    weight_decay: jax.Array
-    clip_norm: jax.Array  # inf: no clipping
-
-
-def register(name: str):
-    """Decorator that adds an optimizer under `optimizer.name=NAME`."""
-
-    def add(build):
-        OPTIMIZERS[name] = build
-        return build
-
-    return add
-
-
-def scale_by_tree(factors) -> optax.GradientTransformation:
-    """Multiply every leaf by its own scalar: learning rates per parameter."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda u, f: u * f, updates, factors), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-@register("adamw")
-def adamw(numbers: OptimizerNumbers, lr_tree, decay_tree) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019); the decay is decoupled and multiplied by the learning rate."""
-    return optax.chain(
-        optax.scale_by_adam(b1=numbers.beta1, b2=numbers.beta2, eps=numbers.eps),
-        optax.add_decayed_weights(numbers.weight_decay, mask=decay_tree),
-        scale_by_tree(jax.tree.map(jnp.negative, lr_tree)),
-    )
+__all__ = [
+    "OPTIMIZERS", "Blockwise8", "BlockwiseArray", "CollageState", "DescentQuality", "LowPrecisionMomentsState",
+    "LowPrecisionParamsState", "OptimizerNumbers", "Variant", "adamw", "blockwise8", "collage_adamw", "descent_quality", "expand",
+    "fast_two_sum", "grow", "low_precision_moments", "low_precision_params", "mul", "register", "round_bfloat16", "round_params",
+    "scale_by_tree", "state_bytes", "two_prod", "two_sum",
+]

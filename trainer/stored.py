@@ -1,0 +1,132 @@
+"""What lives between steps in the formats of a policy: master weights, Adam's moments, and the optimizer that keeps them there.
+
+float16 and bfloat16 are ScaledArrays (`scaled_state`) unless the policy says otherwise; FP8 parameters have a power-of-two scale for each
+matrix (of each layer), FP8 moments one for blocks of up to 256 along the last dimension. Everything narrow has the size in memory, and in
+a checkpoint, that its format says, unless storage is "emulated": then the same values are held as float32.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import formats
+from formats import QArray
+from trainer.keys import fold_in
+from trainer.optimizers import OPTIMIZERS, DescentQuality, blockwise8, collage_adamw, descent_quality, low_precision_moments, low_precision_params, round_params
+from trainer.precision import Arithmetic, PrecisionPolicy, Storage
+from trainer.propagation import is_scaled, unscaled
+from trainer.scaled_state import STACKED, scaled_moments, with_scales
+
+SALT = 0x5354  # random bits of the state are apart from those of products
+MOMENT_BLOCK = 256  # values along the last dimension that share the scale of FP8 moments, as in torchao's AdamWFp8
+SCALABLE = ("float16", "bfloat16")
+BLOCKWISE = "blockwise8"
+
+
+def optimizer(name: str, numbers, lr_tree, decay_tree, policy: PrecisionPolicy, key) -> optax.GradientTransformation:
+    """The optimizer called `name` with its state, and the parameters that it leads to, in the policy's formats. key: uint32[2] of the run."""
+    if policy.optimizer_arithmetic != Arithmetic.FLOAT32.value:
+        variant = policy.optimizer_arithmetic.removeprefix("collage_")
+        return collage_adamw(lr_tree, numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay, decay_tree, variant, measure=True)
+    built, key = OPTIMIZERS[name](numbers, lr_tree, decay_tree), fold_in(key, SALT)
+    moments = {name: _moment_format(part, signed) for name, part, signed in (("m", policy.adam_m, True), ("v", policy.adam_v, False))
+               if part is not None and not _as_scaled(part, policy.adam_rounding, policy)}
+    if moments:
+        built = low_precision_moments(built, **moments, rounding=policy.adam_rounding, key=key, packed=policy.storage == Storage.PACKED.value)
+    if _rounds_params(policy):
+        built = low_precision_params(built, _format_of(policy), policy.master_rounding, key, measure=True)
+    return built
+
+
+def initial(params, policy: PrecisionPolicy, key):
+    """float32 parameters as training starts with them, float32 still: on the format that they are held in."""
+    if not _rounds_params(policy):
+        return params
+    return round_params(params, _format_of(policy), policy.master_rounding, fold_in(key, SALT))
+
+
+def held_params(params, policy: PrecisionPolicy):
+    """float32 parameters, as the optimizer left them, in the form that the state holds."""
+    if policy.master_weights is not None and _as_scaled(policy.master_weights, policy.master_rounding, policy):
+        return with_scales(params, policy.master_weights)
+    if policy.storage != Storage.PACKED.value:
+        return params
+    if policy.optimizer_arithmetic != Arithmetic.FLOAT32.value:
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    if not _rounds_params(policy):
+        return params
+    format_of = _format_of(policy)
+
+    def hold(path, x):
+        fmt = format_of(path, x)
+        name = formats.describe(fmt)["name"]
+        return x.astype(name) if name in SCALABLE else formats.encode(x, fmt)  # exact: the values are there already
+
+    return jax.tree_util.tree_map_with_path(hold, params)
+
+
+def held_moments(opt_state, policy: PrecisionPolicy):
+    """An optimizer state as the state holds it: what `optimizer` does not pack itself are ScaledArrays."""
+    if policy.optimizer_arithmetic != Arithmetic.FLOAT32.value:
+        return opt_state
+    dtypes = {field: part for field, part in (("mu", policy.adam_m), ("nu", policy.adam_v))
+              if part is not None and _as_scaled(part, policy.adam_rounding, policy)}
+    return scaled_moments(opt_state, dtypes) if dtypes else opt_state
+
+
+def narrow_only(params):
+    """Held parameters with everything but ScaledArrays as float32."""
+    return jax.tree.map(lambda x: x if is_scaled(x) else _wide(x), params, is_leaf=lambda x: is_scaled(x) or isinstance(x, QArray))
+
+
+def wide(params):
+    """Held parameters as float32."""
+    return unscaled(narrow_only(params))
+
+
+def quality(opt_state, intended, before, after) -> DescentQuality:
+    """How much of an update the parameters underwent: what the optimizer measured itself, or by the float32 parameters before and after.
+    Its ulp is that of float32 there."""
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DescentQuality)) if isinstance(leaf, DescentQuality)]
+    return found[0] if found else descent_quality(intended, before, after, man_bits=23)
+
+
+def _wide(x):
+    if isinstance(x, QArray):
+        return x.decode()
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _as_scaled(name: str, rounding: str, policy: PrecisionPolicy) -> bool:
+    return name in SCALABLE and rounding == "nearest_even" and policy.scaled_state
+
+
+def _rounds_params(policy: PrecisionPolicy) -> bool:
+    """Whether the optimizer itself leads parameters to a format."""
+    return policy.master_weights is not None and not _as_scaled(policy.master_weights, policy.master_rounding, policy)
+
+
+def _format_of(policy: PrecisionPolicy):
+    """(path, leaf) -> format of a parameter. FP8 is for matrices: gains and learned scales are bfloat16 beside it."""
+    element = formats.get(policy.master_weights)
+
+    def format_of(path, leaf):
+        if policy.master_weights in SCALABLE:
+            return element
+        first = 1 if path[0].key == STACKED else 0
+        if leaf.ndim - first < 2:
+            return formats.get("bfloat16")
+        return formats.scaled(element, "block", axis=tuple(range(first, leaf.ndim)), block=tuple(leaf.shape[first:]), rule="rceil",
+                              scale_format="float8_e8m0fnu")
+
+    return format_of
+
+
+def _moment_format(name: str, signed: bool):
+    if name == BLOCKWISE:
+        return blockwise8(signed=signed)
+    fmt = formats.get(name)
+    if isinstance(fmt, formats.Scaled) or name in SCALABLE:
+        return fmt
+    return formats.scaled(fmt, "block", block=MOMENT_BLOCK)
