@@ -112,6 +112,21 @@ def restore(folder: str | os.PathLike[str], abstract_state: Tree) -> tuple[int, 
     return None
 
 
+def leaves(folder: str | os.PathLike[str], prefix: str) -> dict[str, np.ndarray]:
+    """The leaves of the newest whole checkpoint whose path begins with `prefix`, by the rest of their path, as NumPy arrays; empty where
+    there is none. For runs that start from another one's parameters."""
+    root = pathlib.Path(folder)
+    for step in reversed(steps(root)):
+        try:
+            specs = _verified_specs(root / str(step), step)
+        except _Damaged:
+            continue
+        blank = [np.empty(spec.shape, _dtype(spec)) for spec in specs]
+        found = _read(root / str(step), specs, blank, blank)
+        return {spec.path.removeprefix(prefix): leaf for spec, leaf in zip(specs, found) if spec.path.startswith(prefix)}
+    return {}
+
+
 def steps(folder: str | os.PathLike[str]) -> list[int]:
     """The steps that have a checkpoint (whole or damaged), ascending; empty where the folder does not exist."""
     root = pathlib.Path(folder)
@@ -151,21 +166,31 @@ def _load(folder: pathlib.Path, specs: list[LeafSpec], abstract_state: Tree) -> 
     wanted, targets = _described(abstract_state)
     _check_same(folder, specs, wanted)
     raw = [jax.eval_shape(jax.random.key_data, leaf) if spec.key_impl else leaf for spec, leaf in zip(specs, targets)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), _read(folder, specs, targets, raw))
+
+
+def _read(folder: pathlib.Path, specs: list[LeafSpec], targets: list[Any], raw: list[Any]) -> list[Any]:
+    """The leaves as their targets are. raw: the targets with keys as their data."""
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize if spec.packed else 0 for spec, leaf in zip(specs, raw)]
     abstract = {_name(index): _abstract(targets[index]) for index, spec in enumerate(specs) if not spec.packed}
     abstract[_PACKED] = np.empty(1 + sum(sizes), np.uint8)
     with _context():
         loaded = v1.load(folder.resolve() / _STATE, abstract)
     begins = itertools.accumulate(sizes, initial=1)
-    leaves = []
+    found = []
     for index, (spec, size, begin) in enumerate(zip(specs, sizes, begins)):
         if spec.packed:
             values = loaded[_PACKED][begin : begin + size].tobytes()
             array = np.frombuffer(values, raw[index].dtype).reshape(raw[index].shape)
-            leaves.append(_placed(array, spec.key_impl, targets[index]))
+            found.append(_placed(array, spec.key_impl, targets[index]))
         else:
-            leaves.append(loaded[_name(index)])
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+            found.append(loaded[_name(index)])
+    return found
+
+
+def _dtype(spec: LeafSpec) -> np.dtype:
+    """The dtype of a leaf that is no key."""
+    return jnp.dtype(spec.dtype)
 
 
 def _check_same(folder: pathlib.Path, stored: list[LeafSpec], wanted: list[LeafSpec]) -> None:

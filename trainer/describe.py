@@ -14,6 +14,7 @@ import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
 from trainer import telemetry
 from trainer.config.policies import UNQUANTIZED_BITS, build_format
+from trainer.methods.attention import ATTENTION_ROLES
 from trainer.precision import ROLES, Source
 from trainer.stored import BLOCKWISE
 
@@ -72,8 +73,8 @@ def precision_columns(precision: PrecisionSpec) -> dict:
     held = precision.data_dtype or precision.dot_dtype
     for role in ROLES:
         columns |= _role_columns(role, getattr(precision, role).first, held, source)
-    kv = precision.data_dtype or "float32"
-    columns |= {"kv_format": kv, "kv_bits": _bits(kv)}
+    for role in ATTENTION_ROLES:
+        columns |= _role_columns(role, getattr(precision, role), precision.data_dtype or "float32", source)
     for part, dtype in precision.state.items():
         rounding = precision.master_rounding if part == "master_weights" else precision.adam_rounding
         columns |= {f"{part}_format": dtype, f"{part}_bits": _bits(dtype), f"{part}_rounding": None if dtype == "float32" else rounding or "nearest_even"}
@@ -136,7 +137,8 @@ def record(member, dataset, layout: str, losses_W: np.ndarray | None, model) -> 
 def narrows(precision: PrecisionSpec) -> bool:
     """Whether forward and backward pass compute anything in less than float32."""
     quantized = any(quantizes(spec) for role in ROLES for spec in getattr(precision, role).both)
-    return quantized or precision.dot_dtype != "float32" or precision.data_dtype not in (None, "float32") or precision.exemptions is not None
+    return quantized or precision.dot_dtype != "float32" or precision.data_dtype not in (None, "float32") or precision.exemptions is not None or any(
+        getattr(precision, role) is not None for role in ATTENTION_ROLES)
 
 
 def measured(precision: PrecisionSpec, rows: list[dict], probe) -> dict:

@@ -55,7 +55,7 @@ def _forward(rows, x_NK, w_KM, policy, key, site):
     operands, seen = [], []
     for tensor, operand, use in ((x_NK, policy.activations, X_FORWARD), (w_KM, policy.weights, W_FORWARD)):
         seen.append(seen_range(tensor, operand, use, rows))
-        operands.append(narrow(tensor, operand.first, use, key, rows, given_range(operand.first, use.role, site, seen[-1]), policy))
+        operands.append(narrow(tensor, operand.first, use, key, rows, given_range(operand.first, use.role, site, seen[-1]), policy, site.blend))
     return _product(*operands, 1, 0, policy.dot_dtype), operands, seen
 
 
@@ -85,13 +85,13 @@ def _linear_bwd(rows, num_inputs, residuals, g_NM):
 
     def second(saved: Narrow, operand: Operand, use: Use, seen):
         given = given_range(operand.second, use.role, site, seen)
-        return saved if operand.shared else narrow(widened(saved), operand.second, use, key, rows, given, policy)
+        return saved if operand.shared else narrow(widened(saved), operand.second, use, key, rows, given, policy, site.blend)
 
     x = second(saved_x, policy.activations, X_WGRAD, x_seen)
     w = second(saved_w, policy.weights, W_DGRAD, w_seen)
     out = policy.output_gradients
     g_seen = seen_range(g_NM, out, G_DGRAD, rows)
-    g_dgrad = narrow(g_NM, out.first, G_DGRAD, key, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy)
+    g_dgrad = narrow(g_NM, out.first, G_DGRAD, key, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy, site.blend)
     g_wgrad = g_dgrad if out.shared else second(Narrow(g_NM), out, G_WGRAD, g_seen)
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.

@@ -15,6 +15,7 @@ import numpy as np
 from trainer import build, checkpoint, describe
 from trainer.cohort import Program
 from trainer.data import Dataset, batches, validation_windows
+from trainer.fine_tune import take_params
 from trainer.member import Member, link_branches
 from trainer.optimizers import state_bytes
 from trainer.step import Hyper, Probe
@@ -56,8 +57,19 @@ class CohortRun:
     def _host_states(self):
         return jax.tree.map(np.array, jax.device_get(self.states))
 
+    def _start_from(self) -> None:
+        """Members that have `init_from` start with that run's parameters, those that it has; what it lacks (gains, learned scales) is fresh."""
+        if all(m.config.init_from is None for m in self.members):
+            return
+        host = self._host_states()
+        for member in self.members:
+            if member.config.init_from is not None:
+                take_params(host, member.slot, member.config.init_from)
+        self.states = self.program.put(host)
+
     def _restore(self) -> None:
         """Members that have a checkpoint go on from it."""
+        self._start_from()
         if not any(checkpoint.steps(m.folder.checkpoints) for m in self.members):
             for member in self.members:
                 member.restart()

@@ -18,6 +18,7 @@ from jax import lax
 from trainer import ops, scaled_ops, scales
 from trainer.keys import fold_in
 from trainer.linear import linear
+from trainer.methods.attention import attention
 from trainer.operands import ROWS, RowShards, straight_through
 from trainer.precision import PrecisionPolicy, Source, matches
 from trainer.scales import Site
@@ -147,7 +148,9 @@ class Block(nnx.Module):
             return linear(x, getattr(self, name)[...], policy, key, call.rows, site)
 
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
-        h_ND = h_ND + project(own.rotary_attention(qkv, batch, self.num_heads), "attention_out")
+        attended = own.rotary_attention(qkv, batch, self.num_heads) if call.policy.data_dtype is not None else ops.rotary_attention(
+            qkv, batch, self.num_heads, attention(call.policy, call.key, call.rows and call.rows.axis_name))
+        h_ND = h_ND + project(attended, "attention_out")
         gate_up = project(own.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
         return h_ND + project(own.swiglu(gate_up), "down")
 

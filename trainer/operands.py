@@ -58,12 +58,17 @@ class Narrow(NamedTuple):
     inside: jax.Array | None = None
 
 
-def narrow(x, quantizer: Quantizer | None, use: Use, key, rows: RowShards | None, amax, policy: PrecisionPolicy) -> Narrow:
-    """x [A, B] as its quantizer makes it. amax: of the whole tensor, None for the current one."""
+def narrow(x, quantizer: Quantizer | None, use: Use, key, rows: RowShards | None, amax, policy: PrecisionPolicy, blend=None) -> Narrow:
+    """x [A, B] as its quantizer makes it. amax: of the whole tensor, None for the current one. blend: float32, how much of it is
+    quantized, None for all; exactly so at 1."""
     if quantizer is None:
         return Narrow(x)
     if policy.data_dtype is None:
-        return _split(x, quantizer, key, amax, use=use, rows=rows)
+        found = _split(x, quantizer, key, amax, use=use, rows=rows)
+        if blend is None:
+            return found
+        q = widened(found)
+        return Narrow(jnp.where(blend >= 1, q, x + blend * (q - x)), None, found.inside)
     return _split_data(x, quantizer, key, amax, use=use, rows=rows)
 
 

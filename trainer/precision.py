@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import formats
@@ -193,6 +194,28 @@ class Operand:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Ramp:
+    """Quantization that comes in gradually: x + blend (q(x) - x), with a blend of each layer that goes from 0 to 1 over `steps` updates,
+    layer after layer `stagger` updates apart (float32, both). from_output: the last layer begins."""
+
+    steps: jax.Array | np.float32
+    stagger: jax.Array | np.float32
+    from_output: bool = _static(default=True)
+
+    def blend(self, step, num_layers: int) -> jax.Array:
+        """float32 [L] at a step, from 0 to exactly 1."""
+        place = np.arange(num_layers, dtype=np.float32)
+        place = place[::-1] if self.from_output else place
+        begun = jnp.asarray(step).astype(jnp.float32) - place * self.stagger
+        return jnp.clip(begun / jnp.maximum(self.steps, np.float32(1.0)), 0.0, 1.0)
+
+    def length(self, num_layers: int):
+        """Updates until every layer is quantized whole."""
+        return self.steps + self.stagger * (num_layers - 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Exemption:
     """A place and the policy there. where: see `matches`."""
 
@@ -207,7 +230,8 @@ class PrecisionPolicy:
     steps delayed scales remember, and which of their amax counts ("max", "most_recent"). ema_decay: of source "ema". data_dtype: the forward and backward pass run
     under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: formats that the state is
     held in between steps, None for float32, and master_rounding, adam_rounding how it is rounded to them; scaled_state: float16 and
-    bfloat16 as ScaledArrays; optimizer_arithmetic, storage: see `Arithmetic`, `Storage`; all of it in `trainer.stored`. exemptions: places with a policy of their own, the last that
+    bfloat16 as ScaledArrays; optimizer_arithmetic, storage: see `Arithmetic`, `Storage`; all of it in `trainer.stored`. ramp: see `Ramp`. kv, scores, probabilities: of
+    attention (`methods.attention`). exemptions: places with a policy of their own, the last that
     matches counts; the embedding and the head are not quantized unless one says so."""
 
     weights: Operand = Operand()
@@ -226,6 +250,10 @@ class PrecisionPolicy:
     scaled_state: bool = _static(default=True)
     optimizer_arithmetic: str = _static(default="float32")
     storage: str = _static(default="packed")
+    ramp: Ramp | None = None
+    kv: Quantizer | None = None
+    scores: Quantizer | None = None
+    probabilities: Quantizer | None = None
     exemptions: tuple[Exemption, ...] = ()
 
     def __post_init__(self):
@@ -238,7 +266,8 @@ class PrecisionPolicy:
     @property
     def stochastic(self) -> bool:
         """True if anything needs random bits."""
-        own = any(q.stochastic for role in ROLES for q in getattr(self, role).quantizers())
+        attention = (q for q in (self.kv, self.scores, self.probabilities) if q is not None)
+        own = any(q.stochastic for role in ROLES for q in getattr(self, role).quantizers()) or any(q.stochastic for q in attention)
         return own or any(exemption.policy.stochastic for exemption in self.exemptions)
 
     def without_quantizers(self) -> PrecisionPolicy:

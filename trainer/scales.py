@@ -44,12 +44,14 @@ class Site:
 
     remembered: float32, the amax that delayed quantizers go by, or the reach [2] of averaged ones, 0 where nothing has been seen yet.
     expected: float32, the RMS that static quantizers go by and learned scales start from. learned: float32, the learned scales over what
-    they started from. meter: where the layer reports.
+    they started from. blend: float32, how much of a quantized tensor is quantized (`precision.Ramp`); None: all. meter: where the layer
+    reports.
     """
 
     remembered: dict[str, jax.Array] = field(default_factory=dict)
     expected: dict[str, np.float32] = field(default_factory=dict)
     learned: dict[str, jax.Array] = field(default_factory=dict)
+    blend: jax.Array | None = None
     meter: Meter = field(default_factory=Meter)
 
 

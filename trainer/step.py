@@ -176,7 +176,7 @@ def _observe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper
     """`differentiate` for this state; with telemetry where it is due (or is for another member: under vmap all take the same branch)."""
     policy, key = hyper.policy, fold_in(hyper.key, state.step)
     meter = scales.range_meter(policy, _places(structure))
-    sites = scales.Site(scales.remembered(policy, state.histories), meter=meter)
+    sites = scales.Site(scales.remembered(policy, state.histories), blend=_blend(structure, policy, state.step), meter=meter)
     run = partial(differentiate, structure, graphdef, state.params, tokens_BT1, policy, key, data_axis)
     if not structure.telemetry_every:
         return run(sites)
@@ -189,6 +189,14 @@ def _observe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper
     if member_axis is not None:
         due = lax.pmax(due.astype(jnp.int32), member_axis) > 0
     return lax.cond(due, lambda: run(replace(sites, meter=scales.watched(meter, _places(structure)))), unwatched)
+
+
+def _blend(structure: StepStructure, policy: PrecisionPolicy, step):
+    """How much of each layer is quantized at a step, [L, S]; None for all."""
+    if policy.ramp is None:
+        return None
+    num_layers, num_sites = _places(structure)
+    return jnp.broadcast_to(policy.ramp.blend(step, num_layers)[:, None], (num_layers, num_sites))
 
 
 def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None, member_axis=None) -> tuple[State, Metrics]:

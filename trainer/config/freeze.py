@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import typing
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,7 +47,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
     steps = _steps(c, model, batch_tokens)
     return frozen.TrainConfig(
         model=model,
-        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"]),
+        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"], steps),
         optimizer=_optimizer(c["optimizer"]),
         schedule=_schedule(c["schedule"], steps),
         data=_data(c["data"]),
@@ -58,6 +59,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
         eval_sequences=in_range("eval.sequences", c["eval"]["sequences"], 2),
         divergence_margin=in_range("divergence_margin", c["divergence_margin"], 0.0),
         options=_options(c),
+        init_from=_init_from(c["init_from"]),
     )
 
 
@@ -80,7 +82,7 @@ def _model(m: dict) -> frozen.ModelSpec:
     return frozen.ModelSpec(**m)
 
 
-def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str) -> frozen.PrecisionSpec:
+def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, steps: int) -> frozen.PrecisionSpec:
     """tokens: of a micro-batch."""
     from trainer.model import SITES  # the model is above config in everything else
 
@@ -91,6 +93,9 @@ def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str) ->
             raise ValueError(f"precision.exemptions.{place}: {error}") from None
     precision = freeze_precision(p["name"], p, _preset)
     check_blocks(precision, model, tokens)
+    if precision.ramp_steps is not None and (end := precision.ramp_steps + precision.ramp_stagger * (model.num_layers - 1)) > steps:
+        raise ValueError(f"precision.ramp_steps={precision.ramp_steps} with ramp_stagger={precision.ramp_stagger} and {model.num_layers} layers is over after {end} updates, "
+                         f"and the run takes {steps}; accepted: a ramp within it, since a model that is not quantized whole is not the one that is deployed")
     if precision.optimizer_arithmetic is not None and optimizer != "adamw":
         raise ValueError(f"precision.optimizer_arithmetic={precision.optimizer_arithmetic} is of AdamW, and optimizer.name={optimizer}; accepted with it: optimizer=adamw")
     return precision
@@ -107,6 +112,13 @@ def _preset(name: str) -> dict:
     except HydraException:
         raise ValueError(f"no such precision; accepted: {HIGH}, or a name that precision= takes") from None
     return OmegaConf.to_container(composed, resolve=True)
+
+
+def _init_from(path: str | None) -> str | None:
+    """The run folder as given; it must have been trained."""
+    if path is not None and not (Path(path) / "checkpoints").is_dir():
+        raise ValueError(f"init_from={path} has no checkpoints; accepted: the folder of a run (runs_dir/sweep/run_id) that was trained")
+    return path
 
 
 def _non_embedding_params(model: frozen.ModelSpec) -> int:

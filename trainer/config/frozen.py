@@ -92,7 +92,13 @@ class PrecisionSpec:
     storage: str | None = None
     ema_decay: float | None = None
     extra_norm: bool | None = None
+    ramp_steps: int | None = None
+    ramp_stagger: int | None = None
+    ramp_order: str | None = None
     pad: bool | None = None
+    kv: QuantizerSpec | None = None
+    scores: QuantizerSpec | None = None
+    probabilities: QuantizerSpec | None = None
     exemptions: tuple[tuple[str, PrecisionSpec | None], ...] | None = None
 
     @property
@@ -170,6 +176,7 @@ class TrainConfig:
     eval_sequences: int
     divergence_margin: float
     options: Options
+    init_from: str | None = None  # path of the run folder
 
     @property
     def batch_tokens(self) -> int:
@@ -188,12 +195,14 @@ class TrainConfig:
         for precision in precisions:
             del precision["name"]
         whole["data"] = self.data.name
+        if self.init_from is not None:  # whatever folder it lies in: a run is named by what it is
+            whole["init_from"] = self.init_from.rstrip("/").rpartition("/")[2]
         return _without_unset(whole)
 
 
 # Keys that came after runs were made: where they say nothing they are left out, so that those runs keep their identity.
 LATER_KEYS = ("static_rms", "two_level", "history", "history_choice", "data_dtype", *STATE_PARTS, "amax", "amax_at", "pre_scale", "transform",
-              "transform_block", "gradient", "reads", "execution", "pad", "exemptions", "zero_point", "ema_decay", "extra_norm", *STATE_KEYS)
+              "transform_block", "gradient", "reads", "execution", "pad", "exemptions", "zero_point", "ema_decay", "extra_norm", *STATE_KEYS, "ramp_steps", "ramp_stagger", "ramp_order", "init_from", "kv", "scores", "probabilities")
 
 
 def _without_unset(content: dict) -> dict:

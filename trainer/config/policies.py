@@ -8,8 +8,9 @@ import numpy as np
 
 import formats
 from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, QuantizerSpec, RoleSpec
+from trainer.methods.attention import ATTENTION_ROLES
 from trainer.methods.rotation import Kind, Rotation
-from trainer.precision import ROLES, Exemption, Gradient, Operand, PrecisionPolicy, Quantizer, Source
+from trainer.precision import ROLES, Exemption, Gradient, Operand, PrecisionPolicy, Quantizer, Ramp, Source
 
 UNQUANTIZED_BITS = 32  # an integer width that means float32: one program then holds quantized and float32 members
 TRANSFORM_BLOCK = 32  # where nothing else is said, as Quartet has it
@@ -82,6 +83,9 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
         delayed["ema_decay"] = spec.ema_decay
     policy = PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed,
                              data_dtype=spec.data_dtype, **{key: value for key in (*STATE_PARTS, *STATE_KEYS) if (value := getattr(spec, key)) is not None})
+    if spec.ramp_steps is not None:
+        policy = replace(policy, ramp=Ramp(np.float32(spec.ramp_steps), np.float32(spec.ramp_stagger), spec.ramp_order == "output"))
+    policy = replace(policy, **{role: build_quantizer(getattr(spec, role)) for role in ATTENTION_ROLES})
     exemptions = [Exemption(where, policy.without_quantizers() if there is None else build_policy(there)) for where, there in spec.exemptions or ()]
     return replace(policy, exemptions=tuple(exemptions))
 

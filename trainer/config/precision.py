@@ -9,7 +9,7 @@ from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, RoleSpec
 from trainer.config.policies import UNQUANTIZED_BITS, added_parameters, build_format, build_policy, native_dtype, reads_second
 from trainer.config.state import freeze_state
-from trainer.config.quantizers import fits_bfloat16, freeze_role, overridable
+from trainer.config.quantizers import fits_bfloat16, freeze_attention, freeze_role, overridable
 from trainer.precision import GEMMS, ROLES, Source
 
 EXECUTIONS = ("emulated", "native")
@@ -33,10 +33,10 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     choice = one_of("precision.history_choice", precision["history_choice"] or Choice.MAX.value, Choice)
     delayed, averaged = (any(q.source == source.value for q in quantizers) for source in (Source.DELAYED, Source.EMA))
     decay = in_range("precision.ema_decay", EMA_DECAY if precision["ema_decay"] is None else precision["ema_decay"], 0.0, 1.0 - 1e-6, "0 up to, not including, 1")
-    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers), **freeze_state(precision),
+    spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers), **freeze_state(precision), **freeze_attention(precision),
                          ema_decay=decay if averaged else None, extra_norm=precision["extra_norm"] or None,
-                         execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))
-    if precision["bits"] is not None and not any(q.format in ("integer", "midrise") for q in quantizers):
+                         **_ramp(precision, quantizers), execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))
+    if precision["bits"] is not None and not any(q.format in ("integer", "midrise") for q in (*quantizers, *(q for q in freeze_attention(precision).values() if q is not None))):
         raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
                          "like, or precision.weights.format=integer with precision.weights.bits")
     for role, both in zip(ROLES, roles):
@@ -48,6 +48,22 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     except ValueError as error:
         raise ValueError(f"precision={name}: {error}") from None
     return spec
+
+
+def _ramp(precision: dict, quantizers) -> dict:
+    """The keys of gradual quantization, with their defaults, or none."""
+    steps = precision["ramp_steps"]
+    for key in ("ramp_stagger", "ramp_order"):
+        if steps is None and precision[key] is not None:
+            raise ValueError(f"precision.{key}={precision[key]} without precision.ramp_steps; accepted: with it")
+    if steps is None:
+        return {}
+    in_range("precision.ramp_steps", steps, 1, MAX_HISTORY)
+    if precision["data_dtype"] is not None or precision["execution"] == "native" or any(q.transform for q in quantizers):
+        raise ValueError(f"precision.ramp_steps={steps} mixes a tensor with its quantized values, which a transform, native execution and scale propagation do not allow; "
+                         "accepted with it: none of them")
+    stagger = in_range("precision.ramp_stagger", precision["ramp_stagger"] or 0, 0, MAX_HISTORY)
+    return {"ramp_steps": steps, "ramp_stagger": stagger, "ramp_order": one_of("precision.ramp_order", precision["ramp_order"] or "output", ("output", "input"))}
 
 
 def _execution(precision: dict, roles: list[RoleSpec]) -> str | None:

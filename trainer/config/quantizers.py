@@ -8,6 +8,7 @@ from formats.modes import Rounding
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import QuantizerSpec, RoleSpec
 from trainer.config.policies import UNQUANTIZED_BITS, build_format, build_quantizer
+from trainer.methods.attention import ATTENTION_ROLES
 from trainer.methods.rotation import Kind
 from trainer.precision import FROM_ELSEWHERE, GEMMS, Gradient, Source, unmovable
 
@@ -49,6 +50,21 @@ def freeze_role(role: str, keys: dict, shared: dict) -> RoleSpec:
     if reads == "chained" and (first is None or second is None):
         raise ValueError(f"precision.{role}.second=chained quantizes twice, but {role} have no format in {GEMMS[role][0 if first is None else 1]}; accepted: a format for both products")
     return RoleSpec(first, second, reads)
+
+
+def freeze_attention(precision: dict) -> dict[str, QuantizerSpec | None]:
+    """Role of attention -> its quantizer."""
+    found = {}
+    for role in ATTENTION_ROLES:
+        spec = _quantizer(f"precision.{role}", precision[role], {})
+        if spec is not None and (spec.transform or spec.source not in (Source.CURRENT.value, Source.NONE.value) or spec.gradient == Gradient.TRUST.value
+                                 or isinstance(spec.block, tuple)):
+            raise ValueError(f"precision.{role}={spec.format}: attention quantizes the tensors at hand as they are; accepted: source current or none, no transform, "
+                             "gradient straight_through or clipped, block one number")
+        if spec is not None and precision["data_dtype"] is not None:
+            raise ValueError(f"precision.{role}={spec.format} with precision.data_dtype={precision['data_dtype']}: under scale propagation attention has rules of its own; accepted with it: float32")
+        found[role] = spec
+    return found
 
 
 def overridable(fmt: str) -> tuple[str, ...]:

@@ -71,6 +71,9 @@ class PrecisionSchema:
     execution: str = "emulated"  # or native: products of the narrow numbers in a dtype that holds them
     pad: Optional[bool] = None  # dimensions that blocks do not divide: padded (unset: those of at least one block; true: any), or refused (false)
     extra_norm: Optional[bool] = None  # an RMSNorm with a gain of its own before every linear layer of a block
+    ramp_steps: Optional[int] = None  # weights and activations are quantized gradually over that many updates, layer after layer; unset: at once
+    ramp_stagger: Optional[int] = None  # updates from one layer's beginning to the next one's; unset: 0
+    ramp_order: Optional[str] = None  # which layer begins: output (unset), input
     exemptions: Dict[str, str] = field(default_factory=dict)  # place -> precision, or "high": {last2: high, first1.qkv: int8, head: int8}
     data_dtype: Optional[str] = None  # scale propagation: forward and backward pass with data in float16, bfloat16 or float32; unset: off
     master_weights: Optional[str] = None  # kept between steps in this format: float16, bfloat16, float8_e4m3fn, ...; unset: float32
@@ -84,6 +87,9 @@ class PrecisionSchema:
     weights: RoleSchema = field(default_factory=RoleSchema)
     activations: RoleSchema = field(default_factory=RoleSchema)
     output_gradients: RoleSchema = field(default_factory=RoleSchema)
+    kv: GemmSchema = field(default_factory=GemmSchema)  # keys and values of attention, and below what it makes of them
+    scores: GemmSchema = field(default_factory=GemmSchema)
+    probabilities: GemmSchema = field(default_factory=GemmSchema)
 
 
 @dataclass
@@ -154,6 +160,7 @@ class TrainSchema:
     batch_size: int = 16
     seq_len: int = 128
     accumulate: int = 1
+    init_from: Optional[str] = None  # a run folder, whose last checkpoint gives the parameters to start from
     divergence_margin: float = 2.0
     runs_dir: str = "runs"
     sweep: str = "train"
