@@ -11,7 +11,8 @@ from pathlib import Path
 from scaling import page
 from scaling.analysis import Analysis, analyse
 from scaling.files import check_target, write_whole
-from scaling.report_figures import figures
+from scaling.gallery import exhibits, table
+from scaling.report_figures import MIN_EXHIBITS, figures
 from scaling.report_tables import candidate_table, constants_table, gap_table, held_out_table, method_notes, run_table
 from scaling.statistics import columns_of
 from scaling.summary import summary
@@ -78,6 +79,11 @@ def _tables(analysis: Analysis) -> list[str]:
         parts += ["<h2>Held-out predictions</h2>", *held_out_table(scored, analysis)]
     if analysis.gaps or analysis.noise:
         parts += ["<h2>Seed noise and matched gaps</h2>", *gap_table(analysis)]
+    shown = exhibits(analysis.runs, analysis.relation)
+    if len(shown) >= MIN_EXHIBITS:
+        parts += ["<h2>Gallery of precisions</h2>", table(shown, analysis.reference), page.paragraph(
+            "Gradient cosine and magnitude: of one batch's gradients against those in float32 at the end of a run; EDQ (effective descent quality, Collage) and "
+            "updates lost: over the last quarter of the logged steps; means over the runs of a precision.", "note")]
     listing = run_table(analysis)
     num_runs = len(analysis.whole)
     parts += ["<h2>Runs</h2>", listing if num_runs <= MAX_LISTED else page.details(f"All {num_runs} runs", listing)]

@@ -13,6 +13,7 @@ from scaling.statistics import columns_of, paired_gaps
 from scaling.summary import noise_level
 from scaling.table import curves, telemetry
 
+MIN_EXHIBITS = 2  # precisions beside the reference that make a gallery
 MAX_MAPS = 3  # runs whose telemetry is drawn
 TELEMETRY_ROLES = ("weights", "activations", "output_gradients")
 MAX_COLUMNS = 200  # steps in a heat map
@@ -31,6 +32,7 @@ def figures(analysis: Analysis, source) -> list[str]:
     with plots.style():
         if analysis.runs:
             _of_losses(analysis, add, plots)
+            _of_precisions(analysis, add)
         _of_training(analysis, source, add, plots)
         _of_telemetry(analysis, source, add, plots)
     return ["<h2>Figures</h2>", *made] if made else [page.paragraph("No run has finished with a finite loss: there is nothing to draw.")]
@@ -82,6 +84,20 @@ def _of_losses(analysis: Analysis, add, plots) -> None:
         add("Fit against data", plots.fit_against_data([run for run in runs if run.run_id in predicted], predicted, held), "Fit against data.",
             "Left: observed against predicted loss, with the line of equality. Right: relative residuals against compute, where a trend "
             f"means that the law is wrong.{hollow}")
+
+
+def _of_precisions(analysis: Analysis, add) -> None:
+    """The gallery, where enough precisions stand beside a reference."""
+    from scaling import gallery
+
+    shown = gallery.exhibits(analysis.runs, analysis.relation)
+    if len(shown) < MIN_EXHIBITS:
+        return
+    noise = None if analysis.noise is None else analysis.noise.sd * 2**0.5
+    add("Gallery of precisions", gallery.figure(shown, noise), "Gallery of precisions.",
+        f"Left: loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, mean over the pairs with its 95% interval"
+        + ("; grey: the standard deviation of such a difference between seeds alone. " if noise else ". ")
+        + "Middle: time per token of the emulation. Right: what weights and optimizer state take; gradients and activations come on top.")
 
 
 def _of_training(analysis: Analysis, source, add, plots) -> None:

@@ -152,17 +152,25 @@ def _sweep_names(folders) -> list[str]:
 
 
 def _sweep_lines(name: str, extra_dir: str | None) -> list[list[str]]:
-    """The `runs` of configs/sweep/NAME.yaml: a line is a product of overrides, as on the command line; the sweep is their union."""
+    """The `runs` of configs/sweep/NAME.yaml: a line is a product of overrides, as on the command line, after those of `common`; a later
+    override of a key takes the place of an earlier one. The sweep is their union."""
     folders = [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
     for folder in folders:
         path = folder / "sweep" / f"{name}.yaml"
         if path.exists():
             content = OmegaConf.to_container(OmegaConf.load(path))
-            lines = content["runs"] if isinstance(content, dict) and set(content) == {"runs"} else None
-            if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-                raise ValueError(f"{path} must hold `runs:` with a list of lines such as 'model=10k,25k seed=0,1', and nothing else")
-            return [_words(path, line) for line in lines]
+            content = content if isinstance(content, dict) and set(content) <= {"runs", "common"} else {}
+            lines, common = content.get("runs"), content.get("common", "")
+            if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in (*lines, common)):
+                raise ValueError(f"{path} must hold `runs:` with a list of lines such as 'model=10k,25k seed=0,1', maybe `common:` with overrides of all of them, and nothing else")
+            return [_over(_words(path, common), _words(path, line)) for line in lines]
     raise ValueError(f"sweep={name} is not known; accepted: {', '.join(_sweep_names(folders))}, or overrides with several values")
+
+
+def _over(overrides: list[str], later: list[str]) -> list[str]:
+    """All of them, of a key that is in both the later one."""
+    keys = {override.partition("=")[0] for override in later}
+    return [override for override in overrides if override.partition("=")[0] not in keys] + later
 
 
 def _words(path: Path, line: str) -> list[str]:
@@ -184,15 +192,13 @@ def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[l
             name = value
         else:
             own.append(override)
-    keys = {line.partition("=")[0] for line in own}
     lines = [[]] if name is None else _sweep_lines(name, extra_dir)
     label = f"sweep={name or 'adhoc'}"
     configs = []
     with hydra_ready(extra_dir) as extra:
         composer = Composer(extra)
         for line in lines:
-            kept = [override for override in line if override.partition("=")[0] not in keys]
-            configs += [composer.freeze([label, *combination]) for combination in expand(axes(kept + own))]
+            configs += [composer.freeze([label, *combination]) for combination in expand(axes(_over(line, own)))]
     return configs, launch
 
 
