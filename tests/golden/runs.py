@@ -25,7 +25,7 @@ from trainer.config import NUMERICS_VERSION
 PATH = pathlib.Path(__file__).with_name("losses.json")
 TOLERANCE = 1e-6  # relative
 COMMON = ("model=2k", "model.num_layers=1", "data=synthetic", "data.vocab_size=16", "data.order=1", "data.tokens=20000", "batch_size=8", "seq_len=32",
-          "eval.sequences=16", "schedule.warmup_steps=5", "steps=20", "host_devices=8")  # fmt: skip
+          "eval.sequences=16", "probe=false", "schedule.warmup_steps=5", "steps=20", "host_devices=8")  # fmt: skip
 
 # Between them: every source of numbers that a default run has, and each flag that changes how they are computed.
 RUNS = {

@@ -48,21 +48,21 @@ def test_the_demos_report_is_whole_and_self_contained(tmp_path):
     text, outline = make(tmp_path, diverge=(0,), fail=(5,))
     assert outline.fetched == [] and "script" not in outline.count and not outline.open
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
-    assert outline.count["svg"] == 5 and outline.count["figcaption"] == 5
+    assert outline.count["svg"] == 6 and outline.count["figcaption"] == 6
     assert outline.headings == ["Figures", "Fitted constants: kumar:tied+plain", "Fitted constants: chinchilla:tied", "Held-out predictions",
-                                "Seed noise and matched gaps", "Runs", "How these numbers were made"]
+                                "Seed noise and matched gaps", "Gallery of precisions", "Runs", "How these numbers were made"]
     for part in ("nats/token", "held out", "condition number", "1 run diverged", "1 run failed", "diverged at step 120", "training compute 6ND"):
         assert part in text
     assert text.count("<tr") > 48 + 12
     ids = re.findall(r'\bid="([^"]+)"', text)
-    assert len(ids) == len(set(ids))  # five figures on a page must not share clip paths
+    assert len(ids) == len(set(ids))  # the figures on a page must not share clip paths
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) == set(ids)
 
 
 @pytest.mark.parametrize(("design", "svgs", "parts"), [
     ({"bits": {"int4": 4.0}}, 4, ("every run is int4", "one precision only")),
     ({"bits": {"float32": 32.0}}, 4, ("no quantized run",)),
-    ({"sizes": {"2k": 2_304}}, 4, ("N is 2304 in every fitted row", "nothing is held out")),
+    ({"sizes": {"2k": 2_304}}, 5, ("N is 2304 in every fitted row", "nothing is held out")),
     ({"sizes": {"2k": 2_304}, "budgets": (600_000,), "bits": {"int4": 4.0}}, 3, ("cannot fit",)),
     ({"diverge": tuple(range(48))}, 1, ("48 runs diverged", "no finished run")),
     ({"fail": tuple(range(48))}, 0, ("nothing to draw",)),

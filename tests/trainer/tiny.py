@@ -17,7 +17,7 @@ from trainer.sweep import execute, make_plan
 # Stochastic rounding of the weights: whatever changes a key or an order changes the run.
 TINY = ["model=2k", "model.num_layers=1", "model.d_model=8", "model.num_heads=2", "model.d_ff=12", "data=synthetic", "data.vocab_size=11",
         "data.order=1", "data.tokens=20000", "batch_size=4", "seq_len=8", "eval.sequences=8", "schedule.warmup_steps=2", "precision=int",
-        "precision.weights.rounding=stochastic", "steps_per_dispatch=5", "log_every=1", "checkpoint.every_seconds=1000"]  # fmt: skip
+        "precision.weights.rounding=stochastic", "probe=false", "steps_per_dispatch=5", "log_every=1", "checkpoint.every_seconds=1000"]  # fmt: skip
 
 shared_program = functools.cache(Program)  # in the place of Program: one for each structure and layout, for all tests
 

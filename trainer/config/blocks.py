@@ -5,39 +5,46 @@ from collections.abc import Iterator
 
 from trainer.config.frozen import ModelSpec, PrecisionSpec, QuantizerSpec
 from trainer.config.policies import TRANSFORM_BLOCK, build_format
-from trainer.precision import GEMMS, ROLES, Source
+from trainer.precision import GEMMS, OUTSIDE, ROLES, Source
 
 
-def check_blocks(precision: PrecisionSpec, model: ModelSpec, tokens: int) -> None:
+def check_blocks(precision: PrecisionSpec, model: ModelSpec, tokens: int, vocab_size: int, place: str | None = None) -> None:
     """ValueError, one line, for a block that is larger than its dimension (unless precision.pad is true), or does not divide it (if it is
-    false). tokens: of a micro-batch."""
-    for key, size, dim, length in _lengths(precision, model, tokens):
+    false). tokens: of a micro-batch. place: that of an exemption."""
+    for key, size, dim, length in _lengths(precision, _sides(model, vocab_size, place), tokens, place):
+        key = f"precision.{key}" if place is None else f"precision.exemptions.{place}={precision.name}: {key}"
         if size > length and precision.pad is not True:
             raise ValueError(f"{key}={size} is larger than {dim} = {length}; accepted: at most {length}, a larger model or batch, or precision.pad=true to fill it up with zeros")
         if length % size and precision.pad is False:
             raise ValueError(f"{key}={size} does not divide {dim} = {length} and precision.pad=false; accepted: a divisor of it, or precision.pad=true or null")
-    for _, there in precision.exemptions or ():
+    for where, there in precision.exemptions or ():
         if there is not None:
-            check_blocks(there, model, tokens)
+            check_blocks(there, model, tokens, vocab_size, where)
 
 
-def _lengths(precision: PrecisionSpec, model: ModelSpec, tokens: int) -> Iterator[tuple[str, int, str, int]]:
-    """(key, block size, dimension, its length) for everything that lies in blocks."""
+def _sides(model: ModelSpec, vocab_size: int, place: str | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Name -> length of the inputs and of the outputs of the linear layers at a place."""
     d, f = model.d_model, model.d_ff
-    inputs = {"model.d_model": d, "model.d_ff": f}
-    outputs = {"3 model.d_model": 3 * d, "model.d_model": d, "2 model.d_ff": 2 * f}
+    if place in OUTSIDE:
+        return {"model.d_model": d}, {"the vocabulary": vocab_size}
+    return {"model.d_model": d, "model.d_ff": f}, {"3 model.d_model": 3 * d, "model.d_model": d, "2 model.d_ff": 2 * f}
+
+
+def _lengths(precision: PrecisionSpec, sides, tokens: int, place: str | None) -> Iterator[tuple[str, int, str, int]]:
+    """(key, block size, dimension, its length) for everything that lies in blocks. An embedding reads its weights' forward quantizer alone."""
+    inputs, outputs = sides
     rows = {"tokens of a micro-batch": tokens}
     dims = {"weights": (inputs, outputs), "activations": (rows, inputs), "output_gradients": (rows, outputs)}
     contracted = {"forward": inputs, "dgrad": outputs, "wgrad": rows}
-    for role in ROLES:
-        for gemm, spec in zip(GEMMS[role], getattr(precision, role).both):
+    for role in ROLES if place != "embedding" else ("weights",):
+        for gemm, spec in zip(GEMMS[role] if place != "embedding" else ("forward",), getattr(precision, role).both):
             if spec is None:
                 continue
             along = contracted[gemm]
             across = dims[role][0] if dims[role][1] is along else dims[role][1]
             for what, sizes in _blocks(spec).items():
                 for size, lengths in zip(sizes, (along, across)):
-                    yield from ((f"precision.{role}.{what}", size, dim, length) for dim, length in lengths.items())
+                    yield from ((f"{role}.{what}", size, dim, length) for dim, length in lengths.items())
 
 
 def _blocks(spec: QuantizerSpec) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
     steps = _steps(c, model, batch_tokens)
     return frozen.TrainConfig(
         model=model,
-        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"], steps),
+        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"], steps, c["data"]["vocab_size"]),
         optimizer=_optimizer(c["optimizer"]),
         schedule=_schedule(c["schedule"], steps),
         data=_data(c["data"]),
@@ -82,7 +82,7 @@ def _model(m: dict) -> frozen.ModelSpec:
     return frozen.ModelSpec(**m)
 
 
-def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, steps: int) -> frozen.PrecisionSpec:
+def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, steps: int, vocab_size: int) -> frozen.PrecisionSpec:
     """tokens: of a micro-batch."""
     from trainer.model import SITES  # the model is above config in everything else
 
@@ -92,7 +92,7 @@ def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, st
         except ValueError as error:
             raise ValueError(f"precision.exemptions.{place}: {error}") from None
     precision = freeze_precision(p["name"], p, _preset)
-    check_blocks(precision, model, tokens)
+    check_blocks(precision, model, tokens, vocab_size)
     if precision.ramp_steps is not None and (end := precision.ramp_steps + precision.ramp_stagger * (model.num_layers - 1)) > steps:
         raise ValueError(f"precision.ramp_steps={precision.ramp_steps} with ramp_stagger={precision.ramp_stagger} and {model.num_layers} layers is over after {end} updates, "
                          f"and the run takes {steps}; accepted: a ramp within it, since a model that is not quantized whole is not the one that is deployed")

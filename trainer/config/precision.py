@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import formats
 from formats.delayed import Choice
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, RoleSpec
@@ -13,6 +14,7 @@ from trainer.config.quantizers import fits_bfloat16, freeze_attention, freeze_ro
 from trainer.precision import GEMMS, ROLES, Source
 
 EXECUTIONS = ("emulated", "native")
+NATIVE_KINDS = ("float32", "integers", "float8")
 HIGH = "high"  # an exemption that is not quantized
 DOT_DTYPES = ("float32", "bfloat16")
 DATA_DTYPES = ("float16", "bfloat16", "float32")  # of scale propagation
@@ -70,12 +72,14 @@ def _execution(precision: dict, roles: list[RoleSpec]) -> str | None:
     """"native" if both operands of every product that is quantized can be multiplied in a dtype of their own; None for emulated."""
     if one_of("precision.execution", precision["execution"], EXECUTIONS) == "emulated":
         return None
+    if not any(spec for role in roles for spec in role.both):
+        raise ValueError(f"precision.execution=native in precision={precision['name']}, where nothing is quantized; accepted: emulated")
     by_role = dict(zip(ROLES, roles))
     for gemm in ("forward", "dgrad", "wgrad"):
         kinds = {role: _native_kind(by_role[role], GEMMS[role].index(gemm)) for role in ROLES if gemm in GEMMS[role]}
-        if len(set(kinds.values())) > 1 or "nothing" in kinds.values():
+        if len(set(kinds.values())) > 1 or kinds.get("weights", kinds.get("activations")) not in NATIVE_KINDS:
             found = " and ".join(f"{role} in {kind}" for role, kind in kinds.items())
-            raise ValueError(f"precision.execution=native: {gemm} would multiply {found}; accepted: integers of at most 8 bits, or float8_e4m3fn and float8_e5m2, "
+            raise ValueError(f"precision.execution=native: {gemm} multiplies {found}; accepted: integers of at most 8 bits, or float8_e4m3fn and float8_e5m2, "
                              "for both, with scales constant along the contraction (granularity tensor, or channel and token with second=fresh); or execution=emulated")
     if precision["data_dtype"] is not None:
         raise ValueError(f"precision.execution=native with precision.data_dtype={precision['data_dtype']}: scale propagation is emulated; accepted with it: emulated")
@@ -83,7 +87,7 @@ def _execution(precision: dict, roles: list[RoleSpec]) -> str | None:
 
 
 def _native_kind(role: RoleSpec, place: int) -> str:
-    """What an operand of a product could be multiplied in: "float32" (not quantized), "integers", "float8", or "nothing"."""
+    """What an operand of a product can be multiplied in, one of NATIVE_KINDS ("float32" is not quantized), or what it is."""
     spec = role.both[place]
     if spec is None:
         return "float32"
@@ -91,7 +95,8 @@ def _native_kind(role: RoleSpec, place: int) -> str:
     shared = place == 1 and reads_second(role) == "shared"
     constant = spec.source == Source.NONE.value or spec.granularity in (None, "tensor") or (spec.granularity in ("channel", "token") and not shared)
     if dtype is None or not constant or (spec.source != Source.NONE.value and build_format(spec).block is not None):
-        return "nothing"
+        scales = "" if constant else " with scales along the contraction"
+        return f"{formats.describe(build_format(spec))['name']}{scales}"
     return "integers" if dtype == "int8" else "float8"
 
 
@@ -108,7 +113,9 @@ def _exempt(where: str, name: str, precision: dict, preset: Callable[[str], dict
         found = preset(name)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    spec = freeze_precision(name, found | {"data_dtype": precision["data_dtype"]}, preset)
+    spec = freeze_precision(name, found | {"data_dtype": precision["data_dtype"], "pad": precision["pad"]}, preset)
+    if (spec.execution == "native") != (precision["execution"] == "native"):
+        raise ValueError(f"{key} is {spec.execution or 'emulated'} and precision.execution={precision['execution']}; accepted: {HIGH}, or a precision of the same execution")
     if spec.history is not None or spec.ema_decay is not None or added_parameters(spec)["learned"]:
         raise ValueError(f"{key} has delayed, averaged or learned scales, which only a whole model keeps; accepted: {HIGH}, or a precision with current scales")
     if spec.exemptions:
