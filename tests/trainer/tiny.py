@@ -22,7 +22,7 @@ TINY = ["model=2k", "model.num_layers=1", "model.d_model=8", "model.num_heads=2"
 shared_program = functools.cache(Program)  # in the place of Program: one for each structure and layout, for all tests
 
 # Columns that tell of this launch and not of the run.
-OF_THE_LAUNCH = {"wall_s", "tokens_per_s", "mfu", "code_version", "sweep"}
+OF_THE_LAUNCH = {"wall_s", "peak_bytes_per_param", "tokens_per_s", "mfu", "code_version", "sweep"}
 
 
 def launch(runs_dir, *overrides):

@@ -1,0 +1,146 @@
+"""`init_from`: a run that starts from another one's parameters; its identity, what is refused, and that it resumes like any other."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import trainer
+from tests.trainer import conftest, tiny
+from tests.trainer.tiny import OF_THE_LAUNCH, TINY
+from trainer import checkpoint, cohort
+from trainer.cli import sweep_configs
+from trainer.config import run_id
+from trainer.records import RunFolder
+from trainer.sweep import execute, make_plan
+
+BASE = [override for override in TINY if not override.startswith("precision")] + ["probe=false", "host_devices=1", "checkpoint.keep=9"]
+FINE = ["precision=bitnet_finetune", "precision.ramp_steps=4", "schedule=constant"]
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def _train(*overrides) -> tuple[RunFolder, dict]:
+    """(folder, record) of one run."""
+    configs, _ = sweep_configs([*BASE, *overrides])
+    plan = make_plan(configs)
+    execute(plan, quiet=True)
+    (run,) = plan.runs
+    return run.folder, run.folder.record()
+
+
+def _params(folder: RunFolder) -> dict[str, np.ndarray]:
+    return checkpoint.leaves(folder.checkpoints, "params/")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Five steps in float32."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(conftest.plan, "choose_layout", lambda *_: cohort.Layout(1, 1, "map"))
+    patch.setattr(conftest.execute, "Program", tiny.shared_program)
+    folder, record = _train("precision=float32", "steps=5", f"runs_dir={tmp_path_factory.mktemp('source')}")
+    patch.undo()
+    assert record["status"] == "done" and record["steps"] == 5
+    return folder
+
+
+def _without_launch(folder: RunFolder):
+    rows = [{name: value for name, value in row.items() if name != "wall_s"} for row in folder.metrics()]
+    record = {name: value for name, value in folder.record().items() if name not in OF_THE_LAUNCH}
+    return record, rows, {name: leaf.tobytes() for name, leaf in checkpoint.leaves(folder.checkpoints, "").items()}
+
+
+def test_parameters_arrive_unchanged(tmp_path, source):
+    """With a learning rate of 0 they stay what they were; the gains that the source lacks are 1. The source's files are not touched."""
+    before = {path: path.read_bytes() for path in source.path.rglob("*") if path.is_file()}
+    folder, record = _train(*FINE, "steps=5", "optimizer.lr=0", f"init_from={source.path}", f"runs_dir={tmp_path}")
+    assert record["status"] == "done"
+    found, expected = _params(folder), _params(source)
+    assert found.keys() - expected.keys() == {f"layers/extra_norms/{name}_norm" for name in ("qkv", "attention_out", "gate_up", "down")}
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, expected.get(name, np.ones_like(leaf)))
+    assert before == {path: path.read_bytes() for path in source.path.rglob("*") if path.is_file()}
+
+
+def test_a_fine_tuned_run_resumes_like_any_other(tmp_path, source):
+    """Stopped within its ramp (what came after the checkpoint is gone) and started again: the bits of a run that was never stopped."""
+    overrides = (*FINE, "steps=5", "checkpoint.every_steps=2", "steps_per_dispatch=2", f"init_from={source.path}")
+    whole, _ = _train(*overrides, f"runs_dir={tmp_path / 'whole'}")
+    stopped = RunFolder(tmp_path / "stopped" / "adhoc" / whole.path.name)
+    shutil.copytree(whole.path, stopped.path)
+    (stopped.path / "record.json").unlink()
+    for step in checkpoint.steps(stopped.checkpoints):
+        if step > 2:
+            shutil.rmtree(stopped.checkpoints / str(step))
+    assert checkpoint.steps(stopped.checkpoints) == [2]
+    again, record = _train(*overrides, f"runs_dir={tmp_path / 'stopped'}")
+    assert again.path == stopped.path and record["status"] == "done"
+    assert _without_launch(again) == _without_launch(whole)
+    assert np.any(_params(whole)["embedding"] != _params(source)["embedding"])
+
+
+# --- identity -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _id(*overrides):
+    return run_id(trainer.config(*BASE, *FINE, "steps=5", *overrides), "data")
+
+
+def test_identity_is_that_of_the_source_run_and_not_its_path(tmp_path, source):
+    """The same run elsewhere, by another way of writing its path: the same identity. Another run, or none: another one."""
+    copy = tmp_path / "moved" / source.path.name
+    shutil.copytree(source.path, copy)
+    other = tmp_path / "0123456789abcdef"
+    shutil.copytree(source.path, other)
+    mine = _id(f"init_from={source.path}")
+    assert mine == _id(f"init_from={copy}") == _id(f"init_from={copy}/")
+    assert len({mine, _id(f"init_from={other}"), _id()}) == 3
+    identity = json.dumps(trainer.config(*BASE, *FINE, "steps=5", f"init_from={source.path}").identity())
+    assert source.path.name in identity and str(source.path.parent) not in identity
+
+
+def test_identity_does_not_depend_on_the_working_directory(source, monkeypatch):
+    """`init_from=.` inside of the source's folder is the source."""
+    mine = _id(f"init_from={source.path}")
+    monkeypatch.chdir(source.path)
+    assert _id("init_from=.") == mine
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------------------------
+
+
+def _error(tmp_path, *overrides) -> str:
+    """The one line of a run that cannot begin: at configuration, or when its parameters are read."""
+    try:
+        folder, record = _train("steps=5", f"runs_dir={tmp_path / 'runs'}", *overrides)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    assert record["status"] == "failed"
+    return (folder.path / "error.txt").read_text().strip().splitlines()[-1]
+
+
+def test_a_missing_source_is_refused(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        assert f"init_from={path} has no checkpoints; accepted: the folder of a run" in _error(tmp_path, *FINE, f"init_from={path}")
+
+
+def test_a_damaged_source_is_refused(tmp_path, source):
+    """Every checkpoint of it is damaged."""
+    copy = tmp_path / source.path.name
+    shutil.copytree(source.path, copy)
+    for path in (copy / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+    assert f"init_from={copy} has no whole checkpoint" in _error(tmp_path, *FINE, f"init_from={copy}")
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["model.d_ff=14"], ["layers/down float32[1, 12, 8]", "float32[1, 14, 8]"]),
+    (["precision.master_weights=bfloat16", "precision.scaled_state=false"], ["float32[11, 8]", "bfloat16[11, 8]"]),
+])  # fmt: skip
+def test_a_source_of_another_shape_or_format_is_refused(tmp_path, source, overrides, words):
+    line = _error(tmp_path, *FINE, *overrides, f"init_from={source.path}")
+    assert all(word in line for word in [f"init_from={source.path} has", "accepted: a run of the same model", *words]), line
