@@ -14,7 +14,7 @@ from jax import lax
 
 from formats import bits as fb
 from formats.layout import View
-from formats.rounding import round_to
+from formats.plain import nearest
 
 
 class Amax(enum.Enum):
@@ -105,11 +105,8 @@ def _gaussian_clip(structure, leaves) -> float:
     """Of an element in parts that can be hashed: the search takes a third of a second."""
     element = jax.tree.unflatten(structure, [np.frombuffer(data, dtype).reshape(shape)[()] for dtype, shape, data in leaves])
     normal = statistics.NormalDist()
-    x_S = jnp.asarray([normal.inv_cdf((i + 0.5) / _SAMPLES) for i in range(_SAMPLES)], jnp.float32)
+    x_S = np.array([normal.inv_cdf((i + 0.5) / _SAMPLES) for i in range(_SAMPLES)])
     multiples_C = np.exp2(np.arange(-2.0, 3.0, 2e-3)).astype(np.float32)
-
-    def error(multiple):
-        scale = multiple / element.max_value
-        return jnp.mean((round_to(x_S / scale, element) * scale - x_S) ** 2)
-
-    return float(multiples_C[np.argmin(jax.jit(lambda c: lax.map(error, c))(multiples_C))])
+    scales_C = multiples_C.astype(np.float64) / float(element.max_value)
+    errors_C = [np.mean((nearest(x_S / scale, element) * scale - x_S) ** 2) for scale in scales_C]
+    return float(multiples_C[int(np.argmin(errors_C))])

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 from hydra import compose
@@ -259,3 +261,19 @@ def test_the_demo_identifies_its_law():
         bits, steps = {b for b, _ in designs}, {s for _, s in designs}
         assert bits >= {3, 4, 6, 32} and len(steps) >= 3 and len(designs) == len(bits) * len(steps), name
     assert len({trunk_id(c, DIGEST) for c in configs}) * 3 == len(configs)
+
+
+def test_composing_starts_no_backend():
+    """JAX keeps the devices that it starts with: no preset may start it before the run says how many it wants."""
+    script = """
+from jax._src import xla_bridge
+from trainer.config import Composer, hydra_ready
+from trainer.config.compose import config_dir
+with hydra_ready() as extra:
+    composer = Composer(extra)
+    for path in sorted((config_dir() / "precision").glob("*.yaml")):
+        if path.stem != "schema":
+            composer.freeze([f"precision={path.stem}", "steps=2000", "precision.pad=true"])
+            assert not xla_bridge.backends_are_initialized(), path.stem
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=config_dir().parent)
