@@ -44,22 +44,23 @@ def magnitude(v, view: View, statistic: Amax, parameter, squared_error, reduce_m
     parameter: p, or the multiple. squared_error(amax): the squared errors of v quantized by that amax, used by mse. reduce_max,
     reduce_mean: see `blocks.split`. ValueError for a statistic that is neither a maximum nor made of means.
     """
+    if reduce_max is not None and statistic is not Amax.CURRENT and (reduce_mean is None or statistic in (Amax.PERCENTILE, Amax.MSE)):
+        raise ValueError(f"amax={statistic.value!r} cannot be taken over values that several devices hold; amax='current' can, and with reduce_mean rms, std and absmean")
+    if statistic in (Amax.RMS, Amax.STD, Amax.ABSMEAN):  # sums that a NaN or an infinity makes NaN or infinite
+        return _typical(v, view, statistic, parameter, reduce_mean or (lambda mean: mean))
     amax = view.amax(v)
-    if reduce_max is not None:
-        if statistic is not Amax.CURRENT and (reduce_mean is None or statistic in (Amax.PERCENTILE, Amax.MSE)):
-            raise ValueError(f"amax={statistic.value!r} cannot be taken over values that several devices hold; amax='current' can, and with reduce_mean rms, std and absmean")
-        amax = reduce_max(amax)
+    amax = amax if reduce_max is None else reduce_max(amax)
     if statistic is Amax.CURRENT:
         return amax
     if statistic is Amax.MSE:
         found = _least_error(v, view, amax, squared_error)
     else:
-        found = _typical(v, view, statistic, parameter, reduce_mean or (lambda mean: mean))
+        found = _typical(v, view, statistic, parameter, None)
     return jnp.where(jnp.isfinite(amax), found, amax)
 
 
 def _typical(v, view: View, statistic: Amax, parameter, whole):
-    """whole: makes means of equal parts the mean of all."""
+    """whole: makes means of equal parts the mean of all; unused by percentiles."""
     if view.blocks is None:
         inside, number = np.bool_(True), np.float32(v.size / max(1, math.prod(view.scales_shape)))
     else:  # a last block may be filled up

@@ -185,7 +185,7 @@ def test_qwix_multiplies_what_we_multiply():
         assert counts["qwix int8"] == {"int8 x int8 -> int32": products} == counts["ours int8 native"]
         assert counts["qwix e4m3"] == {"float8_e4m3fn x float8_e4m3fn -> float32": products}
         weights, x = qwix_products.linears_data(one_layer)
-        x = x[:256]
+        x = x[:2]
         made = qwix_products.products()
         grads = {name: jax.jit(jax.grad(lambda w, p=made[name]: qwix_products.linears_loss(w, x, p)))(weights)
                  for name in ("float32", "ours int8", "qwix int8")}

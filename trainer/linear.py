@@ -41,8 +41,12 @@ def _product(a: Narrow, b: Narrow, contract_a: int, contract_b: int, dot_dtype):
     if not native:
         a_values, b_values = a_values.astype(dot_dtype), b_values.astype(dot_dtype)
     total = jnp.int32 if native and jnp.issubdtype(a_values.dtype, jnp.integer) else jnp.float32
-    out = lax.dot_general(a_values, b_values, (((contract_a,), (contract_b,)), ((), ())), precision=lax.Precision.HIGHEST,
-                          preferred_element_type=total).astype(jnp.float32)
+    contracted = ((contract_a,), (contract_b,))
+    if total is jnp.int32 and contract_a == contract_b == 0 and a_values.shape[0] % 2 == 0:
+        # XLA:CPU takes four times as long over columns of int8 that lie in one dimension (2048 x 128 by 704: 10.8 ms against 2.6).
+        a_values, b_values = (v.reshape(2, -1, v.shape[1]) for v in (a_values, b_values))
+        contracted = ((0, 1), (0, 1))
+    out = lax.dot_general(a_values, b_values, (contracted, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=total).astype(jnp.float32)
     if a_scale is not None and b_scale is not None:
         return out * (a_scale.reshape(-1, 1) * b_scale.reshape(1, -1))
     if a_scale is not None:

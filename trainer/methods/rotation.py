@@ -49,17 +49,17 @@ class Rotation:
         return -(-size // self.block) * self.block
 
 
-def _parts(rotation: Rotation, key):
-    """(matrix R without signs, signs before it, signs after it), float32."""
+def _matrix(rotation: Rotation, key):
+    """R, float32 [block, block]."""
     size = rotation.block
     if rotation.kind is Kind.RANDOM_ORTHOGONAL:
         words = jnp.stack(noise.key_words(key))
-        return jax.random.orthogonal(jax.random.wrap_key_data(words, impl="threefry2x32"), size).astype(jnp.float32), None, None
+        return jax.random.orthogonal(jax.random.wrap_key_data(words, impl="threefry2x32"), size).astype(jnp.float32)
     matrix = hadamard(size).astype(np.float32) * np.float32(size**-0.5)
     if not rotation.random:
-        return matrix, None, None
+        return matrix
     signs = jnp.where(noise.random_bits(key, (size,)) >> 31 == 0, jnp.float32(1.0), jnp.float32(-1.0))
-    return (matrix, signs, None) if rotation.kind is Kind.RANDOM_HADAMARD else (matrix, None, signs)
+    return signs[:, None] * matrix if rotation.kind is Kind.RANDOM_HADAMARD else matrix * signs[None, :]
 
 
 def rotate(x: jax.Array, rotation: Rotation, dim: int, key=None) -> jax.Array:
@@ -67,29 +67,20 @@ def rotate(x: jax.Array, rotation: Rotation, dim: int, key=None) -> jax.Array:
     missing = rotation.padded(x.shape[dim]) - x.shape[dim]
     if missing:
         x = jnp.pad(x, [(0, missing if d == dim else 0) for d in range(2)])
-    matrix, before, after = _parts(rotation, key)
-    return _times(x, matrix, before, after, dim)
+    return _times(x, _matrix(rotation, key), dim)
 
 
 def rotate_back(x: jax.Array, rotation: Rotation, dim: int, size: int, key=None) -> jax.Array:
     """The inverse of `rotate`, for the same key: `dim` has its own `size` again."""
-    matrix, before, after = _parts(rotation, key)
-    return lax.slice_in_dim(_times(x, matrix.T, after, before, dim), 0, size, axis=dim)
+    return lax.slice_in_dim(_times(x, _matrix(rotation, key).T, dim), 0, size, axis=dim)
 
 
-def _times(x, matrix, before, after, dim: int):
+def _times(x, matrix, dim: int):
     """Every block of `dim` times matrix. Blocks along rows as a batch of products: three to four copies of x on a CPU, where transposing
     would be fifteen."""
     block = matrix.shape[0]
-
-    def signed(y, signs):
-        return y if signs is None else y * jnp.expand_dims(jnp.tile(signs, x.shape[dim] // block), 1 - dim)
-
-    x = signed(x, before)
     if dim == 1:
-        y = lax.dot(x.reshape(-1, block), matrix, precision=lax.Precision.HIGHEST).reshape(x.shape)
-    else:
-        blocks = x.reshape(-1, block, x.shape[1])
-        left = jnp.broadcast_to(matrix.T, (blocks.shape[0], block, block))
-        y = lax.dot_general(left, blocks, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST).reshape(x.shape)
-    return signed(y, after)
+        return lax.dot(x.reshape(-1, block), matrix, precision=lax.Precision.HIGHEST).reshape(x.shape)
+    blocks = x.reshape(-1, block, x.shape[1])
+    left = jnp.broadcast_to(matrix.T, (blocks.shape[0], block, block))
+    return lax.dot_general(left, blocks, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST).reshape(x.shape)
