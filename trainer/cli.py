@@ -104,8 +104,7 @@ def _report(plan: Plan, outcome) -> int:
     for run_ in plan.runs if len(plan.runs) <= 8 else ():
         record = run_.folder.record()
         if record["status"] == "failed":
-            reason = (run_.folder.path / "error.txt").read_text().strip().splitlines()[-1]
-            print(f"{run_.run_id} failed: {reason}", file=sys.stderr)
+            print(f"{run_.run_id} failed: {_reason((run_.folder.path / 'error.txt').read_text())}", file=sys.stderr)
         elif record["status"] == "diverged":
             print(f"{run_.run_id} diverged at step {record['diverged_step']}; {run_.folder.path}")
         else:
@@ -120,6 +119,12 @@ def _report(plan: Plan, outcome) -> int:
                                                 f"and checkpoints, {outcome.compile_seconds:.0f} for {outcome.compiles} compiles")
         print(f"{len(plan.runs)} runs done, {plan.num_done} of them before{spent}; {plan.root}")
     return 0
+
+
+def _reason(traceback: str) -> str:
+    """The line of a traceback that names the error: JAX adds some of its own below it."""
+    lines = traceback.strip().splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), lines[-1])
 
 
 def _multirun(argv: list[str]) -> int:

@@ -116,9 +116,8 @@ def _learned_gradients(tensors, saved, gradients, policy: PrecisionPolicy, site:
         if use.role in site.learned:
             quantizer, x = getattr(policy, use.role).first, tensors[index]
             num_features = x.shape[1] if use.role == "activations" else x.size
-            step = learned_step(quantizer, use.role, site)
-            slope = lsq.step_gradient(gradients[index], x, saved[index].values.astype(jnp.float32), step, quantizer.element, num_features)
-            found[use.role] = slope * step / site.learned[use.role]
+            step, slope = learned_step(quantizer, use.role, site)
+            found[use.role] = slope * lsq.step_gradient(gradients[index], x, saved[index].values.astype(jnp.float32), step, quantizer.element, num_features)
     return found
 
 

@@ -58,13 +58,14 @@ class CohortRun:
         return jax.tree.map(np.array, jax.device_get(self.states))
 
     def _start_from(self) -> None:
-        """Members that have `init_from` start with that run's parameters, those that it has; what it lacks (gains, learned scales) is fresh."""
-        if all(m.config.init_from is None for m in self.members):
+        """Members that have `init_from`, and no checkpoint of their own, start with that run's parameters, those that it has; what it lacks
+        (gains, learned scales) is fresh."""
+        beginners = [m for m in self.members if m.config.init_from is not None and not checkpoint.steps(m.folder.checkpoints)]
+        if not beginners:
             return
         host = self._host_states()
-        for member in self.members:
-            if member.config.init_from is not None:
-                take_params(host, member.slot, member.config.init_from)
+        for member in beginners:
+            take_params(host, member.slot, member.config.init_from)
         self.states = self.program.put(host)
 
     def _restore(self) -> None:

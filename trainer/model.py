@@ -25,6 +25,7 @@ from trainer.scales import Site
 
 HEAD_SALT, EMBEDDING_SALT = 0x48454144, 0x454D4244  # random bits outside the layers, whose salts count from 0
 SITES = ("qkv", "attention_out", "gate_up", "down")  # the linear layers of a block, in the order of the forward pass
+ATTENTION = "attention"  # the place of what an exemption says of keys, values, scores and probabilities
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,9 @@ class Block(nnx.Module):
             return linear(x, getattr(self, name)[...], policy, key, call.rows, site)
 
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
+        here = call.policy.at(layer, self.num_layers, ATTENTION)
         attended = own.rotary_attention(qkv, batch, self.num_heads) if call.policy.data_dtype is not None else ops.rotary_attention(
-            qkv, batch, self.num_heads, attention(call.policy, call.key, call.rows and call.rows.axis_name))
+            qkv, batch, self.num_heads, attention(here, call.key, call.rows and call.rows.axis_name))
         h_ND = h_ND + project(attended, "attention_out")
         gate_up = project(own.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
         return h_ND + project(own.swiglu(gate_up), "down")
@@ -217,7 +219,7 @@ def alike(policy: PrecisionPolicy, num_layers: int) -> list[tuple[int, int]]:
     """[start, stop) of the runs of layers that no exemption tells apart."""
 
     def named(layer):
-        return [[matches(exemption.where, layer, num_layers, site) for exemption in policy.exemptions] for site in SITES]
+        return [[matches(exemption.where, layer, num_layers, site) for exemption in policy.exemptions] for site in (*SITES, ATTENTION)]
 
     starts = [layer for layer in range(num_layers) if layer == 0 or named(layer) != named(layer - 1)]
     return list(zip(starts, [*starts[1:], num_layers]))

@@ -51,7 +51,7 @@ ROWS = Use("weights", 1, 0)  # a table of rows, of which each is read as a whole
 
 class Narrow(NamedTuple):
     """values [A, B]: numbers of the element, float32 or the quantizer's native dtype; scale: what multiplies them, broadcasting against
-    them, None for 1; inside: bool [A, B], where the gradient passes, None for everywhere."""
+    them, None for 1; inside: bool [A, B], where the gradient passes, or float32, how much of it, None for everywhere."""
 
     values: jax.Array
     scale: jax.Array | None = None
@@ -67,8 +67,11 @@ def narrow(x, quantizer: Quantizer | None, use: Use, key, rows: RowShards | None
         found = _split(x, quantizer, key, amax, use=use, rows=rows)
         if blend is None:
             return found
-        q = widened(found)
-        return Narrow(jnp.where(blend >= 1, q, x + blend * (q - x)), None, found.inside)
+        # At 1 the narrow numbers and their scale, below it the blend: both ends are exact.
+        whole, q = blend >= 1, widened(found)
+        scale = None if found.scale is None else jnp.where(whole, found.scale, 1.0)
+        inside = None if found.inside is None else 1 - blend * (1 - found.inside.astype(jnp.float32))
+        return Narrow(jnp.where(whole, found.values, x + blend * (q - x)), scale, inside)
     return _split_data(x, quantizer, key, amax, use=use, rows=rows)
 
 
@@ -103,7 +106,7 @@ def _split(x, quantizer: Quantizer, key, amax, *, use: Use, rows: RowShards | No
     elif amax is None and rows is not None and _crosses_rows(fmt, use.contract):
         reduce_max, reduce_mean = (partial(over, axis_name=rows.axis_name) for over in (lax.pmax, lax.pmean))
     values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, reduce_mean=reduce_mean, amax=amax)
-    inside = _inside(x, values, scale, quantizer)
+    inside = where_inside(x, values, scale, quantizer)
     if quantizer.native is not None:
         values = values.astype(quantizer.native)
     return Narrow(values, scale if isinstance(fmt, formats.Scaled) else None, inside)
@@ -123,8 +126,8 @@ def _oriented(fmt, contract: int):
     return replace(fmt, axis=(contract, 1 - contract) if isinstance(fmt.block, tuple) else contract)
 
 
-def _inside(x, values, scale, quantizer: Quantizer):
-    """Where the gradient passes, by the values that were rounded."""
+def where_inside(x, values, scale, quantizer: Quantizer):
+    """Where the gradient passes, by the x that was rounded to values * scale: bool like x, None for everywhere."""
     match Gradient(quantizer.gradient):
         case Gradient.CLIPPED:
             low, high = (jnp.asarray(limit, jnp.float32) * (scale * telemetry.SLACK) for limit in quantizer.element.limits)
@@ -180,13 +183,17 @@ def to_tensor(gradient, operand: Operand, inside, use: Use, size: int, rotated: 
     """
     turn = None if operand.first is None else operand.first.transform
     if turn is None or (inside is None and not rotated):
-        return gradient if inside is None else jnp.where(inside, gradient, 0)
+        return _masked(gradient, inside)
     key = fold_in(key, ROTATION)
     if not rotated:
         gradient = rotation.rotate(gradient, turn, use.contract, key)
-    if inside is not None:
-        gradient = jnp.where(inside, gradient, 0)
-    return rotation.rotate_back(gradient, turn, use.contract, size, key)
+    return rotation.rotate_back(_masked(gradient, inside), turn, use.contract, size, key)
+
+
+def _masked(gradient, inside):
+    if inside is None:
+        return gradient
+    return jnp.where(inside, gradient, 0) if inside.dtype == bool else gradient * inside
 
 
 def seen_range(x, operand: Operand, use: Use, rows: RowShards | None):
@@ -214,15 +221,17 @@ def given_range(quantizer: Quantizer | None, role: str, site: Site, current):
         case Source.STATIC:
             return scales.static_amax(quantizer, site.expected.get(role))
         case Source.LEARNED:
-            return learned_step(quantizer, role, site) * quantizer.element.max_value
+            return learned_step(quantizer, role, site)[0] * quantizer.element.max_value
         case Source.PROPAGATED if quantizer.format.block is None or quantizer.format.two_level:
             return scales.static_amax(quantizer, np.float32(1.0))  # of the data
     return None
 
 
 def learned_step(quantizer: Quantizer, role: str, site: Site):
-    """float32: the learned scale of a role; not let below a millionth of what it started from, where gradients would push it to zero."""
-    return jnp.maximum(site.learned[role], np.float32(2.0**-20)) * lsq.initial_step(site.expected[role], quantizer.element.max_value)
+    """float32: the learned scale of a role, and its derivative by the parameter. It is not let below a millionth of what it started from,
+    where gradients would push it to zero."""
+    least, initial = np.float32(2.0**-20), lsq.initial_step(site.expected[role], quantizer.element.max_value)
+    return jnp.maximum(site.learned[role], least) * initial, jnp.where(site.learned[role] >= least, initial, 0.0)
 
 
 def statistics(tensor, found: Narrow, quantizer: Quantizer | None, use: Use, key, policy: PrecisionPolicy):

@@ -13,7 +13,7 @@ import optax
 import formats
 from formats import QArray
 from trainer.keys import fold_in
-from trainer.optimizers import OPTIMIZERS, DescentQuality, blockwise8, collage_adamw, descent_quality, low_precision_moments, low_precision_params, round_params
+from trainer.optimizers import OPTIMIZERS, DescentQuality, blockwise8, collage_adamw, descent_quality, low_precision_moments, low_precision_params, round_bfloat16, round_params
 from trainer.precision import Arithmetic, PrecisionPolicy, Storage
 from trainer.propagation import is_scaled, unscaled
 from trainer.scaled_state import STACKED, scaled_moments, with_scales
@@ -50,10 +50,11 @@ def held_params(params, policy: PrecisionPolicy):
     """float32 parameters, as the optimizer left them, in the form that the state holds."""
     if policy.master_weights is not None and _as_scaled(policy.master_weights, policy.master_rounding, policy):
         return with_scales(params, policy.master_weights)
-    if policy.storage != Storage.PACKED.value:
+    packed = policy.storage == Storage.PACKED.value
+    if policy.optimizer_arithmetic != Arithmetic.FLOAT32.value:  # on bfloat16 already, but for those that training starts with
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if packed else round_bfloat16(x), params)
+    if not packed:
         return params
-    if policy.optimizer_arithmetic != Arithmetic.FLOAT32.value:
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     if not _rounds_params(policy):
         return params
     format_of = _format_of(policy)

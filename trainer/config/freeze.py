@@ -84,11 +84,11 @@ def _model(m: dict) -> frozen.ModelSpec:
 
 def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, steps: int, vocab_size: int) -> frozen.PrecisionSpec:
     """tokens: of a micro-batch."""
-    from trainer.model import SITES  # the model is above config in everything else
+    from trainer.model import ATTENTION, SITES  # the model is above config in everything else
 
     for place in p["exemptions"]:
         try:
-            check_place(place, model.num_layers, SITES)
+            check_place(place, model.num_layers, (*SITES, ATTENTION))
         except ValueError as error:
             raise ValueError(f"precision.exemptions.{place}: {error}") from None
     precision = freeze_precision(p["name"], p, _preset)
@@ -115,10 +115,14 @@ def _preset(name: str) -> dict:
 
 
 def _init_from(path: str | None) -> str | None:
-    """The run folder as given; it must have been trained."""
-    if path is not None and not (Path(path) / "checkpoints").is_dir():
-        raise ValueError(f"init_from={path} has no checkpoints; accepted: the folder of a run (runs_dir/sweep/run_id) that was trained")
-    return path
+    """The run folder by its own name; the run must be over, so that one name means one set of parameters."""
+    if path is None:
+        return None
+    folder = Path(path).resolve()
+    for part in ("checkpoints", "record.json"):
+        if not (folder / part).exists():
+            raise ValueError(f"init_from={path} has no {part}; accepted: the folder of a run (runs_dir/sweep/run_id) that was trained to its end")
+    return str(folder)
 
 
 def _non_embedding_params(model: frozen.ModelSpec) -> int:

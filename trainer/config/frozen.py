@@ -196,7 +196,7 @@ class TrainConfig:
             del precision["name"]
         whole["data"] = self.data.name
         if self.init_from is not None:  # whatever folder it lies in: a run is named by what it is
-            whole["init_from"] = self.init_from.rstrip("/").rpartition("/")[2]
+            whole["init_from"] = self.init_from.rpartition("/")[2]
         return _without_unset(whole)
 
 

@@ -11,7 +11,7 @@ from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, RoleSp
 from trainer.config.policies import UNQUANTIZED_BITS, added_parameters, build_format, build_policy, native_dtype, reads_second
 from trainer.config.state import freeze_state
 from trainer.config.quantizers import fits_bfloat16, freeze_attention, freeze_role, overridable
-from trainer.precision import GEMMS, ROLES, Source
+from trainer.precision import GEMMS, OUTSIDE, ROLES, Source
 
 EXECUTIONS = ("emulated", "native")
 NATIVE_KINDS = ("float32", "integers", "float8")
@@ -61,6 +61,11 @@ def _ramp(precision: dict, quantizers) -> dict:
     if steps is None:
         return {}
     in_range("precision.ramp_steps", steps, 1, MAX_HISTORY)
+    attention = [q for q in freeze_attention(precision).values() if q is not None]
+    outside = [place for place, name in precision["exemptions"].items() if place in OUTSIDE and name != HIGH]
+    if not quantizers or attention or outside or any(q.source == Source.LEARNED.value for q in quantizers):
+        raise ValueError(f"precision.ramp_steps={steps} is of the linear layers of blocks: it needs one that is quantized, and nothing else may be that it does not reach (attention, "
+                         "embedding, head), nor learned scales; accepted: without them")
     if precision["data_dtype"] is not None or precision["execution"] == "native" or any(q.transform for q in quantizers):
         raise ValueError(f"precision.ramp_steps={steps} mixes a tensor with its quantized values, which a transform, native execution and scale propagation do not allow; "
                          "accepted with it: none of them")
@@ -118,8 +123,9 @@ def _exempt(where: str, name: str, precision: dict, preset: Callable[[str], dict
         raise ValueError(f"{key} is {spec.execution or 'emulated'} and precision.execution={precision['execution']}; accepted: {HIGH}, or a precision of the same execution")
     if spec.history is not None or spec.ema_decay is not None or added_parameters(spec)["learned"]:
         raise ValueError(f"{key} has delayed, averaged or learned scales, which only a whole model keeps; accepted: {HIGH}, or a precision with current scales")
-    if spec.exemptions:
-        raise ValueError(f"{key} has exemptions of its own; accepted: {HIGH}, or a precision without them")
+    for what, has in (("exemptions", spec.exemptions), ("extra_norm", spec.extra_norm), ("ramp_steps", spec.ramp_steps)):
+        if has:
+            raise ValueError(f"{key} has {what}, which only a whole model has; accepted: {HIGH}, or a precision without")
     if where == "embedding" and spec.weights.first is not None and spec.weights.first.transform is not None:
         raise ValueError(f"{key} rotates both operands of a product, and an embedding has one; accepted: {HIGH}, or a precision whose weights have no transform")
     return replace(spec, **{key: None for key in (*STATE_PARTS, *STATE_KEYS)})

@@ -49,6 +49,10 @@ def freeze_role(role: str, keys: dict, shared: dict) -> RoleSpec:
         raise ValueError(f"precision.{role}.second=shared: its two products are quantized differently; accepted: fresh, chained, or the same keys for both")
     if reads == "chained" and (first is None or second is None):
         raise ValueError(f"precision.{role}.second=chained quantizes twice, but {role} have no format in {GEMMS[role][0 if first is None else 1]}; accepted: a format for both products")
+    if any(q is not None and q.source == Source.LEARNED.value for q in specs) and (role == "output_gradients" or reads not in (None, "shared") or (
+            first is None or replace(first, gradient=None) != second)):
+        raise ValueError(f"precision.{role}.source=learned: a learned step is that of weights or activations in both of their products; accepted: with the same keys for "
+                         "both, second=shared or null, in weights and activations")
     return RoleSpec(first, second, reads)
 
 

@@ -33,6 +33,8 @@ def _rounding(key: str, precision: dict, parts: tuple[str, ...], formats_of: dic
         return {}
     if not any(part in formats_of for part in parts):
         raise ValueError(f"precision.{key}={rounding}, but {' and '.join(parts)} stay in float32; accepted: with precision.{parts[0]}=bfloat16 or another format")
+    if BLOCKWISE in (formats_of.get(part) for part in parts) and rounding != Rounding.STOCHASTIC.value:
+        raise ValueError(f"precision.{key}={rounding} with {BLOCKWISE}; accepted with it: {Rounding.NEAREST_EVEN.value}, {Rounding.STOCHASTIC.value}")
     return {key: rounding}
 
 

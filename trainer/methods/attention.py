@@ -20,6 +20,7 @@ from formats import Granularity, noise
 from formats.gradients import pass_inside, pass_through
 from trainer import ops
 from trainer.keys import fold_in
+from trainer.operands import where_inside
 
 ATTENTION_ROLES = ("kv", "scores", "probabilities")
 KEYS, VALUES, SCORES, PROBABILITIES = 0x10, 0x11, 0x12, 0x13  # salts of random bits; those of products count from 0
@@ -60,7 +61,5 @@ def _quantized(x, quantizer, salt: int, axes: tuple[int, int], key, axis_name):
         reduce_max = partial(lax.pmax, axis_name=axis_name)
     values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max)
     y = values * scale
-    if quantizer.gradient == "straight_through":
-        return pass_through(x, y)
-    low, high = (jnp.asarray(limit, jnp.float32) * scale for limit in quantizer.element.limits)
-    return pass_inside(x, y, (x >= low) & (x <= high))
+    inside = where_inside(x, values, scale, quantizer)
+    return pass_through(x, y) if inside is None else pass_inside(x, y, inside)

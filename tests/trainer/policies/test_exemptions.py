@@ -99,3 +99,15 @@ def test_embedding_and_head():
 
 def test_later_exemptions_win():
     assert _loss("int3", "precision.exemptions={last2: high, layer0: int3}") == _loss("float32", "precision.exemptions={layer0: int3}")
+
+
+def test_attention_follows_the_place_of_its_block():
+    """A place without a site is the block with its attention; "attention" alone leaves the linear layers as they are."""
+    int3 = ("precision.kv.format=integer", "precision.kv.bits=3", "precision.kv.granularity=token")
+    kept = _loss("float32", *int3, "precision.exemptions={last1: high}")
+    assert kept == _loss("float32", *int3, "precision.exemptions={last1.attention: high}")
+    everywhere, nowhere = _loss("float32", *int3), _loss("float32")
+    assert len({kept, everywhere, nowhere}) == 3
+    assert _loss("float32", *int3, "precision.exemptions={attention: high}") == nowhere
+    first = _loss("float32", "precision.exemptions={layer0.attention: kv}")
+    assert first not in (nowhere, everywhere) and first == _loss("kv", "precision.exemptions={layer1.attention: high}")

@@ -16,7 +16,7 @@ from trainer.config import run_id
 from trainer.records import RunFolder
 from trainer.sweep import execute, make_plan
 
-BASE = [override for override in TINY if not override.startswith("precision")] + ["probe=false", "host_devices=1", "checkpoint.keep=9"]
+BASE = [override for override in TINY if not override.startswith(("precision", "probe"))] + ["probe=false", "host_devices=1", "checkpoint.keep=9"]
 FINE = ["precision=bitnet_finetune", "precision.ramp_steps=4", "schedule=constant"]
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -64,6 +64,7 @@ def test_parameters_arrive_unchanged(tmp_path, source):
     assert before == {path: path.read_bytes() for path in source.path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_resumes_like_any_other(tmp_path, source):
     """Stopped within its ramp (what came after the checkpoint is gone) and started again: the bits of a run that was never stopped."""
     overrides = (*FINE, "steps=5", "checkpoint.every_steps=2", "steps_per_dispatch=2", f"init_from={source.path}")
@@ -139,7 +140,8 @@ def test_a_damaged_source_is_refused(tmp_path, source):
 
 @pytest.mark.parametrize("overrides, words", [
     (["model.d_ff=14"], ["layers/down float32[1, 12, 8]", "float32[1, 14, 8]"]),
-    (["precision.master_weights=bfloat16", "precision.scaled_state=false"], ["float32[11, 8]", "bfloat16[11, 8]"]),
+    pytest.param(["precision.master_weights=bfloat16", "precision.scaled_state=false"],
+                 ["float32[11, 8]", "bfloat16[11, 8]"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_source_of_another_shape_or_format_is_refused(tmp_path, source, overrides, words):
     line = _error(tmp_path, *FINE, *overrides, f"init_from={source.path}")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.trainer.policies import networks
 from tests.trainer.policies.networks import RATE, SEEDS, errors
-from tests.trainer.policies.numpy_integers import MAX_1960, quest, rows, rowwise, tensor8
+from tests.trainer.policies.numpy_integers import MAX_1960, quest, rowwise, tensor8
 from tests.trainer.policies.numpy_policies import layer
 from trainer.linear import linear
 

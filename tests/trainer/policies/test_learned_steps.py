@@ -143,7 +143,8 @@ def test_range_averages_equal_a_plain_loop():
     what the layers report, of the first one also what numpy finds."""
     policy = trainer.policy("int8_fake_quant", "precision.ema_decay=0.9")
     numbers = OptimizerNumbers(*(np.float32(x) for x in (0.03, 0.9, 0.95, 1e-8, 0.1, 1.0)))
-    hyper = step.Hyper(numbers, ScheduleNumbers(np.int32(100), np.int32(0), np.int32(20), np.float32(0.0)), policy, np.zeros(2, np.uint32), np.float32(2.0))
+    schedule = ScheduleNumbers(np.int32(100), np.int32(0), np.int32(20), np.float32(0.0))
+    hyper = step.Hyper(numbers, schedule, policy, np.zeros(2, np.uint32), np.float32(2.0))
     graphdef = decoder.blueprint(MODEL)[0]
 
     @partial(jax.jit, compiler_options=CHEAP)

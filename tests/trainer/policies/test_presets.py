@@ -38,7 +38,8 @@ def test_a_preset_composes_freezes_and_builds(name, composer):
 
 # Name -> (overrides, what the line names: key and value, and what is accepted).
 REFUSED = {
-    "rounding without a format": (["float32", "precision.master_rounding=stochastic"], "precision.master_rounding=stochastic", "master_weights=bfloat16"),
+    "rounding without a format": (["float32", "precision.master_rounding=stochastic"],
+                                  "precision.master_rounding=stochastic", "master_weights=bfloat16"),
     "adam rounding without a format": (["float32", "precision.adam_rounding=stochastic"], "precision.adam_rounding=stochastic", "adam_m=bfloat16"),
     "unknown master": (["float32", "precision.master_weights=nosuch"], "precision.master_weights=nosuch", "bfloat16"),
     "unknown moment": (["float32", "precision.adam_v=nosuch"], "precision.adam_v=nosuch", "blockwise8"),
@@ -48,7 +49,8 @@ REFUSED = {
     "rounding that blockwise8 lacks": (["adam8bit", "precision.adam_rounding=toward_zero"], "precision.adam_rounding=toward_zero", "nearest_even"),
     "unknown arithmetic": (["float32", "precision.optimizer_arithmetic=nosuch"], "precision.optimizer_arithmetic=nosuch", "collage_light"),
     "unknown storage": (["float32", "precision.storage=nosuch"], "precision.storage=nosuch", "emulated"),
-    "arithmetic with moments": (["collage_light", "precision.adam_m=float8_e4m3fn"], "precision.adam_m=float8_e4m3fn", "optimizer_arithmetic=collage_light", "null"),
+    "arithmetic with moments": (["collage_light", "precision.adam_m=float8_e4m3fn"], "precision.adam_m=float8_e4m3fn",
+                                "optimizer_arithmetic=collage_light", "null"),
     "kv under scale propagation": (["kv", "precision.data_dtype=float16"], "precision.kv=integer", "data_dtype=float16", "float32"),
     "kv with a transform": (["kv", "precision.kv.transform=hadamard"], "precision.kv", "no transform"),
     "kv delayed": (["kv", "precision.kv.granularity=tensor", "precision.kv.source=delayed"], "precision.kv", "source current or none"),
@@ -58,8 +60,10 @@ REFUSED = {
     "stagger without ramp": (["bitnet", "precision.ramp_stagger=10"], "precision.ramp_stagger=10", "ramp_steps"),
     "unknown order": (["bitnet_finetune", "precision.ramp_order=sideways"], "precision.ramp_order=sideways", "output, input"),
     "zero point and clipped": (["int8_fake_quant", "precision.activations.gradient=clipped"], "precision.activations", "zero_point=True", "trust"),
-    "learned channels": (["lsq", "precision.weights.granularity=channel"], "precision.weights.source=learned", "granularity=channel", "granularity=tensor"),
-    "learned gradients": (["lsq", "precision.output_gradients.format=integer", "precision.output_gradients.bits=8", "precision.output_gradients.source=learned"],
+    "learned channels": (["lsq", "precision.weights.granularity=channel"], "precision.weights.source=learned",
+                         "granularity=channel", "granularity=tensor"),
+    "learned gradients": (["lsq", "precision.output_gradients.format=integer", "precision.output_gradients.bits=8",
+                           "precision.output_gradients.source=learned"],
                           "precision.output_gradients", "learned", "accepted"),
     "learned and read afresh": (["lsq", "precision.weights.second=fresh"], "precision.weights", "learned", "accepted"),
     "learned and ramped": (["lsq", "precision.ramp_steps=10"], "precision.ramp_steps=10", "accepted"),
@@ -71,10 +75,8 @@ REFUSED = {
     "learned under scale propagation": (["lsq", "precision.data_dtype=float16"], "source=learned", "data_dtype=float16", "current"),
     "decay of 1": (["int8_fake_quant", "precision.ema_decay=1"], "precision.ema_decay=1.0", "not including, 1"),
     # What an exemption would not do is not taken in silence.
-    "exemption of kv": (["float32", "precision.exemptions={last1: kv}"], "precision.exemptions.last1=kv", "accepted"),
     "exemption with norms": (["float32", "precision.exemptions={last1: bitnet}"], "precision.exemptions.last1=bitnet", "accepted"),
     "exemption with a ramp": (["float32", "precision.exemptions={last1: bitnet_finetune}"], "precision.exemptions.last1=bitnet_finetune", "accepted"),
-    "exemption from kv": (["kv", "precision.exemptions={last1: high}"], "precision.exemptions.last1=high", "accepted"),
     "ramp of kv": (["kv", "precision.ramp_steps=10"], "precision.ramp_steps=10", "accepted"),
 }  # fmt: skip
 

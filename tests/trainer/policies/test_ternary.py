@@ -120,7 +120,8 @@ def test_the_ramp_is_linear_and_staggered(stagger, from_output):
 
 ENDS = {
     "bitnet": ("bitnet",), "int_rowwise": ("int_rowwise",), "int8_fake_quant": ("int8_fake_quant",),
-    "clipped at 2 bits": ("int_rowwise", "precision.bits=2", *(f"precision.{role}.{key}" for role in ("weights", "activations") for key in ("amax=rms", "gradient=clipped"))),
+    "clipped at 2 bits": ("int_rowwise", "precision.bits=2",
+                          *(f"precision.{role}.{key}" for role in ("weights", "activations") for key in ("amax=rms", "gradient=clipped"))),
 }  # fmt: skip
 
 
@@ -148,7 +149,10 @@ def test_a_ramp_blends_the_gradient_of_a_learned_step():
 
     @partial(jax.jit, compiler_options=CHEAP)
     def slopes(x, w, g, learned):
-        return jax.grad(lambda learned: jnp.sum(linear(x, w, which, site=Site(expected=expected_rms, learned=learned, blend=jnp.float32(blend))) * g))(learned)
+        def total(learned):
+            return jnp.sum(linear(x, w, which, site=Site(expected=expected_rms, learned=learned, blend=jnp.float32(blend))) * g)
+
+        return jax.grad(total)(learned)
 
     steps = {role: first_step(rms, bits) for role, rms in expected_rms.items()}
     q_x, q_w = Lsq(x.astype(np.float64), steps["activations"], bits), Lsq(w.astype(np.float64), steps["weights"], bits)
@@ -158,13 +162,15 @@ def test_a_ramp_blends_the_gradient_of_a_learned_step():
         assert float(found[role]) == pytest.approx(blend * slope * steps[role] / np.sqrt(size * largest_code(bits)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_blends_by_its_own_number():
     """Two layers from the output with a stagger of 2: the losses of steps 0 to 5 are those of the blends that the formula gives."""
     model = replace(MODEL, num_layers=2)
     structure = step.StepStructure(model, "adamw", "constant", batch_size=2, seq_len=6)
     which = replace(trainer.policy("bitnet"), ramp=Ramp(np.float32(2), np.float32(2), True))
     numbers = OptimizerNumbers(*(np.float32(x) for x in (0.01, 0.9, 0.95, 1e-8, 0.1, 1.0)))
-    hyper = step.Hyper(numbers, ScheduleNumbers(np.int32(9), np.int32(0), np.int32(2), np.float32(0.0)), which, np.zeros(2, np.uint32), np.float32(9.0))
+    schedule = ScheduleNumbers(np.int32(9), np.int32(0), np.int32(2), np.float32(0.0))
+    hyper = step.Hyper(numbers, schedule, which, np.zeros(2, np.uint32), np.float32(9.0))
     graphdef = decoder.blueprint(model)[0]
     by_hand = decoder.Call(trainer.policy("bitnet"))
 
