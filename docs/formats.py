@@ -80,7 +80,8 @@ def values() -> str:
 
 def _nonnegative(fmt) -> np.ndarray:
     if not isinstance(fmt, Element):
-        return np.asarray([level for level in fmt.levels if level >= 0])
+        levels = fmt.values(np.arange(2 ** int(fmt.bits))) if isinstance(fmt, formats.Midrise) else fmt.levels
+        return np.asarray([level for level in levels if level >= 0])
     grid = np.arange(0, float(fmt.max_value) + 1e-9, 2.0 ** int(fmt.quantum_exp), dtype=np.float32)
     return np.unique(np.asarray(formats.quantize(grid, fmt)))
 

@@ -35,8 +35,9 @@ RUNS = {
     "mxfp4": ("seed=1", "precision=mxfp4", "precision.pad=true", "model.num_layers=2", "model.scan_layers=true", "model.remat=true"),
     "quartet": ("precision=quartet", "precision.pad=true", "precision.exemptions={first1.qkv:high,head:int8}"),
     "state": ("precision=int8_fake_quant", "precision.optimizer_arithmetic=collage_plus", "precision.kv.format=int4", "precision.kv.granularity=token"),
-    "packed": ("precision=lsq", "precision.extra_norm=true", "precision.ramp_steps=8", "precision.master_weights=float8_e4m3fn", "precision.master_rounding=stochastic",
-               "precision.adam_m=blockwise8", "precision.adam_v=blockwise8"),
+    "packed": ("precision=lsq", "precision.master_weights=float8_e4m3fn", "precision.master_rounding=stochastic", "precision.adam_m=blockwise8",
+               "precision.adam_v=blockwise8"),
+    "gradual": ("precision=bitnet_finetune", "precision.ramp_steps=8", "precision.ramp_stagger=2", "model.num_layers=2"),
     "scaled": ("precision=fp8_scaled_fp16_state", "accumulate=2", "schedule=cosine"),
     "stochastic": ("precision=int4", "precision.weights.rounding=stochastic", "precision.activations.rounding=stochastic", "schedule=constant"),
 }  # fmt: skip

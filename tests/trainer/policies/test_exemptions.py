@@ -101,6 +101,7 @@ def test_later_exemptions_win():
     assert _loss("int3", "precision.exemptions={last2: high, layer0: int3}") == _loss("float32", "precision.exemptions={layer0: int3}")
 
 
+@pytest.mark.slow
 def test_attention_follows_the_place_of_its_block():
     """A place without a site is the block with its attention; "attention" alone leaves the linear layers as they are."""
     int3 = ("precision.kv.format=integer", "precision.kv.bits=3", "precision.kv.granularity=token")

@@ -17,6 +17,7 @@ from trainer.data import validation_windows
 from trainer.precision import ROLES, PrecisionPolicy
 from trainer.sweep import make_plan
 
+pytestmark = pytest.mark.slow
 BASE = [override for override in TINY if not override.startswith(("precision", "probe"))]
 BITS = (2, 8, 32)
 DID = ("edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude",

@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "exemption with exemptions": (
         ["fp8", "precision.exemptions={last1: nvfp4_recipe}"],
-        "precision.exemptions.last1=nvfp4_recipe", "of its own", "high",
+        "precision.exemptions.last1=nvfp4_recipe", "has exemptions", "high",
     ),
     "rotated embedding": (
         ["fp8", "precision.exemptions={embedding: quartet}"],
