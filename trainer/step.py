@@ -215,8 +215,9 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
     optimizer = _optimizer(structure, params, hyper, lr)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 counts with our float32 numbers
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
-    held = stored.held_params(jax.tree.map(jnp.add, params, updates), hyper.policy)
-    quality = stored.quality(opt_state, updates, params, stored.wide(held))
+    new = jax.tree.map(jnp.add, params, updates)
+    held = stored.held_params(new, hyper.policy)
+    quality = stored.quality(opt_state, params, new, held, state.step)
     opt_state = stored.held_moments(opt_state, hyper.policy)
 
     def keep(new, old):
