@@ -87,7 +87,7 @@ def figure(shown: Sequence[Exhibit], noise: float | None) -> Figure:
     sizes.barh(rows, weights, color="#4c8c6b", height=0.62, label="weights")
     sizes.barh(rows, moments, left=weights, color="#b7d3c2", height=0.62, label="optimizer")
     sizes.set_xlabel("bytes per parameter")
-    sizes.legend(loc="lower right")
+    sizes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1)
     for axis in (costs, sizes):
         axis.tick_params(labelleft=False)
     return made

@@ -97,7 +97,7 @@ def _of_precisions(analysis: Analysis, add) -> None:
     add("Gallery of precisions", gallery.figure(shown, noise), "Gallery of precisions.",
         f"Left: loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, mean over the pairs with its 95% interval"
         + ("; grey: the standard deviation of such a difference between seeds alone. " if noise else ". ")
-        + "Middle: time per token of the emulation. Right: what weights and optimizer state take; gradients and activations come on top.")
+        + "Middle: time per token as the runs were trained, whatever else ran beside them. Right: what weights and optimizer state take; gradients and activations come on top.")
 
 
 def _of_training(analysis: Analysis, source, add, plots) -> None:
