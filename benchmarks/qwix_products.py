@@ -52,22 +52,9 @@ def products() -> dict:
 
 def decoder(config, product) -> timing.Program:
     """Training steps of the plain decoder."""
-    import jax
-    import jax.numpy as jnp
+    from benchmarks import train_step
 
-    from benchmarks import our_step, plain_decoder
-    from trainer.model import init_params
-
-    init, steps = plain_decoder.train_step(config, scan=False, product=product)
-    state = init(init_params(config, jax.random.key(0)))
-    tokens = jnp.asarray(our_step.tokens(shape=(our_step.STEPS, our_step.BATCH, our_step.SEQ_LEN + 1)), jnp.int32)
-
-    def update() -> None:
-        nonlocal state
-        state, losses = steps(state, tokens)
-        jax.block_until_ready((state, losses))
-
-    return timing.Program(update, units=our_step.STEPS)
+    return train_step.plain(config, scan=False, product=product)
 
 
 def linears_loss(layers, x_BTD, product):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import operator
 import sys
 
 from benchmarks import timing
@@ -36,20 +37,21 @@ def jax_programs(width: int, devices: int, kinds: tuple[str, ...]) -> dict:
         "float32": lambda: our_step.program(config, our_step.FLOAT32),
         "quantized": lambda: our_step.program(config, our_step.QUANTIZED),
         "cohort": lambda: our_step.program(config, our_step.FLOAT32, COHORT),
-        "scan": lambda: _plain(config, scan=True),
-        "unrolled": lambda: _plain(config, scan=False),
+        "scan": lambda: plain(config, scan=True),
+        "unrolled": lambda: plain(config, scan=False),
     }
     return {kind: makers[kind]() for kind in kinds}
 
 
-def _plain(config, scan: bool):
+def plain(config, scan: bool, product=operator.matmul) -> timing.Program:
+    """Training steps of the plain decoder; product: of its linear layers."""
     import jax
     import jax.numpy as jnp
 
     from benchmarks import our_step, plain_decoder
     from trainer.model import init_params
 
-    init, steps = plain_decoder.train_step(config, scan)
+    init, steps = plain_decoder.train_step(config, scan=scan, product=product)
     state = init(init_params(config, jax.random.key(0)))
     tokens = jnp.asarray(our_step.tokens(shape=(our_step.STEPS, our_step.BATCH, our_step.SEQ_LEN + 1)), jnp.int32)
 

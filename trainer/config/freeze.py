@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 import typing
 from pathlib import Path
 
