@@ -10,6 +10,8 @@ each multiply. The key words are themselves mixed first, so that keys 0, 1, 2 ..
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,24 +27,38 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
-def key_words(key):
-    """Two uint32 scalars, well mixed, from a typed PRNG key or a raw uint32 key of shape [2] (any word count)."""
+class Words(NamedTuple):
+    """A key, mixed: what random bits are drawn with. Two uint32 scalars; arrays, for as many keys."""
+
+    first: jax.Array
+    second: jax.Array
+
+
+def key_words(key) -> Words:
+    """The words, well mixed, of a typed PRNG key or a raw uint32 key of shape [2] (any word count); Words pass through."""
+    if isinstance(key, Words):
+        return key
     key = jnp.asarray(key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     if key.dtype != jnp.uint32 or key.ndim != 1:
         raise ValueError(f"key must be one PRNG key or a uint32[2] array, got {key.dtype}{list(key.shape)}")
+    return mixed(*key)
+
+
+def mixed(*words) -> Words:
+    """The words of a key, uint32, or of many side by side: the operations do not grow with their number."""
     a, b = jnp.uint32(0x9E3779B9), jnp.uint32(0xBB67AE85)
-    for word in range(key.shape[0]):
-        a = _mix(a ^ key[word])
+    for word in words:
+        a = _mix(a ^ word)
         b = _mix(b + a)
-    return a, b
+    return Words(a, b)
 
 
 def random_bits(key, shape, offset=0, *, start=None, global_shape=None):
     """uint32 array of `shape`: uniform random bits that depend on key and global element index only.
 
-    key: typed PRNG key, or uint32[2]. offset: global row-major index of the first element (int or traced uint32/int32
+    key: typed PRNG key, uint32[2], or Words. offset: global row-major index of the first element (int or traced uint32/int32
     scalar), or an integer array of `shape` with every element's index. For a shard that is not contiguous give, instead,
     start (global index of its corner, one per dimension, may be traced) and global_shape. Indices count modulo 2**32.
     """

@@ -172,6 +172,7 @@ def test_policies_say_where_qwix_is_missing(monkeypatch):
     assert "not installed" in policies.against_qwix(TINY, rounds=1, repeats=1)["skipped"]
 
 
+@pytest.mark.slow
 def test_qwix_multiplies_what_we_multiply():
     """Three narrow products a linear layer, and gradients near those in float32 (qwix moves the scales of tokens onto the output gradients before
     it rounds them, which costs it accuracy: 0.11 here, ours 0.024)."""
@@ -236,5 +237,5 @@ def test_policies_prints_ratios_with_goals():
 def test_demo_overhead_accounts_for_every_second():
     command = [sys.executable, "-m", "benchmarks.demo_overhead", "--fraction", "0.01"]
     printed = json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout)
-    assert printed["compiles"] == 3 * printed["programs"]
+    assert printed["compiles"] == 4 * printed["programs"]  # init, run, evaluate, probe
     assert all(seconds >= 0.0 for seconds in printed["measured"]["seconds"].values())

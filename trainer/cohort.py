@@ -9,6 +9,7 @@ Shapes: M members, S steps per dispatch, B batch, T time, W validation windows.
 """
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -83,6 +84,15 @@ def _spread(array: np.ndarray, dim: int, groups: int, devices: int) -> np.ndarra
     return np.swapaxes(cut, dim, dim + 1).reshape(shape)
 
 
+def _row(array, slot: int) -> np.ndarray:
+    """array[slot] on the host, from the device that holds it."""
+    for shard in array.addressable_shards:
+        start, stop, _ = shard.index[0].indices(len(array))
+        if start <= slot < stop:
+            return np.asarray(shard.data)[slot - start]
+    raise ValueError(f"slot {slot} of {len(array)} lies on another process")
+
+
 class Program:
     """The compiled functions of one structure in one layout. `compiles` counts them, `compile_seconds` adds their time."""
 
@@ -108,11 +118,13 @@ class Program:
         return partial(lax.map, lambda args: function(*args)) if self.layout.inner == "map" else lambda args: jax.vmap(function, axis_name=INNER)(*args)
 
     def _call(self, name, function, in_specs, out_specs, args, donate=()):
+        return self._compiled(name, jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), args, donate)
+
+    def _compiled(self, name, function, args, donate=()):
         signature = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
         if signature not in self._cache:
             began = time.perf_counter()
-            mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-            self._cache[signature] = jax.jit(mapped, donate_argnums=donate).lower(*args).compile()
+            self._cache[signature] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
             self.compiles += 1
             self.compile_seconds += time.perf_counter() - began
         return self._cache[signature](*args)
@@ -153,21 +165,13 @@ class Program:
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
         return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
 
-    def probe(self, states, hyper, windows_WT1, wanted_M) -> steps.Probe:
-        """`step.probe` of the wanted (bool) members on these windows, each leaf [M]; NaN for the others."""
-
-        def local(states, hyper, windows, wanted):
-            def measure(state, hyper):
-                return steps.probe(self.structure, self.graphdef, state, windows.astype(jnp.int32), hyper, self._data_axis)
-
-            def member(state, hyper, wanted):
-                nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure, state, hyper))
-                return lax.cond(wanted, measure, lambda *_: nothing, state, hyper)
-
-            return self._each(member)((states, hyper, wanted))
-
-        specs = (P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
-        return self._call("probe", local, specs, P(MEMBER), (states, hyper, windows_WT1, wanted_M))
+    def probe(self, states, hyper, windows_BT1, slot: int) -> steps.Probe:
+        """`step.probe` of the member in that slot. It runs once, so it is made to compile fast: on one device (dividing a program over
+        several is half of its compilation) and with the layers scanned."""
+        state, hyper = jax.device_put(jax.tree.map(lambda x: _row(x, slot), (states, hyper)), jax.devices()[0])
+        graphdef, _ = decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))
+        measure = partial(steps.probe, self.structure, graphdef)
+        return self._compiled("probe", measure, (state, jnp.asarray(windows_BT1, jnp.int32), hyper))
 
     def evaluate(self, states, hyper, windows_WT1, wanted_M):
         """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""

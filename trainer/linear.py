@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from trainer.keys import streams
 from trainer.methods import lsq
-from trainer.operands import Narrow, RowShards, Use, given_range, learned_step, narrow, seen_range, statistics, to_tensor, widened
+from trainer.operands import STREAMS, Narrow, RowShards, Use, given_range, learned_step, narrow, seen_range, statistics, to_tensor, widened
 from trainer.precision import Operand, PrecisionPolicy, Source
 from trainer.scales import Meter, Site
 
@@ -54,58 +55,58 @@ def _product(a: Narrow, b: Narrow, contract_a: int, contract_b: int, dot_dtype):
     return out if b_scale is None else out * b_scale.reshape(1, -1)
 
 
-def _forward(rows, x_NK, w_KM, policy, key, site):
+def _forward(rows, x_NK, w_KM, policy, streams, site):
     """y, and of x and w each: the narrow operand, and the range of the tensor if it is wanted."""
     operands, seen = [], []
     for tensor, operand, use in ((x_NK, policy.activations, X_FORWARD), (w_KM, policy.weights, W_FORWARD)):
         seen.append(seen_range(tensor, operand, use, rows))
-        operands.append(narrow(tensor, operand.first, use, key, rows, given_range(operand.first, use.role, site, seen[-1]), policy, site.blend))
+        operands.append(narrow(tensor, operand.first, use, streams, rows, given_range(operand.first, use.role, site, seen[-1]), policy, site.blend))
     return _product(*operands, 1, 0, policy.dot_dtype), operands, seen
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear(rows, num_inputs, x_NK, w_KM, policy, key, learned, site, meter):
+def _linear(rows, num_inputs, x_NK, w_KM, policy, streams, learned, site, meter):
     del num_inputs, meter  # the backward needs them: K, and what the layer saw is the meter's cotangent
-    return _forward(rows, x_NK, w_KM, policy, key, replace(site, learned=learned))[0]
+    return _forward(rows, x_NK, w_KM, policy, streams, replace(site, learned=learned))[0]
 
 
-def _linear_fwd(rows, num_inputs, x_NK, w_KM, policy, key, learned, site, meter):
+def _linear_fwd(rows, num_inputs, x_NK, w_KM, policy, streams, learned, site, meter):
     del num_inputs
     site = replace(site, learned=learned)
-    y_NM, (x, w), seen = _forward(rows, x_NK, w_KM, policy, key, site)
+    y_NM, (x, w), seen = _forward(rows, x_NK, w_KM, policy, streams, site)
     measured = {}
     if meter.statistics:
-        measured = {use.role: statistics(tensor, found, getattr(policy, use.role).first, use, key, policy)
+        measured = {use.role: statistics(tensor, found, getattr(policy, use.role).first, use, streams, policy)
                     for tensor, found, use in ((x_NK, x, X_FORWARD), (w_KM, w, W_FORWARD))}
     # A role that the backward reads as the forward did saves its narrow values; otherwise the backward starts from the tensor itself.
     saved_x = x if policy.activations.kept else Narrow(x_NK, None, x.inside)
     saved_w = w if policy.weights.kept else Narrow(w_KM, None, w.inside)
     tensors = (x_NK, w_KM) if site.learned else None
-    return y_NM, (saved_x, saved_w, tensors, seen, measured, policy, key, site, meter)
+    return y_NM, (saved_x, saved_w, tensors, seen, measured, policy, streams, site, meter)
 
 
 def _linear_bwd(rows, num_inputs, residuals, g_NM):
-    saved_x, saved_w, tensors, (x_seen, w_seen), measured, policy, key, site, meter = residuals
+    saved_x, saved_w, tensors, (x_seen, w_seen), measured, policy, streams, site, meter = residuals
 
     def second(saved: Narrow, operand: Operand, use: Use, seen):
         given = given_range(operand.second, use.role, site, seen)
-        return saved if operand.shared else narrow(widened(saved), operand.second, use, key, rows, given, policy, site.blend)
+        return saved if operand.shared else narrow(widened(saved), operand.second, use, streams, rows, given, policy, site.blend)
 
     x = second(saved_x, policy.activations, X_WGRAD, x_seen)
     w = second(saved_w, policy.weights, W_DGRAD, w_seen)
     out = policy.output_gradients
     g_seen = seen_range(g_NM, out, G_DGRAD, rows)
-    g_dgrad = narrow(g_NM, out.first, G_DGRAD, key, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy, site.blend)
+    g_dgrad = narrow(g_NM, out.first, G_DGRAD, streams, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy, site.blend)
     g_wgrad = g_dgrad if out.shared else second(Narrow(g_NM), out, G_WGRAD, g_seen)
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.
     dw_KM = lax.optimization_barrier(_product(x, g_wgrad, 0, 0, policy.dot_dtype))
     d_learned = _learned_gradients(tensors, (saved_x, saved_w), (dx_NK, dw_KM), policy, site)
-    dx_NK = to_tensor(dx_NK, policy.activations, saved_x.inside, X_FORWARD, num_inputs, policy.weights.rotated, key)
-    dw_KM = to_tensor(dw_KM, policy.weights, saved_w.inside, W_FORWARD, num_inputs, policy.activations.rotated, key)
+    dx_NK = to_tensor(dx_NK, policy.activations, saved_x.inside, X_FORWARD, num_inputs, policy.weights.rotated, streams)
+    dw_KM = to_tensor(dw_KM, policy.weights, saved_w.inside, W_FORWARD, num_inputs, policy.activations.rotated, streams)
     seen = {"activations": x_seen, "weights": w_seen, "output_gradients": g_seen}
     if meter.statistics:
-        measured = measured | {"output_gradients": statistics(g_NM, g_dgrad, out.first, G_DGRAD, key, policy)}
+        measured = measured | {"output_gradients": statistics(g_NM, g_dgrad, out.first, G_DGRAD, streams, policy)}
     return dx_NK, dw_KM, None, None, d_learned, None, Meter({role: seen[role] for role in meter.ranges}, measured)
 
 
@@ -135,14 +136,13 @@ def linear(x_NK: jax.Array, w_KM: jax.Array, policy: PrecisionPolicy, key=None, 
     if key is None:
         if policy.stochastic:
             raise ValueError("precision: stochastic rounding or a random transform needs key=; pass a uint32[2] key, or choose rounding='nearest_even' and transform=hadamard")
-        key = jnp.zeros((2,), jnp.uint32)
     site = site or Site()
     for source, known in ((Source.DELAYED, site.remembered), (Source.EMA, site.remembered), (Source.LEARNED, site.learned)):
         for role in policy.roles(source):
             if role not in known:
                 where = "which no model has here" if source is Source.LEARNED else "which nothing remembers here"
                 raise ValueError(f"precision: source='{source.value}' of {role} goes by {'a parameter' if source is Source.LEARNED else 'earlier steps'}, {where}; accepted: current, static, none")
-    return _linear(rows, x_NK.shape[1], x_NK, w_KM, policy, key, site.learned, replace(site, learned={}, meter=Meter()), site.meter)
+    return _linear(rows, x_NK.shape[1], x_NK, w_KM, policy, streams(key, STREAMS) if policy.stochastic else None, site.learned, replace(site, learned={}, meter=Meter()), site.meter)
 
 
 def dot_general(policy: PrecisionPolicy, key=None):

@@ -191,8 +191,7 @@ class CohortRun:
             return {}
         structure = self.program.structure
         windows = self.windows[: structure.batch_size // structure.accumulate]
-        found = jax.device_get(self.program.probe(self.states, self.hyper, windows, self._wanted(members)))
-        return {m.slot: jax.tree.map(lambda x: float(x[m.slot]), found) for m in members}
+        return {m.slot: jax.tree.map(float, self.program.probe(self.states, self.hyper, windows, m.slot)) for m in members}
 
     def _wanted(self, members: list[Member]) -> np.ndarray:
         """bool for every slot: whether it is one of these members'."""

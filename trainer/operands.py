@@ -16,14 +16,14 @@ from jax import lax
 import formats
 from formats import noise
 from formats.gradients import pass_inside, pass_through
-from trainer import scales, telemetry
-from trainer.keys import fold_in
+from trainer import keys, scales, telemetry
 from trainer.methods import lsq, rotation
 from trainer.precision import Gradient, Operand, PrecisionPolicy, Quantizer, Source
 from trainer.propagation import ScaledArray, floor_log2, pow2, scale_rule, shift, unscaled
 from trainer.scales import Site
 
 ROTATION = 6  # salts the signs of a call, the same for all its products
+STREAMS = 7  # of random bits that a call has: `keys.streams`, by salt
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Narrow(NamedTuple):
     inside: jax.Array | None = None
 
 
-def narrow(x, quantizer: Quantizer | None, use: Use, key, rows: RowShards | None, amax, policy: PrecisionPolicy, blend=None) -> Narrow:
+def narrow(x, quantizer: Quantizer | None, use: Use, streams, rows: RowShards | None, amax, policy: PrecisionPolicy, blend=None) -> Narrow:
     """x [A, B] as its quantizer makes it. amax: of the whole tensor, None for the current one. blend: float32, how much of it is
     quantized, None for all; exactly so at 1."""
     if quantizer is None:
         return Narrow(x)
     if policy.data_dtype is None:
-        found = _split(x, quantizer, key, amax, use=use, rows=rows)
+        found = _split(x, quantizer, streams, amax, use=use, rows=rows)
         if blend is None:
             return found
         # At 1 the narrow numbers and their scale, below it the blend: both ends are exact.
@@ -72,7 +72,7 @@ def narrow(x, quantizer: Quantizer | None, use: Use, key, rows: RowShards | None
         scale = None if found.scale is None else jnp.where(whole, found.scale, 1.0)
         inside = None if found.inside is None else 1 - blend * (1 - found.inside.astype(jnp.float32))
         return Narrow(jnp.where(whole, found.values, x + blend * (q - x)), scale, inside)
-    return _split_data(x, quantizer, key, amax, use=use, rows=rows)
+    return _split_data(x, quantizer, streams, amax, use=use, rows=rows)
 
 
 def straight_through(x, quantizer: Quantizer, use: Use, key, policy: PrecisionPolicy) -> jax.Array:
@@ -80,7 +80,7 @@ def straight_through(x, quantizer: Quantizer, use: Use, key, policy: PrecisionPo
     ValueError for one with a transform: nothing would cancel it."""
     if quantizer.transform is not None:
         raise ValueError("a transform belongs to both operands of a product; accepted here: a quantizer without one")
-    found = narrow(x, quantizer, use, key, None, None, policy)
+    found = narrow(x, quantizer, use, None if key is None else keys.streams(key, use.salt + 1), None, None, policy)
     y = widened(found)
     return pass_through(x, y) if found.inside is None else pass_inside(x, y, found.inside)
 
@@ -91,15 +91,15 @@ def widened(operand: Narrow):
     return values if operand.scale is None else values * operand.scale
 
 
-def _split(x, quantizer: Quantizer, key, amax, *, use: Use, rows: RowShards | None) -> Narrow:
+def _split(x, quantizer: Quantizer, streams, amax, *, use: Use, rows: RowShards | None) -> Narrow:
     rows, fmt = use.shards(rows), _oriented(quantizer.format, use.contract)
-    x = transformed(x, quantizer, use, key)
+    x = transformed(x, quantizer, use, streams)
     bits = None
     if formats.Rounding(quantizer.rounding).random:
         start = 0
         if rows is not None:
             start = lax.axis_index(rows.axis_name) * x.shape[0]
-        bits = partial(noise.random_bits, fold_in(key, use.salt), x.shape, offset=start * x.shape[1])
+        bits = partial(noise.random_bits, streams[use.salt], x.shape, offset=start * x.shape[1])
     reduce_max = reduce_mean = None
     if amax is not None and fmt.two_level:  # the blocks' own scales stay current under that of the tensor
         reduce_max, amax = partial(lambda given, current: given, amax), None
@@ -112,11 +112,16 @@ def _split(x, quantizer: Quantizer, key, amax, *, use: Use, rows: RowShards | No
     return Narrow(values, scale if isinstance(fmt, formats.Scaled) else None, inside)
 
 
-def transformed(x, quantizer: Quantizer, use: Use, key):
+def transformed(x, quantizer: Quantizer, use: Use, streams):
     """What is rounded: x, or x rotated along its contraction."""
     if quantizer.transform is None:
         return x
-    return rotation.rotate(x, quantizer.transform, use.contract, fold_in(key, ROTATION))
+    return rotation.rotate(x, quantizer.transform, use.contract, _turning(streams))
+
+
+def _turning(streams):
+    """The stream of a call's signs, None without any."""
+    return None if streams is None else streams[ROTATION]
 
 
 def _oriented(fmt, contract: int):
@@ -142,7 +147,7 @@ _split_data = scale_rule(_split)
 
 
 @_split_data.defrule
-def _(x: ScaledArray, quantizer, key, amax, *, use: Use, rows: RowShards | None):
+def _(x: ScaledArray, quantizer, streams, amax, *, use: Use, rows: RowShards | None):
     """Under scale propagation the data is quantized and keeps its exponent: its scale is 1 if it was propagated, and relative to the
     exponent otherwise."""
     quantizer = unscaled(quantizer)
@@ -154,15 +159,15 @@ def _(x: ScaledArray, quantizer, key, amax, *, use: Use, rows: RowShards | None)
     if quantizer.source == Source.PROPAGATED.value:
         if amax is not None:
             amax = unscaled(amax)
-        found = _split(data, quantizer, key, amax, use=use, rows=rows)
+        found = _split(data, quantizer, streams, amax, use=use, rows=rows)
         return Narrow(ScaledArray(found.values, x.exponent), *found[1:])
     if amax is not None:
         amax = unscaled(ScaledArray(amax.data, amax.exponent - exponent))
     # Whatever the scale says, the elements are held at the size of the tensor's own data: there float16 holds them, and their products.
     if not isinstance(quantizer.format, formats.Scaled):  # source="none": the element's own range, for the values themselves
-        found = _split(shift(data, exponent), quantizer, key, amax, use=use, rows=rows)
+        found = _split(shift(data, exponent), quantizer, streams, amax, use=use, rows=rows)
         return Narrow(ScaledArray(shift(found.values, -exponent), exponent), *found[1:])
-    found = _split(data, quantizer, key, amax, use=use, rows=rows)
+    found = _split(data, quantizer, streams, amax, use=use, rows=rows)
     size = floor_log2(jnp.max(found.scale))
     return Narrow(ScaledArray(found.values * pow2(size), exponent), found.scale * pow2(-size), found.inside)
 
@@ -176,7 +181,7 @@ def _crosses_rows(fmt, contract: int) -> bool:
     return fmt.granularity is formats.Granularity.TENSOR or contract == 0
 
 
-def to_tensor(gradient, operand: Operand, inside, use: Use, size: int, rotated: bool, key):
+def to_tensor(gradient, operand: Operand, inside, use: Use, size: int, rotated: bool, streams):
     """The gradient of a tensor from what its product gave: masked where it was rounded, then rotated back to where it came from.
 
     gradient [A, B], its dim `use.contract` of the rotated size if `rotated` (the other operand was), else of `size`, the tensor's.
@@ -184,7 +189,7 @@ def to_tensor(gradient, operand: Operand, inside, use: Use, size: int, rotated: 
     turn = None if operand.first is None else operand.first.transform
     if turn is None or (inside is None and not rotated):
         return _masked(gradient, inside)
-    key = fold_in(key, ROTATION)
+    key = _turning(streams)
     if not rotated:
         gradient = rotation.rotate(gradient, turn, use.contract, key)
     return rotation.rotate_back(_masked(gradient, inside), turn, use.contract, size, key)
@@ -234,9 +239,9 @@ def learned_step(quantizer: Quantizer, role: str, site: Site):
     return jnp.maximum(site.learned[role], least) * initial, jnp.where(site.learned[role] >= least, initial, 0.0)
 
 
-def statistics(tensor, found: Narrow, quantizer: Quantizer | None, use: Use, key, policy: PrecisionPolicy):
+def statistics(tensor, found: Narrow, quantizer: Quantizer | None, use: Use, streams, policy: PrecisionPolicy):
     """Telemetry's statistics of a tensor and of what its quantizer made of it, float32 [fields]."""
     measure = telemetry.raw if policy.data_dtype is None else telemetry.carried
     if quantizer is None:
         return measure(tensor)
-    return measure(transformed(tensor, quantizer, use, key), found.values, found.scale, quantizer.element)
+    return measure(transformed(tensor, quantizer, use, streams), found.values, found.scale, quantizer.element)

@@ -242,13 +242,13 @@ class Probe(NamedTuple):
     overflow: dict[str, jax.Array]
 
 
-def probe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper, data_axis=None) -> Probe:
+def probe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hyper) -> Probe:
     """The gradients of one batch as the policy computes them, against those in float32 at the same parameters."""
-    structure, policy = replace(structure, batch_size=tokens_BT1.shape[0] * (1 if data_axis is None else lax.axis_size(data_axis)), accumulate=1), hyper.policy
+    structure, policy = replace(structure, batch_size=tokens_BT1.shape[0], accumulate=1), hyper.policy
     params, places = stored.wide(state.params), _places(structure)
     sites = scales.Site(scales.remembered(policy, state.histories), meter=scales.watched(scales.range_meter(policy, places), places))
-    _, found, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, fold_in(hyper.key, PROBE_SALT), data_axis, sites)
-    _, exact, _ = differentiate(structure, graphdef, params, tokens_BT1, PrecisionPolicy(), fold_in(hyper.key, PROBE_SALT), data_axis, scales.Site())
+    _, found, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, fold_in(hyper.key, PROBE_SALT), None, sites)
+    _, exact, _ = differentiate(structure, graphdef, params, tokens_BT1, PrecisionPolicy(), fold_in(hyper.key, PROBE_SALT), None, scales.Site())
     (found, exact) = (ravel_pytree(grads)[0] for grads in (found, exact))
     top, top_exact = (jnp.maximum(jnp.max(jnp.abs(g)), np.float32(2.0**-126)) for g in (found, exact))
     found, exact = found / top, exact / top_exact  # so that no square leaves the range

@@ -57,6 +57,7 @@ def _kill_once(process, runs_dir, seconds: float) -> int:
     return _progress(runs_dir)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_and_damaged_ends_in_the_same_bits(tmp_path, environment):
     """Killed, run again, killed, its newest checkpoint damaged, run again: log, record and final state are those of a whole run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

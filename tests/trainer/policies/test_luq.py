@@ -9,7 +9,8 @@ from scipy.stats import norm
 
 from tests.trainer.policies.networks import policy
 from tests.trainer.policies.numpy_policies import INT4_MULTIPLE
-from trainer.operands import Use, narrow
+from trainer.keys import streams
+from trainer.operands import STREAMS, Use, narrow
 
 NUM_KEYS = 4000
 USE = Use("output_gradients", 1, 4)
@@ -24,7 +25,7 @@ def _gradient():
 @jax.jit
 def _rounded(g, which, keys):
     def one(key):
-        found = narrow(g, which.output_gradients.first, USE, key, None, None, which)
+        found = narrow(g, which.output_gradients.first, USE, streams(key, STREAMS), None, None, which)
         return found.values * found.scale
 
     return jax.vmap(one)(keys)

@@ -17,7 +17,8 @@ import formats
 import trainer
 from tests.trainer.policies.networks import RULES, policy
 from tests.trainer.policies.numpy_policies import Words, along, per_block, quest, rotated
-from trainer.operands import Use, narrow
+from trainer.keys import streams
+from trainer.operands import STREAMS, Use, narrow
 
 N, K, M, NUM_KEYS = 64, 32, 96, 1000
 ROLES = {"weights": "dgrad", "activations": "wgrad", "output_gradients": None}
@@ -26,7 +27,7 @@ BACKWARD = tuple(f"precision.{role}" + (f".{gemm}" if gemm else "") for role, ge
 
 @partial(jax.jit, static_argnums=2)
 def _narrow(x, quantizer, use, key):
-    return narrow(x, quantizer, use, key, None, None, trainer.PrecisionPolicy())
+    return narrow(x, quantizer, use, None if key is None else streams(key, STREAMS), None, None, trainer.PrecisionPolicy())
 
 
 def _arrays():

@@ -50,6 +50,7 @@ def _distance(a, b) -> float:
     return float(np.sqrt(sum(d for d, _ in squares) / sum(n for _, n in squares)))
 
 
+@pytest.mark.slow
 def test_gradients_equal_the_plain_ones_at_each_of_100_steps():
     """Scan, remat and gradient accumulation; every step starts from the plain trajectory."""
     structure, hyper, graphdef, tokens = _setting("precision=float32", *STRUCTURED)
@@ -95,7 +96,7 @@ def test_powers_of_two_move_freely_between_the_data_and_the_scale_of_parameters(
 
 
 @pytest.mark.parametrize("preset, state", [pytest.param("fp16_scaled", {}, marks=pytest.mark.slow), pytest.param("fp8_scaled", {}, marks=pytest.mark.slow),
-                                            ("fp8_scaled_fp16_state", {"mu", "nu", "params"})])
+                                            pytest.param("fp8_scaled_fp16_state", {"mu", "nu", "params"}, marks=pytest.mark.slow)])
 def test_presets_train_as_float32_does(preset, state):
     """Their state has the dtypes that they say, and 100 steps get as far as float32 gets."""
     final = {}
@@ -149,7 +150,7 @@ def test_carried_scales_quantize_as_plain_ones(source):
 @pytest.mark.slow
 def test_blocks_under_a_propagated_scale():
     """granularity=block: the blocks have scales of their own, relative to what is carried."""
-    structure, hyper, graphdef, tokens = _setting("precision=fp8_scaled", "precision.granularity=block", "precision.two_level=true")
+    structure, hyper, graphdef, tokens = _setting("precision=fp8_scaled", "precision.granularity=block", "precision.two_level=true", "precision.pad=true")
     plain_structure, plain, plain_graph, _ = _setting("precision=float32")
     params = decoder.init_params(structure.model, jax.random.key(0))
     loss, grads = jax.jit(_gradients(structure, hyper, graphdef))(params, tokens[0])
