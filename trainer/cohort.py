@@ -142,6 +142,11 @@ class Program:
         each = self._each(lambda h: steps.init(self.structure, h))
         return self._call("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,))
 
+    def begin(self, hyper, slot: int, given: dict[str, np.ndarray]) -> steps.State:
+        """The fresh state of the member in that slot with these parameters (`step.init`), on one device."""
+        hyper = self._alone(hyper, slot)
+        return self._compiled("begin", partial(steps.init, self.structure), (hyper, jax.device_put(given, jax.devices()[0])))
+
     def run(self, states, hyper, tokens_MSBT1, stop_M):
         """Up to S steps of every member, none beyond its `stop`: (states, metrics [M, S], diverged_step [M]); a skipped step's
         metrics are NaN. The states passed in are donated."""
@@ -168,10 +173,14 @@ class Program:
     def probe(self, states, hyper, windows_BT1, slot: int) -> steps.Probe:
         """`step.probe` of the member in that slot. It runs once, so it is made to compile fast: on one device (dividing a program over
         several is half of its compilation) and with the layers scanned."""
-        state, hyper = jax.device_put(jax.tree.map(lambda x: _row(x, slot), (states, hyper)), jax.devices()[0])
+        state, hyper = self._alone((states, hyper), slot)
         graphdef, _ = decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))
         measure = partial(steps.probe, self.structure, graphdef)
         return self._compiled("probe", measure, (state, jnp.asarray(windows_BT1, jnp.int32), hyper))
+
+    def _alone(self, stacked, slot: int):
+        """One member's part of stacked arrays, on the first device."""
+        return jax.device_put(jax.tree.map(lambda x: _row(x, slot), stacked), jax.devices()[0])
 
     def evaluate(self, states, hyper, windows_WT1, wanted_M):
         """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""

@@ -15,7 +15,7 @@ import numpy as np
 from trainer import build, checkpoint, describe
 from trainer.cohort import Program
 from trainer.data import Dataset, batches, validation_windows
-from trainer.fine_tune import take_params
+from trainer.fine_tune import given_params
 from trainer.member import Member, link_branches
 from trainer.optimizers import state_bytes
 from trainer.step import Hyper, Probe
@@ -65,7 +65,9 @@ class CohortRun:
             return
         host = self._host_states()
         for member in beginners:
-            take_params(host, member.slot, member.config.init_from)
+            begun = self.program.begin(self.hyper, member.slot, given_params(self.model, member.config.init_from))
+            for there, here in zip(jax.tree.leaves(host), jax.tree.leaves(begun), strict=True):
+                there[member.slot] = here
         self.states = self.program.put(host)
 
     def _restore(self) -> None:

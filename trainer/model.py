@@ -240,6 +240,11 @@ def blueprint(config: ModelConfig):
     return graphdef, nnx.to_pure_dict(state)
 
 
+def by_path(params: dict) -> dict:
+    """"layers/down" and so on -> leaf, in flattening order; the names that checkpoints use."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
 def apply(graphdef, params: dict, tokens_BT: jax.Array, call: Call) -> jax.Array:
     """Logits [N, V] of the decoder with these parameters."""
     return nnx.merge(graphdef, params)(tokens_BT, call)

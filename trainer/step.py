@@ -111,9 +111,11 @@ def _optimizer(structure: StepStructure, params, hyper: Hyper, lr):
     return stored.optimizer(structure.optimizer, hyper.optimizer, lr_tree(params, structure.model, lr), decay_tree(params), hyper.policy, hyper.key)
 
 
-def init(structure: StepStructure, hyper: Hyper) -> State:
-    """The state before the first step; a pure function of hyper.key."""
+def init(structure: StepStructure, hyper: Hyper, given: dict[str, jax.Array] | None = None) -> State:
+    """The state before the first step; a pure function of hyper.key. given: path -> float32 parameter that starts with this value."""
     params = decoder.init_params(structure.model, jax.random.wrap_key_data(hyper.key, impl="threefry2x32"))
+    if given is not None:
+        params = jax.tree.unflatten(jax.tree.structure(params), [given.get(path, leaf) for path, leaf in decoder.by_path(params).items()])
     params = stored.initial(params, hyper.policy, hyper.key)
     with jax.numpy_dtype_promotion("standard"):
         opt_state = _optimizer(structure, params, hyper, hyper.optimizer.lr).init(params)
