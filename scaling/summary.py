@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 
 from scaling.result import Fit
-from scaling.statistics import Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
+from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
 from scaling.table import Source
 from scaling.table import table as as_table
 
 TOLERANCE = 0.01  # nats per token: what counts as no loss where there are no seeds to tell
+MAX_TOLD = 8  # precisions in a sentence
 MIN_SEED_DOF = 4  # below, the deviation between seeds is itself uncertain by more than 40 %
 
 
@@ -44,9 +45,9 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
             by_pairs.append(_measured(gap))
     told = []
     if by_law:
-        told.append(f"{', '.join(by_law)} (at {n_params:,.0f} parameters, by the fitted law with its {fit.level:.0%} interval)")
+        told.append(f"{_some(by_law)} (at {n_params:,.0f} parameters, by the fitted law with its {fit.level:.0%} interval)")
     if by_pairs:
-        told.append(f"{', '.join(by_pairs)} (mean over matched runs with its 95% interval; the design identifies no law for it)")
+        told.append(f"{_some(by_pairs)} (mean over matched runs with its 95% interval; the design identifies no law for it)")
     if not told:
         return f"What low precision costs: cannot be told, since no quantized run has a {reference} run of its size, tokens, seed and settings."
     return f"What low precision costs: in nats per token over {reference}, {' and '.join(told)}."
@@ -66,7 +67,8 @@ def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Nois
             return (f"Which bits suffice: all that were trained; already at {trained[0]:g} bits the loss is {narrowest.value:+.4f} "
                     f"({narrowest.low:+.4f} to {narrowest.high:+.4f}), within {within}.")
     if estimate is None or not estimate.identified:
-        return _measured_bits(paired_gaps(runs), limit, within, estimate.reason if estimate else "no precision law was fitted")
+        products = {run.precision for run in runs if min(run.widths["weights_bits"], run.widths["activations_bits"]) < UNQUANTIZED_BITS}
+        return _measured_bits([gap for gap in paired_gaps(runs) if gap.precision in products], limit, within, estimate.reason if estimate else "no precision law was fitted")
     enough = math.ceil(estimate.high - 1e-9)
     beyond = f", wider than the {trained[-1]:g} bits trained, so an extrapolation" if enough > trained[-1] else ""
     return (f"Which bits suffice: {enough} bits{beyond}; at {n_params:,.0f} parameters the gap falls within {within} at "
@@ -95,6 +97,12 @@ def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
             f"(mean error {score['bias_nats']:+.3f}, 95% interval {score['bias_low']:+.3f} to {score['bias_high']:+.3f}; root mean square "
             f"{score['rmse_nats']:.3f}, {score['rmse']:.1%} of the loss); {score['covered'] * score['rows']:.0f} of {score['rows']} fell in "
             f"their {fit.level:.0%} prediction interval (±{score['half_width']:.3f}).")
+
+
+def _some(told: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(told) - MAX_TOLD
+    return ", ".join(told) if more <= 1 else f"{', '.join(told[:MAX_TOLD])}, and {more} more precisions, which the report's gallery shows"
 
 
 def _form(low: float, high: float) -> str:
