@@ -51,7 +51,7 @@ def program(config: ModelConfig, policy: PrecisionPolicy, num_members: int = 1, 
     """`steps` updates of every member in one dispatch, on all host devices; a unit is one update of one member."""
     structure = StepStructure(config, "adamw", "wsd", BATCH, SEQ_LEN, telemetry_every=telemetry_every)
     compiled = cohort.Program(structure, cohort.choose_layout(num_members, BATCH))
-    slots = compiled.padded(num_members)
+    slots = -(-num_members // compiled.layout.member_devices) * compiled.layout.member_devices
     hypers = compiled.put(jax.tree.map(lambda *xs: np.stack(xs), *(hyper(policy, seed) for seed in range(slots))))
     state = compiled.init(hypers)
     batch = tokens(shape=(slots, steps, BATCH, SEQ_LEN + 1))

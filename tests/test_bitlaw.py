@@ -190,8 +190,8 @@ def test_a_run_that_another_process_trains_is_left_alone(capfd):
     assert bitlaw.main(_train("steps=3", "seed=5")) == 0
     (folder,) = folders("runs").values()
     (folder.path / "record.json").unlink()
-    # A process that claims the run as a training one does, until its standard input is closed.
-    claim = f"from trainer.records import RunFolder; import sys\nwith RunFolder({str(folder.path.resolve())!r}).claim(): print(flush=True); sys.stdin.read()"
+    # A process that holds the run's lease as a training one does, until its standard input is closed.
+    claim = f"from trainer.records import RunFolder; from trainer import lease; import sys\nwith lease.held([RunFolder({str(folder.path.resolve())!r}).lease]): print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=_environment()) as other:
         other.stdout.readline()
         capfd.readouterr()

@@ -26,8 +26,8 @@ def train(config: TrainConfig) -> dict:
     from trainer.sweep import execute, make_plan
 
     use_host_devices(config.options.host_devices)
-    plan = make_plan([config])
-    outcome = execute(plan, quiet=True)
+    plan = make_plan([config], retry_failed=True)
+    outcome = execute(plan, quiet=True, wait=False)
     run = plan.runs[0]
     if outcome.failed:
         raise RuntimeError((run.folder.path / "error.txt").read_text())

@@ -14,7 +14,10 @@ from yaml import YAMLError
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
 from trainer.config.schema import GROUPS, register_schemas
+from trainer.stopping import Stop
 from trainer.sweep import Plan, execute, make_plan
+from trainer.sweep.options import LaunchOptions, take_options
+from trainer.sweep.show import report
 
 TRAIN_HELP = """usage: bitlaw train [--config-dir DIR] [--cfg] [-m] KEY=VALUE ...
   One run. Groups: {groups}.
@@ -94,37 +97,16 @@ def _train(argv: list[str]) -> int:
             if len(values) > 1:
                 raise ValueError(f"{override} is a sweep; `bitlaw sweep` takes those, `bitlaw train` takes one value for each key")
         config = composer.freeze(overrides)
-    use_host_devices(config.options.host_devices)
-    plan = make_plan([config])
-    return _report(plan, execute(plan))
+    return _carry_out([config], Stop(), wait=False, retry_failed=True)
 
 
-def _report(plan: Plan, outcome) -> int:
-    """Say what came out; 0 only if every run is done."""
-    for run_ in plan.runs if len(plan.runs) <= 8 else ():
-        record = run_.folder.record()
-        if record["status"] == "failed":
-            print(f"{run_.run_id} failed: {_reason((run_.folder.path / 'error.txt').read_text())}", file=sys.stderr)
-        elif record["status"] == "diverged":
-            print(f"{run_.run_id} diverged at step {record['diverged_step']}; {run_.folder.path}")
-        else:
-            print(f"{run_.run_id} {record['precision']} N={record['n_params']} D={record['tokens']} loss {record['loss']:.4f} "
-                  f"+- {record['loss_std_err']:.4f} nats/token ({record['bits_per_byte']:.4f} bits/byte), "
-                  f"{record['tokens_per_s']:.0f} tokens/s; {run_.folder.path}")
-    if outcome.failed:
-        print(f"{len(outcome.failed)} of {len(plan.runs)} runs failed; the same command tries them again", file=sys.stderr)
-        return 1
-    if len(plan.runs) > 1:
-        spent = "" if not outcome.compiles else (f" in {outcome.seconds:.0f} s: {outcome.training_seconds:.0f} training, {outcome.event_seconds:.0f} evaluation "
-                                                f"and checkpoints, {outcome.compile_seconds:.0f} for {outcome.compiles} compiles")
-        print(f"{len(plan.runs)} runs done, {plan.num_done} of them before{spent}; {plan.root}")
-    return 0
-
-
-def _reason(traceback: str) -> str:
-    """The line of a traceback that names the error: JAX adds some of its own below it."""
-    lines = traceback.strip().splitlines()
-    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), lines[-1])
+def _carry_out(configs: list[TrainConfig], stop: Stop, **how) -> int:
+    """Plan and train; signals end it with everything saved."""
+    use_host_devices(configs[0].options.host_devices)
+    wait = how.pop("wait", True)
+    with stop.catching():
+        plan = make_plan(configs, **how)
+        return report(plan, execute(plan, stop=stop, wait=wait))
 
 
 def _multirun(argv: list[str]) -> int:
@@ -141,8 +123,8 @@ def _multirun(argv: list[str]) -> int:
     def job(composed) -> float | None:
         config = freeze(composed)
         use_host_devices(config.options.host_devices)
-        plan = make_plan([config])
-        codes.append(_report(plan, execute(plan)))
+        plan = make_plan([config], retry_failed=True)
+        codes.append(report(plan, execute(plan, wait=False)))
         return plan.runs[0].folder.record()["loss"]
 
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
@@ -185,15 +167,13 @@ def _words(path: Path, line: str) -> list[str]:
         raise ValueError(f"{path}: {line!r} cannot be read ({error}); accepted: overrides as on the command line") from None
 
 
-def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[list[TrainConfig], dict[str, str]]:
-    """The frozen configs of every combination, and the launch options (dry_run, launcher) among the overrides."""
-    launch = {"dry_run": "false", "launcher": "local"}
+def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[list[TrainConfig], LaunchOptions]:
+    """The frozen configs of every combination, and the options of the launch among the overrides."""
+    options, overrides = take_options(overrides)
     name, own = None, []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in launch:
-            launch[key] = value
-        elif key == "sweep":
+        if key == "sweep":
             name = value
         else:
             own.append(override)
@@ -204,7 +184,7 @@ def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[l
         composer = Composer(extra)
         for line in lines:
             configs += [composer.freeze([label, *combination]) for combination in expand(axes(_over(line, own)))]
-    return configs, launch
+    return configs, options
 
 
 def _sweep(argv: list[str]) -> int:
@@ -212,17 +192,13 @@ def _sweep(argv: list[str]) -> int:
     if "--help" in flags or "-h" in flags:
         print(SWEEP_HELP.format(sweeps=", ".join(_sweep_names([config_dir()]))))
         return 0
-    configs, launch = sweep_configs(overrides, flags.get("--config-dir"))
-    if launch["launcher"] != "local":
-        raise ValueError(f"launcher={launch['launcher']} is not known; accepted: local")
-    if launch["dry_run"] not in ("true", "false"):
-        raise ValueError(f"dry_run={launch['dry_run']} is not possible; accepted: true, false")
-    use_host_devices(configs[0].options.host_devices)
-    plan = make_plan(configs)
-    if launch["dry_run"] == "true":
-        _print_plan(plan)
+    configs, options = sweep_configs(overrides, flags.get("--config-dir"))
+    how = {"max_members": options.max_members, "retry_failed": options.retry_failed}
+    if options.dry_run:
+        use_host_devices(configs[0].options.host_devices)
+        _print_plan(make_plan(configs, **how))
         return 0
-    return _report(plan, execute(plan))
+    return _carry_out(configs, Stop(options.max_wall), **how)
 
 
 def _print_plan(plan: Plan) -> None:

@@ -41,6 +41,22 @@ def use_host_devices(count: int | None = None) -> None:
         return
 
 
+def device_memory() -> int | None:
+    """Bytes that a program may take on one device: what an accelerator's allocator has, or a share of what this process has of the machine's
+    memory and could still get. None where nobody tells."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        with open("/proc/self/statm") as file:
+            mine = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, StopIteration):
+        return None
+    return (free + mine) // jax.local_device_count()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How members and batches lie on devices. Results are bitwise reproducible within one layout."""
@@ -102,16 +118,13 @@ class Program:
         self.mesh = Mesh(devices.reshape(layout.member_devices, layout.data_devices), (MEMBER, DATA), axis_types=(AxisType.Auto,) * 2)
         self.graphdef, _ = decoder.blueprint(structure.model)
         self.compiles, self.compile_seconds = 0, 0.0
-        self._cache: dict = {}
+        self._cache: dict = {}  # what was compiled, by what it is called with
+        self._used: dict = {}  # of each name what was called last
         self._data_axis = DATA if layout.data_devices > 1 else None
 
     def put(self, tree):
         """Stacked host arrays onto the mesh, sharded over members."""
         return jax.device_put(tree, NamedSharding(self.mesh, P(MEMBER)))
-
-    def padded(self, num_members: int) -> int:
-        """The number of slots for that many members: a multiple of the member devices."""
-        return -(-num_members // self.layout.member_devices) * self.layout.member_devices
 
     def _each(self, function):
         """`function` over the members of one device."""
@@ -127,19 +140,31 @@ class Program:
             self._cache[signature] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
             self.compiles += 1
             self.compile_seconds += time.perf_counter() - began
+            self._used[name] = self._cache[signature]
+            if name == "run":
+                self._check_memory(self.peak_bytes())
+        self._used[name] = self._cache[signature]
         return self._cache[signature](*args)
 
+    def _check_memory(self, wanted: int | None) -> None:
+        """MemoryError if a device of this layout has less than `wanted` bytes."""
+        limit = device_memory()
+        if wanted is not None and limit is not None and wanted > limit:
+            raise MemoryError(f"{wanted / 2**30:.2f} GiB are wanted on each of {self.layout.num_devices} devices, which have {limit / 2**30:.2f}")
+
     def peak_bytes(self) -> int | None:
-        """What training takes at once on a device, as the compiler laid it out: arguments, results and intermediate values. None before the
-        first dispatch, and where the backend does not tell."""
-        stats = next((compiled.memory_analysis() for (name, *_), compiled in self._cache.items() if name == "run"), None)
+        """What the training that was last dispatched takes at once on a device, as the compiler laid it out: arguments, results and
+        intermediate values. None before the first dispatch, and where the backend does not tell."""
+        stats = self._used["run"].memory_analysis() if "run" in self._used else None
         if stats is None:
             return None
         return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
 
     def init(self, hyper):
-        """Fresh states [M, ...] from stacked hyper-parameters."""
+        """Fresh states [M, ...] from stacked hyper-parameters. MemoryError where they, or later a step, do not fit (as does a device that
+        runs out)."""
         each = self._each(lambda h: steps.init(self.structure, h))
+        self._check_memory(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda h: each((h,)), hyper))) // self.layout.member_devices)
         return self._call("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,))
 
     def begin(self, hyper, slot: int, given: dict[str, np.ndarray]) -> steps.State:

@@ -36,16 +36,13 @@ OnProgress = Callable[[Progress], None]
 class CohortRun:
     """The state of one cohort on its way through the program."""
 
-    def __init__(self, members: list[Member], program: Program, dataset: Dataset):
-        self.members, self.program, self.dataset = members, program, dataset
+    def __init__(self, members: list[Member], num_slots: int, program: Program, dataset: Dataset):
+        self.members, self.num_slots, self.program, self.dataset = members, num_slots, program, dataset
         self.options = members[0].config.options
         self.model = program.structure.model
-        slots = program.padded(len(members))
-        for slot, member in zip(_deal(members, program.layout.member_devices), members):
-            member.slot = slot
         by_slot = {member.slot: member for member in members}
-        # Slots beyond the members hold a copy of the first one that is never run.
-        hypers = [build.hyper(by_slot.get(slot, members[0]).config) for slot in range(slots)]
+        # Slots without a member hold a copy of the first one that is never run.
+        hypers = [build.hyper(by_slot.get(slot, members[0]).config) for slot in range(num_slots)]
         self.hyper: Hyper = program.put(jax.tree.map(lambda *xs: np.stack(xs), *hypers))
         self.states = program.init(self.hyper)
         self.windows = validation_windows(dataset.validation, members[0].config.eval_sequences, program.structure.seq_len)
@@ -97,6 +94,13 @@ class CohortRun:
         checkpoint.save(member.folder.checkpoints, member.step, state, keep=self.options.checkpoint_keep)
         member.saved()
 
+    def save(self) -> None:
+        """A checkpoint of every member that has moved since its last one."""
+        moved = [m for m in self.members if not m.waiting and not m.finished and m.step != max(m.saved_step, 0)]
+        host = self._host_states() if moved else None
+        for member in moved:
+            self._save(host, member)
+
     def _branch(self, host, parent: Member) -> None:
         """Members waiting for this step of their parent start from its state, each with a checkpoint of its own."""
         for child in self.members:
@@ -116,7 +120,7 @@ class CohortRun:
         structure = self.program.structure
         length = self.options.steps_per_dispatch
         dtype = self.dataset.train.dtype
-        shape = (self.program.padded(len(self.members)), length, structure.batch_size, structure.seq_len + 1)
+        shape = (self.num_slots, length, structure.batch_size, structure.seq_len + 1)
         tokens = np.zeros(shape, dtype)
         for slot, (member, stop) in stops.items():
             count = min(length, stop - member.step)
@@ -197,14 +201,14 @@ class CohortRun:
 
     def _wanted(self, members: list[Member]) -> np.ndarray:
         """bool for every slot: whether it is one of these members'."""
-        wanted = np.zeros(self.program.padded(len(self.members)), bool)
+        wanted = np.zeros(self.num_slots, bool)
         wanted[[m.slot for m in members]] = True
         return wanted
 
     def _memory(self) -> dict[str, float]:
         """Bytes per parameter (embeddings included) that a member's weights and moments take, and at most everything on a device together,
         over the members that it holds."""
-        slots, total = self.program.padded(len(self.members)), self.model.num_params_total
+        slots, total = self.num_slots, self.model.num_params_total
         found = {f"{part}_bytes_per_param": state_bytes(tree) / slots / total for part, tree in
                  (("weights", self.states.params), ("moments", self.states.opt_state))}
         peak = self.program.peak_bytes()
@@ -224,18 +228,6 @@ class CohortRun:
                 yield child.finish(self.dataset, self.program.layout.name, None, self.model)
 
 
-def _deal(members: list[Member], devices: int) -> list[int]:
-    """A slot for every member, longest runs first, dealt to the devices in turn so that loads are even. A device's slots are contiguous."""
-    order = sorted(range(len(members)), key=lambda i: (-members[i].config.steps, members[i].run_id))
-    per_device = -(-len(members) // devices)
-    counts, slots = [0] * devices, [0] * len(members)
-    for position, index in enumerate(order):
-        device = position % devices
-        slots[index] = device * per_device + counts[device]
-        counts[device] += 1
-    return slots
-
-
 class _Clock:
     """Seconds since the last lap, without compilation."""
 
@@ -253,17 +245,23 @@ class _Clock:
         return elapsed
 
 
-def run_cohort(members: list[Member], program: Program, dataset: Dataset, on_progress: OnProgress = lambda _: None) -> list[dict]:
-    """Train every member to its end; returns their records. Each is written the moment it is known."""
-    run = CohortRun(members, program, dataset)
+def run_cohort(members: list[Member], num_slots: int, program: Program, dataset: Dataset, on_progress: OnProgress = lambda _: None,
+               stop: Callable[[], bool] = lambda: False) -> list[dict]:
+    """Train every member, in the slot that it has of num_slots, to its end; returns their records. Each is written the moment it is known. Where `stop`, asked after every
+    dispatch, says so, every member is saved where it stands, and the records so far are returned."""
+    run = CohortRun(members, num_slots, program, dataset)
     clock = _Clock(program)
     records: list[dict] = []
     in_flight = None
     while True:
-        following = None if run.pending_events() else run.dispatch()
+        stopping = stop()
+        following = None if stopping or run.pending_events() else run.dispatch()
         if in_flight is not None:
             on_progress(run.collect(in_flight, clock.lap))
         in_flight = following
+        if stopping:
+            run.save()
+            return records
         if in_flight is None:
             if not run.pending_events():
                 return records

@@ -6,7 +6,7 @@ A run folder, named by its run id, holds
   `telemetry.jsonl`  with telemetry_every=K, one per layer, linear site and role of every K-th step (and the first), likewise:
                    step, layer, site, role, rms and amax of the tensor; where it is quantized the shares `underflow` (was not zero,
                    became zero) and `overflow` (beyond the largest value) of all its values, and `exponent`, the mean log2 of its scales;
-  `alive.json`     which process trains it, while one does; its modification time is the heartbeat;
+  `alive.json`     which process trains it, while one does: a lease (`trainer.lease`);
   `record.json`    one object with every column of the run table, written once, at the end.
 
 JSON has no NaN and no infinity. In a metrics row such a value is null, and the row says what it was:
@@ -16,16 +16,15 @@ table is SQL: `status` and `diverged_step` tell why.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from trainer import lease
 
 _ROLES = ("weights", "activations", "output_gradients", "kv", "scores", "probabilities", "master_weights", "adam_m", "adam_v")
 _ROLE_COLUMNS: dict[str, type] = {
@@ -51,7 +50,6 @@ METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
 STATUSES = ("done", "diverged", "failed")
 _PTQ = "ptq_"  # columns ptq_<format>: loss after post-training quantization, float
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_HEARTBEAT_S = 900.0  # a run on another host without a sign of life for longer counts as stopped
 
 
 def complete(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,14 +82,6 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Holder:
-    """The process that trains a run."""
-
-    host: str
-    pid: int
-
-
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The files of one run, at `path`; the folder is made at the first write."""
 
@@ -111,27 +101,14 @@ class RunFolder:
         """Writes `config.json` atomically."""
         _write_atomically(self.path / "config.json", json.dumps(config, indent=1, allow_nan=False))
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Marks the run as trained by this process for as long as the context lasts.
-
-        Raises ValueError, one line, when a living process trains it already.
-        """
-        holder = self.holder()
-        if holder is not None and holder != Holder(socket.gethostname(), os.getpid()):
-            raise ValueError(f"run {self.path} is being trained by process {holder.pid} on {holder.host}; wait for it or stop it")
-        mark = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
-        _write_atomically(self.path / "alive.json", json.dumps(mark))
-        try:
-            yield
-        finally:
-            (self.path / "alive.json").unlink(missing_ok=True)
+    @property
+    def lease(self) -> pathlib.Path:
+        """The file that says which process trains the run (`trainer.lease`)."""
+        return self.path / "alive.json"
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows (each with a `step`) in one write, and beats the heart. A torn line that a kill left is cut off first."""
+        """Appends rows (each with a `step`) in one write. A torn line that a kill left is cut off first."""
         self._append(METRICS, rows)
-        if (self.path / "alive.json").exists():
-            os.utime(self.path / "alive.json")
 
     def append_telemetry(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows (each with a `step`) in one write, as `append_metrics` does."""
@@ -188,20 +165,9 @@ class RunFolder:
             rows.append(row | {key: _NONFINITE[what] for key, what in row.pop("nonfinite", {}).items()})
         return rows
 
-    def holder(self) -> Holder | None:
-        """The living process that trains the run, else None.
-
-        On this host a process is alive when its id belongs to a process that started when the marked one did. Of another
-        host it is believed while the heartbeat is younger than 15 minutes.
-        """
-        mark = _read_object(self.path / "alive.json")
-        if mark is None:
-            return None
-        if mark["host"] == socket.gethostname():
-            alive = _process_alive(mark["pid"]) and _process_start(mark["pid"]) == mark["process_start"]
-        else:
-            alive = time.time() - (self.path / "alive.json").stat().st_mtime < _HEARTBEAT_S
-        return Holder(mark["host"], mark["pid"]) if alive else None
+    def holder(self) -> lease.Holder | None:
+        """The living process that trains the run, else None."""
+        return lease.holder(self.lease)
 
 
 def _row_json(row: Mapping[str, Any]) -> str:
@@ -247,22 +213,3 @@ def _ends_whole(path: pathlib.Path) -> bool:
 def _whole_length(path: pathlib.Path) -> int:
     """Length of a file up to and with its last newline."""
     return path.read_bytes().rfind(b"\n") + 1
-
-
-def _process_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, but there
-        return True
-    return True
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None where the system does not tell (no /proc)."""
-    try:
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]  # field 22; the name in field 2 may hold spaces and brackets

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 import formats
 import trainer
 from trainer.cli import sweep_configs
+from trainer.sweep.options import LaunchOptions
 from trainer.config import Composer, config_dir, hydra_ready, run_id, trunk_id
 from trainer.config.policies import build_format
 
@@ -234,7 +235,7 @@ def test_swept_keys_multiply():
     configs, launch = sweep_configs([*BASE, "seed=range(3)", "precision=int", "precision.bits=3,4", "optimizer.lr=choice(0.1,0.2)", "dry_run=true"])
     found = [(c.seed, c.precision.weights.first.bits, c.optimizer.lr) for c in configs]
     assert found == [(s, b, lr) for s in range(3) for b in (3, 4) for lr in (0.1, 0.2)]
-    assert {c.options.sweep for c in configs} == {"adhoc"} and launch == {"dry_run": "true", "launcher": "local"}
+    assert {c.options.sweep for c in configs} == {"adhoc"} and launch == LaunchOptions(dry_run=True)
 
 
 def test_lines_of_a_sweep_are_added(tmp_path):

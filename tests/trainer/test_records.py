@@ -4,15 +4,12 @@ import json
 import math
 import os
 import re
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer import records
+from trainer import lease, records
 from trainer.records import RECORD_COLUMNS, RunFolder, complete
 from trainer.status import STATES, status, status_main
 
@@ -160,49 +157,6 @@ def test_the_scaling_side_reads_what_is_written(run):
     assert scaling.curves(run.path.parent).select("run_id, step, loss").fetchall() == [("r", 1, 2.0), ("r", 2, None)]
 
 
-# --- who trains it ------------------------------------------------------------------------------------------------
-
-
-def _mark(run, **change):
-    mark = json.loads((run.path / "alive.json").read_text()) | change
-    (run.path / "alive.json").write_text(json.dumps(mark))
-
-
-def test_a_claim_lasts_as_long_as_its_context(run):
-    assert run.holder() is None
-    with run.claim():
-        assert run.holder() == records.Holder(socket.gethostname(), os.getpid())
-        with run.claim():  # the same process may
-            pass
-    assert run.holder() is None
-
-
-def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(run):
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with other:
-        with run.claim():
-            _mark(run, pid=other.pid, process_start=records._process_start(other.pid))
-            with pytest.raises(ValueError, match=f"being trained by process {other.pid} on "):
-                with run.claim():
-                    pass
-            _mark(run, process_start="1")  # the id was given to another process since
-            assert run.holder() is None
-            _mark(run, process_start=records._process_start(other.pid))
-            other.communicate(b"\n")
-            assert run.holder() is None
-
-
-def test_another_host_is_believed_while_its_heart_beats(run):
-    with run.claim():
-        _mark(run, host="elsewhere")
-        path = run.path / "alive.json"
-        assert run.holder() == records.Holder("elsewhere", os.getpid())
-        os.utime(path, (1, 1))
-        assert run.holder() is None
-        run.append_metrics([{"step": 1}])
-        assert run.holder() is not None
-
-
 # --- status -------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +180,7 @@ def sweep(tmp_path):
 
 
 def test_each_state_is_told_apart(sweep, capsys):
-    with RunFolder(sweep / "begun").claim():
+    with lease.held([RunFolder(sweep / "begun").lease]):
         result = status(sweep)
         assert {run.run_id: run.state for run in result.runs} == {
             "aaa": "done", "bbb": "done", "div": "diverged", "bad": "failed", "begun": "running", "killed": "stopped",

@@ -97,8 +97,8 @@ def test_divergence_is_recorded_and_shared_by_branches(tmp_path, one_device):
 
 
 def test_a_failure_is_recorded_and_the_sweep_goes_on(tmp_path, one_device, monkeypatch):
-    """Two cohorts, of which the first cannot draw its second batches: its runs are recorded as failed and the other's are done. The
-    same command tries the failed ones again, from their checkpoints."""
+    """Two cohorts, of which the first cannot draw its second batches: its runs are recorded as failed and the other's are done. On
+    request the failed ones are tried again, from their checkpoints."""
     draw, calls = loop.batches, []
 
     def batches(*args):
@@ -114,7 +114,9 @@ def test_a_failure_is_recorded_and_the_sweep_goes_on(tmp_path, one_device, monke
     assert set(outcome.failed) == failed.keys() == {run.run_id for run in plan.cohorts[0].runs} and len(failed) == 4
     assert all("the disk is gone" in (folder.path / "error.txt").read_text() for folder in failed.values())
     assert status(tmp_path / "failing").counts == {"done": 4, "diverged": 0, "running": 0, "stopped": 0, "failed": 4, "missing": 0}
-    _, outcome = launch(tmp_path / "failing", *sweep)
+    plan, outcome = launch(tmp_path / "failing", *sweep)
+    assert not outcome.records and {run.run_id for run in plan.failed} == failed.keys() and plan.num_done == 4
+    _, outcome = launch(tmp_path / "failing", *sweep, retry_failed=True)
     assert not outcome.failed and {record["run_id"] for record in outcome.records} == failed.keys() and outcome.tokens == 2 * (15 + 2) * 32
     assert not list(tmp_path.rglob("error.txt"))
     launch(tmp_path / "whole", *sweep)

@@ -25,10 +25,10 @@ shared_program = functools.cache(Program)  # in the place of Program: one for ea
 OF_THE_LAUNCH = {"wall_s", "peak_bytes_per_param", "tokens_per_s", "mfu", "code_version", "sweep"}
 
 
-def launch(runs_dir, *overrides):
-    """Plans and carries out a sweep of the tiny run in runs_dir: (plan, outcome)."""
+def launch(runs_dir, *overrides, **how):
+    """Plans (how: as make_plan takes it) and carries out a sweep of the tiny run in runs_dir: (plan, outcome)."""
     configs, _ = sweep_configs([*TINY, f"runs_dir={runs_dir}", *overrides])
-    plan = make_plan(configs)
+    plan = make_plan(configs, **how)
     return plan, execute(plan, quiet=True)
 
 

@@ -1,24 +1,32 @@
-"""Carry out a plan on this machine: one cohort after another, each in one program; what fails is recorded and the rest goes on."""
+"""Carry out a plan on this machine: one cohort after another, each in one program; what fails is recorded and the rest goes on.
+
+Several launchers may work on one plan: a cohort's runs are leased while it trains, and whoever comes second takes another.
+"""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 import traceback
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trainer import describe, mirrors
-from trainer.cohort import Layout, Program
+from trainer import describe, lease, mirrors
+from trainer.cohort import Program
 from trainer.config.frozen import NUMERICS_VERSION
 from trainer.loop import Progress, run_cohort
 from trainer.member import Member
-from trainer.sweep.plan import Cohort, Plan, PlannedRun, write_plan
+from trainer.stopping import Stop
+from trainer.sweep.plan import Cohort, Plan, PlannedRun, settle, split
 from trainer.sweep.progress import Watch, watch
+
+POLL_S = 2.0  # between looks at what others train
 
 
 @dataclass
 class Outcome:
-    """What a launch did. Seconds: whole launch, and its parts spent in training steps, evaluation and checkpoints, compiling."""
+    """What a launch did. Seconds: whole launch, and its parts spent in training steps, evaluation and checkpoints, compiling. stopped: why it
+    ended before all was done, None if it did not; left: how many runs it leaves."""
 
     records: list[dict] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -28,11 +36,17 @@ class Outcome:
     event_seconds: float = 0.0
     compile_seconds: float = 0.0
     tokens: int = 0
+    stopped: str | None = None
+    left: int = 0
 
 
-def _open_member(run: PlannedRun, layout: Layout) -> Member:
+class LeaseLost(RuntimeError):
+    """Another launcher took over, since this process gave no sign of life for minutes; nothing more may be written."""
+
+
+def _open_member(run: PlannedRun, cohort: Cohort) -> Member:
     """The run's folder described, its mirror started."""
-    config = dataclasses.asdict(run.config)
+    config, layout = dataclasses.asdict(run.config), cohort.layout
     for stale in ("error.txt", "record.json"):  # of a failed try
         (run.folder.path / stale).unlink(missing_ok=True)
     if run.begun_layout != layout:
@@ -41,79 +55,137 @@ def _open_member(run: PlannedRun, layout: Layout) -> Member:
                                  "layout": dataclasses.asdict(layout), "config": config})
     mirror = mirrors.make(run.config.options.logger)
     mirror.start(run.run_id, run.config.options.sweep, config, run.folder.path)
-    return Member(run.config, run.run_id, run.trunk_id, run.folder, mirror)
+    return Member(run.config, run.run_id, run.trunk_id, run.folder, mirror, cohort.slot(run))
 
 
-def _train(cohort: Cohort, members: list[Member], program: Program, outcome: Outcome, view: Watch) -> None:
-    """Run a cohort to its end; what it took is added to the outcome also when it fails."""
-    per_token = cohort.structure.model.flops_per_token(cohort.structure.seq_len)
-    compiles, compile_seconds = program.compiles, program.compile_seconds
+class Launch:
+    """One launcher at work on a plan."""
 
-    def on_progress(progress: Progress) -> None:
-        outcome.tokens += progress.tokens
-        if progress.tokens:
-            outcome.training_seconds += progress.seconds
-        else:
-            outcome.event_seconds += progress.seconds
-        outcome.records.extend(progress.finished)
-        view.advance(progress, per_token)
+    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome):
+        self.plan, self.stop, self.view, self.outcome = plan, stop, view, outcome
+        self._programs: dict[tuple, Program] = {}  # a structure that fills several cohorts is compiled once
 
-    try:
-        run_cohort(members, program, cohort.runs[0].dataset, on_progress)
-    finally:
-        outcome.compiles += program.compiles - compiles
-        outcome.compile_seconds += program.compile_seconds - compile_seconds
+    def run(self, wait: bool) -> None:
+        """Every cohort, and those that others have when they give them up or die. wait=False: ValueError for the first that is another's."""
+        queue, others = deque(self.plan.cohorts), deque()
+        while queue and not self.stop.reason:
+            cohort = queue.popleft()
+            found = self._cohort(cohort, queue)
+            if found is not None:
+                if not wait:
+                    run = cohort.runs[0].folder.path
+                    raise ValueError(f"run {run} is being trained by process {found.pid} on {found.host}; wait for it or stop it")
+                others.append(cohort)
+            if not queue and others:
+                if found is not None and not self._rest(found, len(others)):
+                    return
+                queue, others = others, deque()
 
+    def _rest(self, holder: lease.Holder, cohorts: int) -> bool:
+        """Wait a moment for others; False when it is time to stop."""
+        self.view.waiting(holder, cohorts)
+        until = time.monotonic() + POLL_S
+        while time.monotonic() < until and not self.stop.reason:
+            time.sleep(0.1)
+        return not self.stop.reason
 
-def _record_failures(cohort: Cohort, members: list[Member], outcome: Outcome) -> int:
-    """For every run that did not get to its end: record.json with status failed, and the traceback beside it."""
-    mirrored = {member.run_id: member.mirror for member in members}
-    unfinished = [run for run in cohort.runs if not run.done]
-    for run in unfinished:
-        (run.folder.path / "error.txt").write_text(traceback.format_exc())
-        record = describe.config_columns(run.config, run.dataset, cohort.structure.model) | {
-            "run_id": run.run_id, "trunk_id": run.trunk_id, "status": "failed"}
-        run.folder.finish(record)
-        if run.run_id in mirrored:
-            mirrored[run.run_id].finish(record)
-        outcome.failed.append(run.run_id)
-    return len(unfinished)
-
-
-def _run(cohort: Cohort, programs: dict, outcome: Outcome, view: Watch) -> None:
-    """One cohort: claim its runs, train them, record what failed."""
-    with contextlib.ExitStack() as claims:
+    def _cohort(self, cohort: Cohort, queue: deque[Cohort]) -> lease.Holder | None:
+        """One cohort: lease its runs, train them, record what failed; or who else has them."""
         for run in cohort.runs:
-            claims.enter_context(run.folder.claim())
-        # Another launcher may have finished some of them since the plan was made.
-        cohort = dataclasses.replace(cohort, runs=tuple(run for run in cohort.runs if not run.done))
-        if not cohort.runs:
-            return
-        members: list[Member] = []
-        layout = cohort.layout
-        view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), layout.name)
+            run.folder.path.mkdir(parents=True, exist_ok=True)
+        with lease.held([run.folder.lease for run in cohort.runs]) as leases:
+            if isinstance(leases, lease.Holder):
+                return leases
+            # Another launcher may have finished some of them since the plan was made.
+            settled = ("done", "diverged") if self.plan.retry_failed else ("done", "diverged", "failed")
+            cohort = dataclasses.replace(cohort, runs=tuple(run for run in cohort.runs if run.status not in settled))
+            if not cohort.runs:
+                return None
+            members: list[Member] = []
+            self.view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), cohort.layout.name)
+            try:
+                members.extend(_open_member(run, cohort) for run in cohort.runs)
+                self._train(cohort, members, leases)
+            except LeaseLost as error:
+                self.view.failure(str(error), 0)
+            except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+                if _out_of_memory(error) and len(cohort.runs) > 1:
+                    self._programs.clear()  # and what they hold
+                    queue.extendleft(split(cohort, self.plan.root))
+                    self.view.splits(len(cohort.runs), str(error))
+                else:
+                    self.view.failure(f"{type(error).__name__}: {error}", self._record_failures(cohort, members))
+        return None
+
+    def _program(self, cohort: Cohort) -> Program:
+        key = cohort.structure, cohort.layout
+        if key not in self._programs:
+            self._programs[key] = Program(*key)
+        return self._programs[key]
+
+    def _train(self, cohort: Cohort, members: list[Member], leases: list[lease.Lease]) -> None:
+        """Run a cohort to its end; what it took is added to the outcome also when it fails."""
+        outcome, program = self.outcome, self._program(cohort)
+        per_token = cohort.structure.model.flops_per_token(cohort.structure.seq_len)
+        compiles, compile_seconds = program.compiles, program.compile_seconds
+
+        def on_progress(progress: Progress) -> None:
+            outcome.tokens += progress.tokens
+            if progress.tokens:
+                outcome.training_seconds += progress.seconds
+            else:
+                outcome.event_seconds += progress.seconds
+            outcome.records.extend(progress.finished)
+            self.view.advance(progress, per_token)
+
         try:
-            members.extend(_open_member(run, layout) for run in cohort.runs)
-            if (cohort.structure, layout) not in programs:
-                programs[cohort.structure, layout] = Program(cohort.structure, layout)
-            _train(cohort, members, programs[cohort.structure, layout], outcome, view)
-        except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
-            view.failure(f"{type(error).__name__}: {error}", _record_failures(cohort, members, outcome))
+            run_cohort(members, cohort.num_slots, program, cohort.runs[0].dataset, on_progress, self._asked_to_stop(leases))
+        finally:
+            outcome.compiles += program.compiles - compiles
+            outcome.compile_seconds += program.compile_seconds - compile_seconds
+
+    def _asked_to_stop(self, leases: list[lease.Lease]) -> Callable[[], bool]:
+        def asked() -> bool:
+            lost = next((held for held in leases if held.lost), None)
+            if lost is not None:
+                raise LeaseLost(f"{lost.path} is another process's by now")
+            return self.stop.reason is not None
+
+        return asked
+
+    def _record_failures(self, cohort: Cohort, members: list[Member]) -> int:
+        """For every run that did not get to its end: record.json with status failed, and the traceback beside it."""
+        mirrored = {member.run_id: member.mirror for member in members}
+        unfinished = [run for run in cohort.runs if not run.done]
+        for run in unfinished:
+            (run.folder.path / "error.txt").write_text(traceback.format_exc())
+            record = describe.config_columns(run.config, run.dataset, cohort.structure.model) | {
+                "run_id": run.run_id, "trunk_id": run.trunk_id, "status": "failed"}
+            run.folder.finish(record)
+            if run.run_id in mirrored:
+                mirrored[run.run_id].finish(record)
+            self.outcome.failed.append(run.run_id)
+        return len(unfinished)
 
 
-def execute(plan: Plan, quiet: bool = False) -> Outcome:
-    """Train everything in the plan that is not done. A cohort that fails is recorded run by run and does not stop the others.
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the host, the device or the measurement of a program says so."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
-    ValueError when another living process trains one of the runs.
+
+def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True) -> Outcome:
+    """Train everything in the plan that is to be trained. A cohort that fails is recorded run by run and does not stop the others; one that
+    does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for;
+    with wait=False it raises ValueError.
     """
-    outcome = Outcome()
+    outcome, stop = Outcome(), stop or Stop()
     began = time.perf_counter()
     for run in plan.runs[:1]:
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
-    write_plan(plan)
-    programs: dict = {}  # a structure that fills several cohorts is compiled once
+    plan = settle(plan)
     with watch(plan, quiet) as view:
-        for cohort in plan.cohorts:
-            _run(cohort, programs, outcome, view)
+        Launch(plan, stop, view, outcome).run(wait)
     outcome.seconds = time.perf_counter() - began
+    outcome.stopped = stop.reason
+    outcome.left = 0 if stop.reason is None else sum(run.status is None for cohort in plan.cohorts for run in cohort.runs)
     return outcome

@@ -1,9 +1,10 @@
 """From frozen configs to a plan: which runs are done, which share a program, which share a trunk."""
 from __future__ import annotations
 
-import json
+import itertools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -15,8 +16,10 @@ from trainer.config.checks import in_range
 from trainer.data import Dataset, load, num_windows
 from trainer.records import RunFolder
 from trainer.step import StepStructure
+from trainer.sweep import planfile
+from trainer.sweep.planfile import Composition
 
-MAX_MEMBERS = 64  # of one cohort
+MAX_MEMBERS = 64  # of one cohort, unless the launch says otherwise
 
 
 @dataclass(frozen=True)
@@ -33,35 +36,42 @@ class PlannedRun:
 
     @property
     def begun_layout(self) -> Layout | None:
-        """The layout that a run began in, as its config.json tells; None for one that is new or over."""
-        about = None if self.done else self.folder.config()
+        """The layout that a run began in, as its config.json tells; None for one that is new."""
+        about = self.folder.config()
         return Layout(**about["layout"]) if about else None
 
     @property
-    def done(self) -> bool:
-        """True when the run has a record that stands: done or diverged. A failed run is tried again."""
+    def status(self) -> str | None:
+        """done, diverged or failed by its record; None while there is none."""
         record = self.folder.record()
-        return record is not None and record["status"] in ("done", "diverged")
+        return None if record is None else record["status"]
+
+    @property
+    def done(self) -> bool:
+        """True when the run has a record that stands: done or diverged."""
+        return self.status in ("done", "diverged")
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Runs of one structure on one data set that are still to be trained, in one program. A run that has begun goes on in the
-    layout that it began in, and with the runs that began in it, so that it ends in the bits of one that was never stopped; for new
-    runs the layout follows from how many were `planned`, done ones included."""
+    """Runs of one structure on one data set that are still to be trained, in one program, in the places that their composition gives
+    them. Places of runs that are done, or that nobody asked for now, stay empty."""
 
     structure: StepStructure
     runs: tuple[PlannedRun, ...]
-    planned: int
-    begun_layout: Layout | None
+    composition: Composition
 
     @property
     def layout(self) -> Layout:
-        """Where the cohort's members lie. A layout of more devices than there are is given up, since it cannot be had."""
-        if self.begun_layout is not None and self.begun_layout.num_devices <= jax.device_count():
-            return self.begun_layout
-        parts = math.gcd(self.structure.batch_size // self.structure.accumulate, self.runs[0].config.eval_sequences)
-        return choose_layout(self.planned, parts)
+        return self.composition.layout
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.composition.slots)
+
+    def slot(self, run: PlannedRun) -> int:
+        """The run's place."""
+        return self.composition.slots.index(run.run_id)
 
     def updates(self) -> int:
         """Optimizer updates left to compute: a trunk once, and each branch's cool-down, less what checkpoints hold."""
@@ -85,23 +95,36 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Plan:
+    """runs: all that were asked for; cohorts: what of them is to be trained; failed: what failed before, which is tried again only if
+    `retry_failed`; max_members: of a new cohort."""
+
     root: Path
     runs: tuple[PlannedRun, ...]
-    cohorts: tuple[Cohort, ...] = field(default=())  # of what is not done
+    cohorts: tuple[Cohort, ...] = ()
+    failed: tuple[PlannedRun, ...] = ()
+    max_members: int = MAX_MEMBERS
+    retry_failed: bool = False
 
     @property
     def num_done(self) -> int:
-        return len(self.runs) - sum(len(c.runs) for c in self.cohorts)
+        return len(self.runs) - len(self.failed) - sum(len(c.runs) for c in self.cohorts)
+
+    def formed(self, known: list[Composition]) -> Plan:
+        """With cohorts of what is to be trained, by what is known of their composition."""
+        statuses = {run.run_id: run.status for run in self.runs}
+        failed = () if self.retry_failed else tuple(run for run in self.runs if statuses[run.run_id] == "failed")
+        over = {run_id for run_id, status in statuses.items() if status in ("done", "diverged")} | {run.run_id for run in failed}
+        return replace(self, cohorts=_cohorts(self.runs, over, known, self.max_members), failed=failed)
 
 
 def _structure_key(run: PlannedRun):
     """Equal for runs that one compiled program can train together."""
     policy = jax.tree.structure(build.hyper(run.config).policy)
-    return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options, run.begun_layout
+    return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options
 
 
-def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Plan:
-    """The plan for these configs; loads (and where necessary prepares) their data. Equal runs count once."""
+def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS, retry_failed: bool = False) -> Plan:
+    """The plan for these configs; loads (and where necessary prepares) their data. Equal runs count once. Writes nothing in runs_dir."""
     datasets: dict = {}
     runs: dict[str, PlannedRun] = {}
     for config in configs:
@@ -112,13 +135,66 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
         name = run_id(config, dataset.sha256)
         folder = RunFolder(Path(config.options.runs_dir) / config.options.sweep / name)
         runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
-    groups: dict = {}
-    for run in runs.values():
-        groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
-    chunks = [(key, chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
-    cohorts = [Cohort(key[0], tuple(run for run in chunk if not run.done), len(chunk), key[-1]) for key, chunk in chunks]
     options = configs[0].options
-    return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted((c for c in cohorts if c.runs), key=Cohort.flops)))
+    root = Path(options.runs_dir) / options.sweep
+    return Plan(root, tuple(runs.values()), max_members=max_members, retry_failed=retry_failed).formed(planfile.read(root)[1])
+
+
+def settle(plan: Plan) -> Plan:
+    """The plan with its cohorts as they stand in plan.json, where those that are new are written."""
+    with planfile.settling(plan.root):
+        run_ids, known = planfile.read(plan.root)
+        plan = plan.formed(known)
+        known += [c.composition for c in plan.cohorts if c.composition not in known]
+        planfile.write(plan.root, list(dict.fromkeys([*run_ids, *(run.run_id for run in plan.runs)])), known)
+    return plan
+
+
+def split(cohort: Cohort, root: Path) -> tuple[Cohort, Cohort]:
+    """Two cohorts of half its runs, trunks kept together where there are several, in place of one that needs more memory than there is."""
+    trunks: dict[str, list[PlannedRun]] = {}
+    for run in cohort.runs:
+        trunks.setdefault(run.trunk_id, []).append(run)
+    ordered = [run for trunk in trunks.values() for run in trunk]
+    half = len(ordered) // 2
+    if len(trunks) > 1:
+        half = min(itertools.accumulate(len(trunk) for trunk in list(trunks.values())[:-1]), key=lambda count: abs(count - half))
+    parts = tuple(Cohort(cohort.structure, tuple(part), _compose(part)) for part in (ordered[:half], ordered[half:]))
+    with planfile.settling(root):
+        run_ids, known = planfile.read(root)
+        planfile.write(root, run_ids, [c for c in known if c != cohort.composition] + [part.composition for part in parts])
+    return parts
+
+
+def _cohorts(runs: Sequence[PlannedRun], over: set[str], known: list[Composition], max_members: int) -> tuple[Cohort, ...]:
+    """What is not over, in cohorts, the smallest first: those that are known, and new ones for what is in none. A known one of more
+    devices than there are is given up, since it cannot be had."""
+    place = {run_id: index for index, composition in enumerate(known) if composition.layout.num_devices <= jax.device_count()
+             for run_id in composition.slots if run_id is not None}
+    begun: dict = {}
+    groups: dict = {}
+    for run in runs:
+        if run.run_id not in place:
+            key = (*_structure_key(run), run.begun_layout)
+            groups.setdefault(key, {}).setdefault(run.trunk_id, []).append(run)
+        elif run.run_id not in over:
+            begun.setdefault((place[run.run_id], _structure_key(run)), []).append(run)
+    cohorts = [Cohort(key[0], tuple(members), known[index]) for (index, key), members in begun.items()]
+    for key, trunks in groups.items():
+        for chunk in _chunks(list(trunks.values()), max_members):
+            left = tuple(run for run in chunk if run.run_id not in over)
+            if left:
+                cohorts.append(Cohort(key[0], left, _compose(chunk, key[-1])))
+    return tuple(sorted(cohorts, key=Cohort.flops))
+
+
+def _compose(runs: list[PlannedRun], begun: Layout | None = None) -> Composition:
+    """Places for runs that train together. begun: the layout that they began in, before compositions were written down."""
+    layout = begun
+    if layout is None or layout.num_devices > jax.device_count():
+        structure = runs[0].structure
+        layout = choose_layout(len(runs), math.gcd(structure.batch_size // structure.accumulate, runs[0].config.eval_sequences))
+    return Composition.deal([(run.run_id, run.config.steps) for run in runs], layout)
 
 
 def _check_data(config: TrainConfig, dataset: Dataset) -> None:
@@ -144,17 +220,3 @@ def _chunks(trunks: list[list[PlannedRun]], max_members: int):
             chunk = chunk[max_members:]
     if chunk:
         yield chunk
-
-
-def write_plan(plan: Plan) -> None:
-    """plan.json in the sweep's folder: every run that was ever planned there, so that `bitlaw status` knows what is missing."""
-    path = plan.root / "plan.json"
-    known = json.loads(path.read_text())["run_ids"] if path.exists() else []
-    ids = list(dict.fromkeys([*known, *(run.run_id for run in plan.runs)]))
-    try:
-        plan.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"runs_dir={plan.root.parent} cannot be written ({error.strerror}); accepted: a folder that can") from error
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"sweep": plan.root.name, "run_ids": ids}, indent=1))
-    temporary.replace(path)

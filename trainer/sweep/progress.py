@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from trainer.lease import Holder
 from trainer.loop import Progress as Advance
 from trainer.sweep.plan import Plan
 
@@ -20,7 +21,7 @@ class Watch:
         self._runs_done, self._runs = plan.num_done, len(plan.runs)
         self._flops, self._flops_total = 0.0, sum(c.flops() for c in plan.cohorts)
         self._tokens, self._busy, self._began = 0, 0.0, time.monotonic()
-        self._label = ""
+        self._label, self._waiting_for = "", None
         self._task = bar.add_task("", total=max(self._flops_total, 1.0)) if bar else None
         self._show()
 
@@ -46,6 +47,16 @@ class Watch:
     def failure(self, reason: str, count: int) -> None:
         """A cohort failed."""
         self._console.print(f"{self._label} failed ({' '.join(reason.split())[:300]}); {count} runs recorded as failed, see error.txt in their folders", highlight=False)
+
+    def splits(self, count: int, reason: str) -> None:
+        """A cohort did not fit."""
+        self._console.print(f"{self._label} needs more memory than there is ({' '.join(reason.split())[:200]}); its {count} runs are split over two cohorts", highlight=False)
+
+    def waiting(self, holder: Holder, cohorts: int) -> None:
+        """Nothing is left but what others train."""
+        if self._waiting_for != holder:
+            self._console.print(f"waiting for {cohorts} cohorts that process {holder.pid} on {holder.host} and maybe others train", highlight=False)
+        self._waiting_for = holder
 
     def _show(self) -> None:
         if self._bar is None:
