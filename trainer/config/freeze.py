@@ -33,9 +33,9 @@ def load_plugins(names) -> None:
             raise ValueError(f"plugins={name} cannot be imported ({error}); accepted: the name of a module on PYTHONPATH") from None
 
 
-def freeze(config: DictConfig) -> frozen.TrainConfig:
-    """The frozen config of one run. ValueError in one line for an unknown name or an impossible value."""
-    c = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+def freeze(config: DictConfig | dict) -> frozen.TrainConfig:
+    """The frozen config of one run, composed or as plain dicts. ValueError in one line for an unknown name or an impossible value."""
+    c = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check_keys("", c, TrainSchema)
     load_plugins(c["plugins"])
     model = _model(c["model"])
@@ -64,13 +64,18 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
 
 def _check_keys(prefix: str, content: dict, schema) -> None:
     """Refuses what Hydra's `+key` and `~key` can do to a config: a key that no schema has, or one that is missing."""
-    known = typing.get_type_hints(schema)
+    known = _hints(schema)
     for key in sorted(content.keys() ^ known.keys()):
         problem = " is missing" if key in known else f"={content[key]} is not a key"
         raise ValueError(f"{prefix}{key}{problem}; accepted keys: {', '.join(known)}")
     for key, kind in known.items():
         if dataclasses.is_dataclass(kind):
             _check_keys(f"{prefix}{key}.", content[key], kind)
+
+
+@functools.cache
+def _hints(schema) -> dict:
+    return typing.get_type_hints(schema)
 
 
 def _model(m: dict) -> frozen.ModelSpec:
