@@ -3,19 +3,17 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
-from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.cohort import use_host_devices
-from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
+from trainer.config import Composer, TrainConfig, axes, config_dir, freeze, hydra_ready
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
-from trainer.sweep import Plan, execute, make_plan
+from trainer.sweep import Plan, definition, execute, make_plan
 from trainer.sweep.options import LaunchOptions, take_options
 from trainer.sweep.show import report
 
@@ -134,39 +132,6 @@ def _multirun(argv: list[str]) -> int:
 # --- sweep ----------------------------------------------------------------------------------------------------------
 
 
-def _sweep_names(folders) -> list[str]:
-    return sorted(path.stem for folder in folders for path in (folder / "sweep").glob("*.yaml"))
-
-
-def _sweep_lines(name: str, extra_dir: str | None) -> list[list[str]]:
-    """The `runs` of configs/sweep/NAME.yaml: a line is a product of overrides, as on the command line, after those of `common`; a later
-    override of a key takes the place of an earlier one. The sweep is their union."""
-    folders = [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
-    for folder in folders:
-        path = folder / "sweep" / f"{name}.yaml"
-        if path.exists():
-            content = OmegaConf.to_container(OmegaConf.load(path))
-            content = content if isinstance(content, dict) and set(content) <= {"runs", "common"} else {}
-            lines, common = content.get("runs"), content.get("common", "")
-            if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in (*lines, common)):
-                raise ValueError(f"{path} must hold `runs:` with a list of lines such as 'model=10k,25k seed=0,1', maybe `common:` with overrides of all of them, and nothing else")
-            return [_over(_words(path, common), _words(path, line)) for line in lines]
-    raise ValueError(f"sweep={name} is not known; accepted: {', '.join(_sweep_names(folders))}, or overrides with several values")
-
-
-def _over(overrides: list[str], later: list[str]) -> list[str]:
-    """All of them, of a key that is in both the later one."""
-    keys = {override.partition("=")[0] for override in later}
-    return [override for override in overrides if override.partition("=")[0] not in keys] + later
-
-
-def _words(path: Path, line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ValueError(f"{path}: {line!r} cannot be read ({error}); accepted: overrides as on the command line") from None
-
-
 def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[list[TrainConfig], LaunchOptions]:
     """The frozen configs of every combination, and the options of the launch among the overrides."""
     options, overrides = take_options(overrides)
@@ -177,20 +142,13 @@ def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[l
             name = value
         else:
             own.append(override)
-    lines = [[]] if name is None else _sweep_lines(name, extra_dir)
-    label = f"sweep={name or 'adhoc'}"
-    configs = []
-    with hydra_ready(extra_dir) as extra:
-        composer = Composer(extra)
-        for line in lines:
-            configs += [composer.freeze([label, *combination]) for combination in expand(axes(_over(line, own)))]
-    return configs, options
+    return definition.compose(name, own, extra_dir), options
 
 
 def _sweep(argv: list[str]) -> int:
     flags, overrides = _split_flags(argv, ("--help", "-h"))
     if "--help" in flags or "-h" in flags:
-        print(SWEEP_HELP.format(sweeps=", ".join(_sweep_names([config_dir()]))))
+        print(SWEEP_HELP.format(sweeps=", ".join(definition.names())))
         return 0
     configs, options = sweep_configs(overrides, flags.get("--config-dir"))
     how = {"max_members": options.max_members, "retry_failed": options.retry_failed}

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,8 +163,3 @@ def _copy(value):
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def expand(axis_lists: list[list[str]]) -> list[list[str]]:
-    """The product of axes: one list of overrides per run."""
-    return [list(combination) for combination in itertools.product(*axis_lists)]
