@@ -13,13 +13,14 @@ USAGE = """usage: bitlaw VERB ...
   demo                                 the main job in small: sweep, fit, report; minutes on two cores
   train KEY=VALUE ...                  one run                       e.g. bitlaw train model=25k precision=int4 steps=500
   sweep [sweep=NAME] KEY=V1,V2 ...     many runs in shared programs  (dry_run=true shows the plan; run again to resume)
-  status DIR                           what is done, running, failed, diverged, missing
+  status DIR [--watch]                 what is done, running, failed, diverged, missing; --watch: until nothing moves
   table DIR ... --out FILE             the run table as .parquet or .csv
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
+  wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
   formats                              the catalogue of number formats
 `bitlaw VERB --help` says more."""
 
@@ -63,11 +64,14 @@ def _dispatch(verb: str, argv: list[str]) -> int:
     if verb in ("table", "fit", "compare", "predict", "report"):
         _part("scaling")
         return importlib.import_module("scaling.cli").run(verb, argv)
-    _part("formats"), _part("trainer")
-    if verb in ("train", "sweep"):
-        return importlib.import_module("trainer.cli").run(verb, argv)
+    _part("trainer")
     if verb == "status":
         return importlib.import_module("trainer.status").status_main(argv)
+    if verb == "wandb-sync":
+        return importlib.import_module("trainer.replay").replay_main(argv)
+    _part("formats")
+    if verb in ("train", "sweep"):
+        return importlib.import_module("trainer.cli").run(verb, argv)
     if verb == "data":
         return importlib.import_module("trainer.data").prepare(argv)
     return _demo(argv)
@@ -83,8 +87,8 @@ def _demo(argv: list[str]) -> int:
     return importlib.import_module("scaling.cli").conclude(root)
 
 
-PLAIN = ("demo", "status", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "formats")
+PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:
