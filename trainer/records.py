@@ -116,6 +116,10 @@ class RunFolder:
         """The file that says which process trains the run (`trainer.lease`)."""
         return self.path / "alive.json"
 
+    def write_note(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file of that name beside the run's own, atomically: what others keep of the run."""
+        _write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False))
+
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows (each with a `step`) in one write. A torn line that a kill left is cut off first."""
         self._append(METRICS, rows)
