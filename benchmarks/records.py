@@ -7,7 +7,6 @@ status`, `bitlaw table` to Parquet and to CSV, and `scaling.curves`, which reads
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -79,20 +78,11 @@ def measured(command: list[str], expected: str, codes: tuple[int, ...]) -> dict[
     return {"seconds": round(seconds, 3), "peak_mib": round(usage.ru_maxrss / 1024, 1)}
 
 
-@contextlib.contextmanager
-def claimed(root: Path, runs: int):
-    """While it lasts, this process trains the running ones."""
-    from trainer.records import RunFolder
-
-    with contextlib.ExitStack() as claims:
-        for index in range(runs):
-            if state(index) == "running":
-                claims.enter_context(RunFolder(root / f"{index:016x}").claim())
-        yield
-
-
 def measure(root: Path, runs: int, rows: int, repeats: int) -> dict:
     """Every command's best seconds and largest peak of `repeats`, beside its goal."""
+    from trainer import lease
+    from trainer.records import RunFolder
+
     count = {name: sum(state(index) == name for index in range(runs)) for name in set(STATES)}
     over = count["done"] + count["diverged"] + count["failed"]
     curves = f"import scaling; print(len(scaling.curves({str(root)!r})), 'rows')"
@@ -103,7 +93,8 @@ def measure(root: Path, runs: int, rows: int, repeats: int) -> dict:
         "curves": (["-c", curves], f"{(runs - count['missing']) * rows} rows", (0,)),
     }
     result = {}
-    with claimed(root, runs):
+    running = [RunFolder(root / f"{index:016x}").lease for index in range(runs) if state(index) == "running"]
+    with lease.held(running):
         for name, command in commands.items():
             print(f"{name}: {repeats} times", file=sys.stderr, flush=True)
             figures = [measured(*command) for _ in range(repeats)]

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from trainer import lease
 from trainer import status as module
 from trainer.records import NewerVersionError, RunFolder
 from trainer.status import STATES, status, status_main
@@ -37,7 +38,7 @@ def sweep(tmp_path):
 
 
 def test_each_state_is_told_apart(sweep, capsys):
-    with RunFolder(sweep / "begun").claim():
+    with lease.held([RunFolder(sweep / "begun").lease]):
         result = status(sweep)
         assert {run.run_id: run.state for run in result.runs} == {
             "aaa": "done", "bbb": "done", "div": "diverged", "bad": "failed", "begun": "running", "killed": "stopped",
@@ -88,7 +89,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path):
     run = RunFolder(tmp_path / "r")
     run.write_config({"run_id": "r", "config": {"steps": 500}})
     run.append_metrics([{"step": 6, "loss": 3.0}, {"step": 7, "loss": 3.25}])
-    with run.claim():
+    with lease.held([run.lease]):
         (found,) = status(tmp_path).runs
     assert found.note.startswith(f"step 7 of 500, loss 3.25, process {os.getpid()} on ")
 
@@ -138,7 +139,7 @@ def _finish(sweep, *run_ids):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_watch_ends_when_nothing_runs_and_nothing_is_missing(sweep, monkeypatch, terminal):
-    claim = RunFolder(sweep / "begun").claim()
+    claim = lease.held([RunFolder(sweep / "begun").lease])
 
     def begun_ends():
         claim.__exit__(None, None, None)
