@@ -4,7 +4,9 @@
 """
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -107,6 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `bitlaw status DIR | head`: what was wanted has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"bitlaw: {error.filename or 'a file'} cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2  # the disk's doing, or the path's
     except KeyboardInterrupt:
         print("bitlaw: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
         return 1

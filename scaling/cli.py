@@ -54,6 +54,8 @@ def conclude(folder: str | Path) -> int:
 def _table(arguments) -> int:
     check_target(arguments.out, TABLE_SUFFIXES)
     relation = table(arguments.sources)
+    if not len(relation):
+        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is")
     out = write_table(relation, arguments.out)
     states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
     print(f"{out}: {sum(states.values())} runs ({', '.join(f'{number} {state}' for state, number in states.items())})")
