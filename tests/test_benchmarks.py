@@ -245,5 +245,5 @@ def test_demo_overhead_accounts_for_every_second():
 def test_records_measure_what_they_say():
     """Forty folders, in every state: the figures are there, and the commands did what they are timed for (or it would have raised)."""
     command = [sys.executable, "-m", "benchmarks.records", "--runs", "40", "--rows", "5", "--repeats", "1"]
-    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    result = json.loads(subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout)
     assert result["all_met"] and all(result[name]["seconds"] > 0 and result[name]["peak_mib"] > 10 for name in ("status", "table to parquet", "table to csv", "curves"))
