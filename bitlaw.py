@@ -4,7 +4,9 @@
 """
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -13,13 +15,14 @@ USAGE = """usage: bitlaw VERB ...
   demo                                 the main job in small: sweep, fit, report; minutes on two cores
   train KEY=VALUE ...                  one run                       e.g. bitlaw train model=25k precision=int4 steps=500
   sweep [sweep=NAME] KEY=V1,V2 ...     many runs in shared programs  (dry_run=true shows the plan; run again to resume)
-  status DIR                           what is done, running, failed, diverged, missing
+  status DIR [--watch]                 what is done, running, failed, diverged, missing; --watch: until nothing moves
   table DIR ... --out FILE             the run table as .parquet or .csv
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
+  wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
   formats                              the catalogue of number formats
 `bitlaw VERB --help` says more."""
 
@@ -63,11 +66,14 @@ def _dispatch(verb: str, argv: list[str]) -> int:
     if verb in ("table", "fit", "compare", "predict", "report"):
         _part("scaling")
         return importlib.import_module("scaling.cli").run(verb, argv)
-    _part("formats"), _part("trainer")
-    if verb in ("train", "sweep"):
-        return importlib.import_module("trainer.cli").run(verb, argv)
+    _part("trainer")
     if verb == "status":
         return importlib.import_module("trainer.status").status_main(argv)
+    if verb == "wandb-sync":
+        return importlib.import_module("trainer.replay").replay_main(argv)
+    _part("formats")
+    if verb in ("train", "sweep"):
+        return importlib.import_module("trainer.cli").run(verb, argv)
     if verb == "data":
         return importlib.import_module("trainer.data").prepare(argv)
     return _demo(argv)
@@ -83,8 +89,8 @@ def _demo(argv: list[str]) -> int:
     return importlib.import_module("scaling.cli").conclude(root)
 
 
-PLAIN = ("demo", "status", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "formats")
+PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,6 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"bitlaw: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `bitlaw status DIR | head`: what was wanted has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"bitlaw: {error.filename or 'a file'} cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2  # the disk's doing, or the path's
     except KeyboardInterrupt:
         print("bitlaw: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
         return 1

@@ -5,15 +5,47 @@
     fit.estimate("bits_for_gap", N=25_000, gap=0.01)   a number with its interval, or why the design does not identify it
     fit.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4)
     scaling.report("runs/demo", "report.html")         analyse() first when the sentences of summary() are wanted too
+
+Names are imported when first used: `bitlaw table` needs neither SciPy nor matplotlib.
 """
-from scaling.analysis import Analysis, analyse
-from scaling.compare import Comparison, compare
-from scaling.fit import fit
-from scaling.laws import Law, laws
-from scaling.report import report
-from scaling.result import Estimate, Fit, Prediction, load
-from scaling.summary import summary
-from scaling.table import curves, table, telemetry, write_table
+import importlib
+import sys
+import types
+
+_HOMES = {
+    "scaling.analysis": ("Analysis", "analyse"),
+    "scaling.compare": ("Comparison", "compare"),
+    "scaling.fit": ("fit",),
+    "scaling.laws": ("Law", "laws"),
+    "scaling.report": ("report",),
+    "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
+    "scaling.summary": ("summary",),
+    "scaling.table": ("curves", "table", "telemetry", "write_table"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load", "report",
            "summary", "table", "telemetry", "write_table"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'scaling' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Face(types.ModuleType):
+    """`scaling.fit`, `scaling.table` and others are functions. The modules of these names, once imported, do not take their places."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

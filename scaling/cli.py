@@ -1,28 +1,27 @@
 """`run(verb, argv)`: the verbs of the command line that belong to scaling. Results on stdout, errors as one line on stderr.
 
-Exit codes: 0 done; 1 a fit did not converge; 2 bad input.
+Exit codes: 0 done; 1 a fit did not converge; 2 bad input. What a verb alone needs it imports itself: a table needs no SciPy.
 """
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.analysis import Analysis, analyse
 from scaling.arguments import numbers, parser
-from scaling.compare import Comparison
-from scaling.compare import compare as compare_laws
 from scaling.files import check_target
-from scaling.fit import fit as fit_law
 from scaling.plugins import load_plugins
-from scaling.report import report as write_report
-from scaling.result import Fit, load
-from scaling.summary import summary
 from scaling.table import TABLE_SUFFIXES, table, write_table
+
+if TYPE_CHECKING:
+    from scaling.analysis import Analysis
+    from scaling.compare import Comparison
+    from scaling.result import Fit
 
 
 def run(verb: str, argv: list[str]) -> int:
@@ -41,6 +40,8 @@ def run(verb: str, argv: list[str]) -> int:
 def conclude(folder: str | Path) -> int:
     """What `bitlaw demo` does once its runs are there: fits, writes the run table, both fits and the report beside the runs, says where
     they are, and ends with the three sentences. Returns the exit code: 1 when a fit did not converge."""
+    from scaling.report import report as write_report
+
     folder = Path(folder)
     analysis = _analyse(folder, 200)
     written = [write_table(analysis.whole, folder / "runs.parquet"), write_table(analysis.whole, folder / "runs.csv")]
@@ -54,6 +55,8 @@ def conclude(folder: str | Path) -> int:
 def _table(arguments) -> int:
     check_target(arguments.out, TABLE_SUFFIXES)
     relation = table(arguments.sources)
+    if not len(relation):
+        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is")
     out = write_table(relation, arguments.out)
     states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
     print(f"{out}: {sum(states.values())} runs ({', '.join(f'{number} {state}' for state, number in states.items())})")
@@ -61,6 +64,8 @@ def _table(arguments) -> int:
 
 
 def _fit(arguments) -> int:
+    from scaling.fit import fit as fit_law
+
     if arguments.out:
         check_target(arguments.out)
     with _progress() as progress:
@@ -77,6 +82,8 @@ def _fit(arguments) -> int:
 
 
 def _compare(arguments) -> int:
+    from scaling.compare import compare as compare_laws
+
     laws = [name.strip() for name in arguments.laws.split(",") if name.strip()]
     with _progress() as progress:
         comparison = compare_laws(arguments.table, laws, progress=progress, **_row_options(arguments))
@@ -92,6 +99,8 @@ def _compare(arguments) -> int:
 
 
 def _predict(arguments) -> int:
+    from scaling.result import load
+
     fitted = load(arguments.fit)
     pairs = {}
     for text in arguments.inputs:
@@ -113,18 +122,24 @@ def _predict(arguments) -> int:
 
 
 def _report(arguments) -> int:
+    from scaling.report import report as write_report
+
     check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis)])
 
 
 def _analyse(source, bootstrap: int) -> Analysis:
+    from scaling.analysis import analyse
+
     with _progress() as progress:
         return analyse(source, bootstrap=bootstrap, progress=progress)
 
 
 def _tell(analysis: Analysis, written: list[Path]) -> int:
     """Constants and conditioning of both fits, files, and the three sentences last. Exit code 1 when a fit did not converge."""
+    from scaling.summary import summary
+
     code = 0
     for name, comparison in (("chinchilla", analysis.chinchilla), ("precision", analysis.precision)):
         if comparison is None:

@@ -1,7 +1,7 @@
 """Run tables: every way to hand runs to `scaling`, as one DuckDB relation.
 
 A folder of runs holds one `record.json` per run (written when the run ends) and one `metrics.jsonl` (appended while it trains).
-`table` reads the former, `curves` the latter; files, relations and mappings of arrays pass through `table` as well, so whatever
+`table` reads the former, `curves` the latter, also while runs are trained; files, relations and mappings of arrays pass through `table` as well, so whatever
 takes a table takes any of them.
 """
 from __future__ import annotations
@@ -17,6 +17,7 @@ import duckdb
 import numpy as np
 
 from scaling.files import write_whole
+from scaling.folders import runs
 
 _ROLES = ("weights", "activations", "output_gradients", "kv", "scores", "probabilities", "master_weights", "adam_m", "adam_v")
 _ROLE_FIELDS = {"format": "VARCHAR", "granularity": "VARCHAR", "bits": "DOUBLE", "bits_effective": "DOUBLE", "exp_bits": "DOUBLE",
@@ -32,7 +33,7 @@ RUN_COLUMNS: dict[str, str] = {
     "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "edq": "DOUBLE", "lost_updates": "DOUBLE", "updates_per_ulp": "DOUBLE",
     "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE", **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:3] for what in ("underflow", "overflow")},
     "weights_bytes_per_param": "DOUBLE", "moments_bytes_per_param": "DOUBLE", "peak_bytes_per_param": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
-    "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR",
+    "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR", "record_version": "BIGINT",
 }
 """Columns that every run table has, absent ones NULL, and their SQL types (section 4 of the design)."""
 
@@ -46,6 +47,7 @@ _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", 
             ".ndjson": "read_json"}
 TABLE_SUFFIXES = (".parquet", ".csv")
 _COUNTER = itertools.count()
+_FILES_AT_ONCE = 64
 Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelation | Mapping[str, object]"
 
 
@@ -53,8 +55,9 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
     """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
     column to array, or a relation (returned as it is).
 
-    Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own).
-    ValueError, one line, for a path that does not exist, a folder without records, a record that is not JSON, or uneven arrays.
+    Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own), one row for each
+    run_id whose run is over: where there are several copies of a run, a finished one. A damaged record is left out, with a line on stderr.
+    ValueError, one line, for a path that does not exist, a folder without runs, a record in a newer version, or uneven arrays.
     """
     if isinstance(source, duckdb.DuckDBPyRelation):
         return source
@@ -67,16 +70,19 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
 
 
 def write_table(relation: duckdb.DuckDBPyRelation, path: str | os.PathLike) -> Path:
-    """Writes `relation` to `path` (.parquet or .csv), whole or not at all. Returns the path."""
+    """Writes `relation` to `path` (.parquet or .csv), whole or not at all. Returns the path. ValueError where that cannot be."""
     write = relation.write_parquet if Path(path).suffix == ".parquet" else relation.write_csv
-    return write_whole(path, lambda partial: write(str(partial)), TABLE_SUFFIXES)
+    try:
+        return write_whole(path, lambda partial: write(str(partial)), TABLE_SUFFIXES)
+    except duckdb.IOException as error:
+        raise ValueError(f"out={path}: cannot be written ({str(error).splitlines()[0]})") from None
 
 
 def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:
-    """Training curves: one row per line of every `metrics.jsonl` below the folder(s), with `run_id` from the run folder's name.
+    """Training curves: one row per line of the `metrics.jsonl` of every run below the folder(s), those still trained among them.
 
-    Columns run_id and CURVE_COLUMNS (absent ones NULL), ordered by run and line. A torn last line (a run killed while writing) is
-    left out; any other line that is not JSON is a ValueError that names it.
+    Columns run_id and CURVE_COLUMNS (absent ones NULL), ordered by run and line. Copies of a run count once, as in `table`. A torn last
+    line (a run killed while writing, or that is just writing) is left out; any other line that is not JSON is a ValueError that names it.
     """
     return _from_lines(source, "metrics.jsonl", CURVE_COLUMNS)
 
@@ -89,48 +95,40 @@ def telemetry(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb
 
 
 def _from_lines(source, name: str, columns: Mapping[str, str]) -> duckdb.DuckDBPyRelation:
-    """Every line of every file called `name` below the folder(s)."""
+    """Every whole line of the file called `name` of every run below the folder(s). DuckDB takes the JSON apart; Python's memory holds a few
+    files at a time."""
     folders = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
-    rows = []
-    for path in _find(folders, name):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    break
-                raise ValueError(f"{path}:{number}: not a JSON line ({error.msg})") from None
-            rows.append({"run_id": path.parent.name} | {column: row.get(column) for column in columns})
-    return _from_rows(rows, {"run_id": "VARCHAR"} | columns)
+    found = sorted((run.path / name, run.run_id) for run in runs(folders, RUN_COLUMNS, name, tell=False) if (run.path / name).is_file())
+    stored = f"lines_{next(_COUNTER)}"
+    _connection().execute(f"CREATE TABLE {stored} (run_id VARCHAR, {', '.join(f'{quote(column)} {kind}' for column, kind in columns.items())})")
+    for start in range(0, len(found), _FILES_AT_ONCE):
+        _insert_lines(stored, found[start:start + _FILES_AT_ONCE], columns)
+    return _connection().table(stored)
 
 
-def _find(folders: list[Path], name: str) -> list[Path]:
-    """Every file called `name` below `folders`, sorted. ValueError when a folder is missing or nothing is found."""
-    if not folders:
-        raise ValueError("table: no folder given; give a run folder, a list of them, or a .csv/.parquet/.json file")
-    for folder in folders:
-        if not folder.exists():
-            raise ValueError(f"{folder}: no such file or folder; give a run folder or a .csv/.parquet/.json file")
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: is a file; a list may hold run folders only")
-    found = sorted({path for folder in folders for path in folder.rglob(name)})
-    if not found:
-        raise ValueError(f"{', '.join(map(str, folders))}: no {name} below it; give a folder of finished runs")
-    return found
+def _insert_lines(stored: str, files: list[tuple[Path, str]], columns: Mapping[str, str]) -> None:
+    texts = [path.read_bytes().rpartition(b"\n")[0] for path, _ in files]  # what follows the last newline is torn
+    try:
+        arrays = {"run_id": [run_id for _, run_id in files], "text": [text.decode() for text in texts]}
+        _connection().register("files_", {name: np.array(values, dtype=object) for name, values in arrays.items()})
+        _connection().execute(f"""INSERT INTO {stored} SELECT run_id, unnest(json_transform(line, $structure)) FROM
+            (SELECT run_id, unnest(string_split(text, chr(10))) AS line FROM files_ WHERE text <> '')""", {"structure": json.dumps(dict(columns))})
+    except (duckdb.Error, UnicodeDecodeError) as error:
+        for (path, _), text in zip(files, texts, strict=True):
+            for number, line in enumerate(text.split(b"\n"), 1):
+                try:
+                    json.loads(line)
+                except ValueError as broken:
+                    raise ValueError(f"{path}:{number}: not a JSON line ({broken})") from None
+        raise ValueError(f"{files[0][0]} and the next {len(files) - 1}: {str(error).splitlines()[0]}") from None
+    finally:
+        _connection().unregister("files_")
 
 
 def _from_folders(folders: list[Path]) -> duckdb.DuckDBPyRelation:
-    records = []
-    for path in _find(folders, "record.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON record ({error.msg} at line {error.lineno})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: a record is a JSON object, this is a {type(record).__name__}")
-        records.append({"run_id": path.parent.name} | {k: v for k, v in record.items() if v is not None})
-    extra = {key: _sql_type(records, key) for record in records for key in record if key not in RUN_COLUMNS}
+    records = [{"run_id": run.run_id} | {k: v for k, v in run.record.items() if v is not None} for run in runs(folders, RUN_COLUMNS) if run.record]
+    keys = dict.fromkeys(key for record in records for key in record if key not in RUN_COLUMNS)
+    extra = {key: _sql_type(records, key) for key in keys}
     return _from_rows(records, RUN_COLUMNS | extra)
 
 

@@ -239,3 +239,11 @@ def test_demo_overhead_accounts_for_every_second():
     printed = json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout)
     assert printed["compiles"] == 4 * printed["programs"]  # init, run, evaluate, probe
     assert all(seconds >= 0.0 for seconds in printed["measured"]["seconds"].values())
+
+
+@pytest.mark.slow
+def test_records_measure_what_they_say():
+    """Forty folders, in every state: the figures are there, and the commands did what they are timed for (or it would have raised)."""
+    command = [sys.executable, "-m", "benchmarks.records", "--runs", "40", "--rows", "5", "--repeats", "1"]
+    result = json.loads(subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout)
+    assert result["all_met"] and all(result[name]["seconds"] > 0 and result[name]["peak_mib"] > 10 for name in ("status", "table to parquet", "table to csv", "curves"))

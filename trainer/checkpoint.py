@@ -112,6 +112,19 @@ def restore(folder: str | os.PathLike[str], abstract_state: Tree) -> tuple[int, 
     return None
 
 
+def check(folder: str | os.PathLike[str], abstract_state: Tree) -> None:
+    """ValueError, one line, when the newest step is of another structure, shape or dtype; reads its manifest only. A damaged one is
+    passed over: `restore` deals with it."""
+    root = pathlib.Path(folder)
+    for step in reversed(steps(root)):
+        try:
+            specs = _manifest_specs(root / str(step), step)[0]
+        except _Damaged:
+            continue
+        _check_same(root / str(step), specs, _described(abstract_state)[0])
+        return
+
+
 def leaves(folder: str | os.PathLike[str], prefix: str) -> dict[str, np.ndarray]:
     """The leaves of the newest whole checkpoint whose path begins with `prefix`, by the rest of their path, as NumPy arrays; empty where
     there is none. For runs that start from another one's parameters."""
@@ -288,17 +301,26 @@ def _write_manifest(folder: pathlib.Path, step: int, specs: list[LeafSpec]) -> N
 
 def _verified_specs(folder: pathlib.Path, step: int) -> list[LeafSpec]:
     """The leaves that a step holds, once every file has been found to be what was written. Raises _Damaged."""
+    specs, files = _manifest_specs(folder, step)
     try:
-        digest, _, line = (folder / _MANIFEST).read_bytes().partition(b"\n")
-        if digest != _sha256(line).encode():
-            raise _Damaged(f"{_MANIFEST} is not what was written")
-        content = json.loads(line)
-        for name, expected in content["files"].items():
+        for name, expected in files.items():
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     raise _Damaged(f"{name} is not what was written")
     except OSError as error:
         raise _Damaged(f"{error.strerror}: {error.filename}") from error
+    return specs
+
+
+def _manifest_specs(folder: pathlib.Path, step: int) -> tuple[list[LeafSpec], dict[str, str]]:
+    """What a step's manifest says: its leaves, and the sha256 of each file. Raises _Damaged."""
+    try:
+        digest, _, line = (folder / _MANIFEST).read_bytes().partition(b"\n")
+    except OSError as error:
+        raise _Damaged(f"{error.strerror}: {error.filename}") from error
+    if digest != _sha256(line).encode():
+        raise _Damaged(f"{_MANIFEST} is not what was written")
+    content = json.loads(line)
     if (content["version"], content["step"]) != (_VERSION, step):
         raise _Damaged(f"it holds step {content['step']} in layout {content['version']}, not step {step} in {_VERSION}")
-    return [LeafSpec(path, tuple(shape), dtype, impl, packed) for path, shape, dtype, impl, packed in content["leaves"]]
+    return [LeafSpec(path, tuple(shape), dtype, impl, packed) for path, shape, dtype, impl, packed in content["leaves"]], content["files"]

@@ -12,6 +12,8 @@ A run folder, named by its run id, holds
 JSON has no NaN and no infinity. In a metrics row such a value is null, and the row says what it was:
 `{"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}`; `metrics()` puts it back. In a record it is null, because the run
 table is SQL: `status` and `diverged_step` tell why.
+
+`config.json` and `record.json` say in which version of this layout they are, `record_version`; those without it are of version 1.
 """
 
 from __future__ import annotations
@@ -43,13 +45,21 @@ RECORD_COLUMNS: dict[str, type] = {
     "edq": float, "lost_updates": float, "updates_per_ulp": float, "gradient_cosine": float, "gradient_magnitude": float,
     **{f"{role}_{what}": float for role in _ROLES[:3] for what in ("underflow", "overflow")},
     "weights_bytes_per_param": float, "moments_bytes_per_param": float, "peak_bytes_per_param": float,
-    "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str,
+    "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str, "record_version": int,
 }  # fmt: skip
+
+# Raise when a reader that knows only the versions before would misread a run folder; a new column is no reason.
+RECORD_VERSION = 1
 
 METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
 STATUSES = ("done", "diverged", "failed")
 _PTQ = "ptq_"  # columns ptq_<format>: loss after post-training quantization, float
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_TAIL = 4096  # bytes; a metrics row has some 200
+
+
+class NewerVersionError(ValueError):
+    """A file of a run folder is in a version that this bitlaw does not read."""
 
 
 def complete(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +72,7 @@ def complete(record: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"record column {unknown[0]!r} is not in the run table; known are RECORD_COLUMNS and {_PTQ}<format>")
     kinds = RECORD_COLUMNS | {name: float for name in record if name not in RECORD_COLUMNS}
-    filled = {name: _typed(name, record.get(name), kind) for name, kind in kinds.items()}
+    filled = {name: _typed(name, record.get(name), kind) for name, kind in kinds.items()} | {"record_version": RECORD_VERSION}
     if filled["run_id"] is None:
         raise ValueError("record column 'run_id' is missing; every record names its run")
     if filled["status"] not in STATUSES:
@@ -98,13 +108,17 @@ class RunFolder:
     # --- writing ---
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Writes `config.json` atomically."""
-        _write_atomically(self.path / "config.json", json.dumps(config, indent=1, allow_nan=False))
+        """Writes `config.json`, with its version, atomically."""
+        _write_atomically(self.path / "config.json", json.dumps({"record_version": RECORD_VERSION} | dict(config), indent=1, allow_nan=False))
 
     @property
     def lease(self) -> pathlib.Path:
         """The file that says which process trains the run (`trainer.lease`)."""
         return self.path / "alive.json"
+
+    def write_note(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file of that name beside the run's own, atomically: what others keep of the run."""
+        _write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False))
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows (each with a `step`) in one write. A torn line that a kill left is cut off first."""
@@ -138,16 +152,23 @@ class RunFolder:
     # --- reading ---
 
     def config(self) -> dict[str, Any] | None:
-        """The config, None before it is written."""
-        return _read_object(self.path / "config.json")
+        """The config, None before it is written. ValueError as for the record."""
+        return _read_versioned(self.path / "config.json")
 
     def record(self) -> dict[str, Any] | None:
-        """The record, None while the run is not over. ValueError, one line, when the file is no JSON object."""
-        return _read_object(self.path / "record.json")
+        """The record, None while the run is not over. ValueError, one line, when the file is no JSON object; NewerVersionError, which
+        is one, when its version is newer than RECORD_VERSION."""
+        return _read_versioned(self.path / "record.json")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows in order, without a torn last line; non-finite values as they were. ValueError for another broken line."""
         return self._rows(METRICS)
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The last whole row of the metrics, read from the file's tail however long it is; None where there is none. ValueError for a
+        broken one."""
+        line = _last_line(self.path / METRICS)
+        return None if line is None else _parsed(line, f"{self.path / METRICS}, the last line,")
 
     def telemetry(self) -> list[dict[str, Any]]:
         """The rows of telemetry.jsonl, read as `metrics` are; none where there is no file."""
@@ -156,18 +177,51 @@ class RunFolder:
     def _rows(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error})") from error
-            rows.append(row | {key: _NONFINITE[what] for key, what in row.pop("nonfinite", {}).items()})
-        return rows
+        return [_parsed(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
     def holder(self) -> lease.Holder | None:
         """The living process that trains the run, else None."""
         return lease.holder(self.lease)
+
+
+def find(root: str | os.PathLike[str]) -> tuple[list[RunFolder], list[pathlib.Path]]:
+    """The run folders at or below `root` (those with a `config.json` or `record.json`; nothing inside one is looked at) and the
+    sweep plans (`plan.json`), in the order of their paths."""
+    runs, plans = [], []
+    for path, subfolders, files in os.walk(root):
+        subfolders.sort()
+        if "record.json" in files or "config.json" in files:
+            subfolders.clear()
+            runs.append(RunFolder(path))
+        elif "plan.json" in files:
+            plans.append(pathlib.Path(path) / "plan.json")
+    return runs, plans
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    """A row of metrics or telemetry, non-finite values as they were."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    return row | {key: _NONFINITE[what] for key, what in row.pop("nonfinite", {}).items()}
+
+
+def _last_line(path: pathlib.Path) -> bytes | None:
+    """What stands between the last two newlines of a file, or before the only one; None without a newline or a file."""
+    try:
+        with path.open("rb") as file:
+            size, span = file.seek(0, os.SEEK_END), _TAIL
+            while True:
+                file.seek(max(0, size - span))
+                lines = file.read(min(size, span)).split(b"\n")
+                if len(lines) > 2 or span >= size:
+                    return lines[-2] if len(lines) > 1 else None
+                span *= 4
+    except FileNotFoundError:
+        return None
 
 
 def _row_json(row: Mapping[str, Any]) -> str:
@@ -198,6 +252,16 @@ def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not JSON ({error}); remove the run's folder to train it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object; remove the run's folder to train it again")
+    return content
+
+
+def _read_versioned(path: pathlib.Path) -> dict[str, Any] | None:
+    content = _read_object(path)
+    version = 1 if content is None else content.get("record_version", 1)
+    if type(version) is not int:
+        raise ValueError(f"{path} has record_version {version!r}, which is no version; remove the run's folder to train it again")
+    if version > RECORD_VERSION:
+        raise NewerVersionError(f"{path} has record_version {version}; this bitlaw reads up to {RECORD_VERSION}: use the bitlaw that wrote it, or a newer one")
     return content
 
 

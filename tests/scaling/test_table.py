@@ -1,13 +1,16 @@
 """Run tables from folders, files, arrays and relations; training curves; files written whole."""
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
 
 import scaling
+from scaling import folders
 from scaling.table import RUN_COLUMNS
 
 
@@ -81,9 +84,10 @@ def test_curves_keep_every_line_and_drop_a_torn_one(tmp_path):
     (lambda p: scaling.table(p / "x.txt"), "cannot read .txt"),
     (lambda p: scaling.table(p / "bad.parquet"), "bad.parquet: "),
     (lambda p: scaling.table({"a": [1], "b": [1, 2]}), "equally long"),
-    (lambda p: scaling.table(p / "torn"), "not a JSON record"),
-    (lambda p: scaling.table(p / "list"), "a record is a JSON object, this is a list"),
-    (lambda p: scaling.table(p / "text"), "run table: "),
+    (lambda p: scaling.table(p / "newer"), "newer/run/record.json has record_version 2; this bitlaw reads up to 1"),
+    (lambda p: scaling.curves(p / "newer"), "newer/run/record.json has record_version 2; this bitlaw reads up to 1"),
+    (lambda p: scaling.write_table(scaling.table({"a": [1]}), "/proc/x.csv"), "out=/proc/x.csv: cannot be written"),
+    (lambda p: scaling.write_table(scaling.table({"a": [1]}), "/proc/x.parquet"), "out=/proc/x.parquet: cannot be written"),
     (lambda p: scaling.write_table(scaling.table({"a": [1]}), p / "x.xlsx"), "cannot write .xlsx; use .parquet or .csv"),
     (lambda p: scaling.write_table(scaling.table({"a": [1]}), p / "no" / "x.csv"), "does not exist"),
     (lambda p: scaling.curves(p / "x.txt"), "is a file"),
@@ -91,14 +95,102 @@ def test_curves_keep_every_line_and_drop_a_torn_one(tmp_path):
 def test_refusals_are_one_line(tmp_path, make, message):
     (tmp_path / "x.txt").write_text("a")
     (tmp_path / "bad.parquet").write_text("a")
-    for name, record in (("torn", "{"), ("list", "[]"), ("text", '{"loss": "low"}')):
-        if message != "no record.json below it":
-            write(tmp_path, f"{name}/run", record)
+    if message != "no record.json below it":
+        write(tmp_path, "newer/run", {"record_version": 2, "status": "done"})
     with pytest.raises(ValueError) as error:
         make(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_columns_are_those_that_the_trainer_writes():
+def test_columns_and_version_are_those_that_the_trainer_writes():
     records = pytest.importorskip("trainer.records")
     assert list(RUN_COLUMNS) == list(records.RECORD_COLUMNS)
+    assert folders.RECORD_VERSION == records.RECORD_VERSION
+
+
+# --- folders as sweeps leave them -----------------------------------------------------------------------------------------
+
+
+DAMAGES = {"torn": ('{"status": "do', "not a JSON record"), "empty": ("", "not a JSON record"), "list": ("[]", "this is a list"), "text": ('{"loss": "low"}', "loss is 'low'"),
+           "number": ('{"status": 3}', "status is 3"), "version": ('{"record_version": "x"}', "record_version is 'x'")}  # fmt: skip
+
+
+def test_damaged_records_are_left_out_one_line_each(tmp_path, capsys):
+    """Truncated, half copied, or not what a run writes: the others' table stands, and no file is passed over in silence."""
+    for name, (record, _) in DAMAGES.items():
+        write(tmp_path, name, record, '{"step": 1}\n')
+    write(tmp_path, "bytes", None)
+    (tmp_path / "bytes" / "record.json").write_bytes(b'{"status": "\xff"}')
+    write(tmp_path, "whole", {"status": "done", "loss": 2.0})
+    assert scaling.table(tmp_path).select("run_id, loss").fetchall() == [("whole", 2.0)]
+    lines = sorted(capsys.readouterr().err.splitlines())
+    expected = sorted([(name, reason) for name, (_, reason) in DAMAGES.items()] + [("bytes", "not a JSON record")])
+    assert len(lines) == len(expected)
+    for line, (name, reason) in zip(lines, expected, strict=True):
+        assert line.startswith(f"bitlaw: {tmp_path / name / 'record.json'} is left out: ") and reason in line
+    assert len(scaling.curves(tmp_path)) == len(DAMAGES) and capsys.readouterr().err == ""
+
+
+def test_copies_of_a_run_are_one_row(tmp_path, capsys):
+    """A sweep made on several machines and copied together: a finished record wins over a failed one, over a damaged and over none, wherever
+    it lies; of two finished ones the first folder's; curves are those of the copy that won, or that got furthest."""
+    line = '{"step": %d, "loss": 1.0}\n'
+    write(tmp_path / "one", "r", {"run_id": "r", "status": "failed"}, line % 1)
+    write(tmp_path / "two", "r", {"run_id": "r", "status": "diverged", "diverged_step": 2}, line % 2)
+    write(tmp_path / "three", "r (copy)", {"run_id": "r", "status": "done", "loss": 9.0}, line % 3)
+    write(tmp_path / "four", "r", '{"run_id": "r", "sta', line % 4)
+    write(tmp_path / "five", "r", None, line % 5 * 9)
+    for place, steps in (("one", 2), ("two", 3)):
+        write(tmp_path / place, "s", None, "".join(line % step for step in range(steps)))
+        (tmp_path / place / "s" / "config.json").write_text('{"run_id": "sss"}')
+    order = [tmp_path / place for place in ("five", "four", "one", "two", "three")]
+    for source in (order, tmp_path):
+        assert scaling.table(source).select("run_id, status").fetchall() == [("r", "done" if source is tmp_path else "diverged")]
+        steps = scaling.curves(source).order("run_id, step").select("run_id, step").fetchall()
+        assert steps == [("r", 3 if source is tmp_path else 2), ("sss", 0), ("sss", 1), ("sss", 2)]
+
+
+def test_records_of_before_the_version_are_read(tmp_path, capsys):
+    """A run folder as bitlaw 0.1 left it, without record_version and with fewer columns."""
+    old = Path(__file__).parents[1] / "golden" / "run_folder_v1"
+    runs = scaling.table(old)
+    row = runs.select("run_id, status, record_version, n_params, steps, precision, weights_bits").fetchall()
+    assert row == [(json.loads((old / "config.json").read_text())["run_id"], "done", None, 568, 3, "int4", 4.0)]
+    assert runs.columns == list(RUN_COLUMNS) and len(scaling.curves(old)) == 4 and capsys.readouterr().err == ""
+
+
+def test_a_sweep_can_be_read_while_it_runs(tmp_path, monkeypatch, capsys):
+    """Run folders in every state of being made: no file, a config only, a line half written, a record that is taken away (its run is tried
+    again) between being seen and being opened."""
+    (tmp_path / "plan.json").write_text('{"run_ids": ["a"]}')
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text('{"run_id": "begun"}')
+    assert len(scaling.table(tmp_path)) == len(scaling.curves(tmp_path)) == len(scaling.telemetry(tmp_path)) == 0
+    assert scaling.table(tmp_path).columns == list(RUN_COLUMNS)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path, "torn", None, '{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    write(tmp_path, "first", None, '{"step"')
+    write(tmp_path, "done [a*] ü", {"status": "done", "loss": 2.5}, '{"step": 1, "loss": 2.5}\n')
+    write(tmp_path, "retried", {"status": "failed"}, '{"step": 1, "loss": null}\n')
+    read_bytes = Path.read_bytes
+
+    def vanishing(path):
+        if path == tmp_path / "retried" / "record.json":
+            path.unlink(missing_ok=True)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanishing)
+    assert scaling.table(tmp_path).select("run_id, loss").fetchall() == [("done [a*] ü", 2.5)]
+    rows = [("done [a*] ü", 1, 2.5), ("retried", 1, None), ("torn", 1, 2.0)]
+    assert scaling.curves(tmp_path).select("run_id, step, loss").fetchall() == rows and capsys.readouterr().err == ""
+
+
+def test_curves_keep_the_order_of_runs_and_lines(tmp_path, monkeypatch):
+    """Read a few files at a time, by DuckDB's threads."""
+    monkeypatch.setattr(importlib.import_module("scaling.table"), "_FILES_AT_ONCE", 3)
+    expected = []
+    for run in range(10):
+        steps = [(7 * line) % 1001 for line in range(1 + 300 * (run % 3))]
+        write(tmp_path, f"r{run}", None, "".join(f'{{"step": {step}}}\n' for step in steps))
+        expected += [(f"r{run}", step) for step in steps]
+    assert scaling.curves(tmp_path).select("run_id, step").fetchall() == expected

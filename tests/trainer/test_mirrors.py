@@ -1,72 +1,17 @@
 """Mirrors: a real offline W&B run is written and read back byte by byte, and no trouble of W&B's reaches training."""
 
-import json
 import math
 import os
 import pathlib
-import struct
 import subprocess
 import sys
-import time
 
 import pytest
 
+from tests.trainer.wandb_files import read_back
 from trainer import mirrors
 
 wandb = pytest.importorskip("wandb")
-
-
-def _wandb_records(path: pathlib.Path):
-    """The protocol buffers in a `.wandb` file: seven bytes of header, then LevelDB's log format (blocks of 32 KiB of
-    chunks with crc32, length and type: 1 whole, 2 first, 3 middle, 4 last)."""
-    from wandb.proto import wandb_internal_pb2
-
-    raw = path.read_bytes()
-    assert raw[:4] == b":W&B"[: len(raw)]
-    place, content = 7, b""
-    while place + 7 <= len(raw):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", raw[place : place + 7])
-        if place + 7 + length > len(raw):
-            return
-        content += raw[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
-            content = b""
-            yield record
-
-
-def _read_back(folder: pathlib.Path) -> dict:
-    """What an offline run directory holds: identity, config, history rows and the summary in the end.
-
-    W&B's service writes it from a process of its own, somewhat after `finish` returned: waits for the closing record.
-    """
-    deadline = time.monotonic() + 60
-    while "exit_code" not in (found := _read_now(folder)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
-
-
-def _read_now(folder: pathlib.Path) -> dict:
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    found = {"history": [], "summary": {}}
-    for record in _wandb_records(path):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            found |= {"id": record.run.run_id, "group": record.run.run_group, "project": record.run.project, "config": config}
-        elif kind == "history":
-            found["history"].append({(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item})
-        elif kind == "summary":
-            found["summary"] |= {(i.key or i.nested_key[-1]): json.loads(i.value_json) for i in record.summary.update}
-        elif kind == "exit":
-            found["exit_code"] = record.exit.exit_code
-    return found
 
 
 @pytest.fixture
@@ -83,9 +28,10 @@ def test_an_offline_run_reads_back_as_it_was(tmp_path, offline, capfd):
     mirror.log({"step": 20, "loss": 3.25})
     mirror.log({"step": 20, "val_loss": 3.125})
     mirror.log({"step": 30, "loss": math.nan})
-    mirror.finish({"run_id": "abc123", "loss": 3.0, "status": "diverged", "diverged_step": 30, "trunk_id": None})
-    found = _read_back(tmp_path / "abc123")
+    mirror.finish({"run_id": "abc123", "loss": 3.0, "status": "diverged", "diverged_step": 30, "trunk_id": None, "precision": "int4"})
+    found = read_back(tmp_path / "abc123")
     assert (found["id"], found["group"], found["project"], found["exit_code"]) == ("abc123", "my-sweep", "bitlaw", 0)
+    assert found["tags"] == ["2k", "int4", "diverged"]
     assert {key: value for key, value in found["config"].items() if key != "_wandb"} == config
     rows = [{key: value for key, value in row.items() if key in ("_step", "loss", "lr", "val_loss")} for row in found["history"]]
     assert rows[:2] == [{"_step": 10, "loss": 3.5, "lr": 0.01}, {"_step": 20, "loss": 3.25, "val_loss": 3.125}]
@@ -106,7 +52,7 @@ def test_members_of_a_cohort_are_mirrored_side_by_side(tmp_path, offline):
     for run_id, mirror in members.items():
         mirror.finish({"status": "failed" if run_id == "two" else "done"})
     for run_id, scale, code in (("one", 10.0, 0), ("two", 20.0, 1)):
-        found = _read_back(tmp_path / run_id)
+        found = read_back(tmp_path / run_id)
         assert [row["loss"] for row in found["history"]] == [scale, 2 * scale]
         assert (found["id"], found["exit_code"]) == (run_id, code)
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer import lease, records
-from trainer.records import RECORD_COLUMNS, RunFolder, complete
-from trainer.status import STATES, status, status_main
+from trainer import records
+from trainer.records import RECORD_COLUMNS, NewerVersionError, RunFolder, complete
 
 # Section 4 of the design, word for word.
 _DESIGN = """run_id, sweep, status(done|diverged|failed), seed, trunk_id, cooldown_steps, unique_tokens, n_params (non-embedding),
@@ -39,8 +38,8 @@ def test_columns_are_those_of_the_design_in_order():
     roles = [f"{role}_{name}" for role in braces[1].split(",") for name in braces[2].split(",")]
     plain = plain.replace(braces[0], ",".join(roles))
     # What we add: the granularity of the scales beside each format, the formats of the moments and of attention, the use made of the device's
-    # peak, what low precision did to updates and gradients, and memory.
-    added = {"mfu", "edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude"}
+    # peak, what low precision did to updates and gradients, memory, and the version of the record.
+    added = {"record_version", "mfu", "edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude"}
     endings, beginnings = ("_granularity", "_underflow", "_overflow", "_bytes_per_param"), ("adam_", "scores_", "probabilities_")
     added |= {name for name in RECORD_COLUMNS if name.endswith(endings) or name.startswith(beginnings)}
     assert [name for name in RECORD_COLUMNS if name not in added] == [name.strip() for name in plain.split(",")]
@@ -50,7 +49,7 @@ def test_a_record_is_filled_ordered_and_plain(run):
     run.finish(_record(tokens=np.int64(5), loss=jnp.float32(1.5), lr=1, ptq_int4=2.25, sweep="s"))
     raw = json.loads((run.path / "record.json").read_text())
     assert list(raw) == [*RECORD_COLUMNS, "ptq_int4"]
-    given = {"run_id": "r", "status": "done", "tokens": 5, "loss": 1.5, "lr": 1.0, "ptq_int4": 2.25, "sweep": "s"}
+    given = {"run_id": "r", "status": "done", "tokens": 5, "loss": 1.5, "lr": 1.0, "ptq_int4": 2.25, "sweep": "s", "record_version": 1}
     assert {name: value for name, value in raw.items() if value is not None} == given
     assert type(raw["lr"]) is float and run.record() == raw
 
@@ -90,10 +89,25 @@ def test_a_stop_while_writing_leaves_the_file_that_was(run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(records.os, "fsync", stop)
         run.write_config({"a": 2})
-    assert run.config() == {"a": 1}
+    assert run.config() == {"record_version": 1, "a": 1}
     (run.path / "record.json").write_text('{"torn": ')
     with pytest.raises(ValueError, match="record.json is not JSON"):
         run.record()
+
+
+def test_old_records_stay_readable_and_newer_ones_are_refused_by_name(run):
+    """A folder of before the version was written is of version 1; one of version 2 may mean something else by any name in it."""
+    run.path.mkdir()
+    for name, read in (("record.json", run.record), ("config.json", run.config)):
+        for about in ({}, {"record_version": 1}):
+            (run.path / name).write_text(json.dumps(about | {"status": "done"}))
+            assert read() == about | {"status": "done"}
+        (run.path / name).write_text(json.dumps({"record_version": 2}))
+        with pytest.raises(NewerVersionError, match=f"{name} has record_version 2; this bitlaw reads up to 1: use .* newer one$"):
+            read()
+        (run.path / name).write_text(json.dumps({"record_version": "2"}))
+        with pytest.raises(ValueError, match="record_version '2', which is no version"):
+            read()
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
@@ -133,6 +147,23 @@ def test_a_broken_line_inside_is_not_passed_over(run):
         run.metrics()
 
 
+def test_the_last_row_is_read_from_the_tail(run, monkeypatch):
+    """The last row that `metrics` would give, wherever a kill cut the file and however the tail that is read falls."""
+    assert run.last_row() is None
+    run.append_metrics([{"step": 1, "text": "x" * 40}, {"step": 2, "loss": math.inf}, {"step": 3, "text": "y" * 70}])
+    path = run.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for tail in (1, 7, 50, 4096):
+        monkeypatch.setattr(records, "_TAIL", tail)
+        for cut in range(len(whole) + 1):
+            path.write_bytes(whole[:cut])
+            assert run.last_row() == (run.metrics() or [None])[-1]
+    for broken in (b"{\n", b"[1]\n", b"\xff\n"):
+        path.write_bytes(whole + broken)
+        with pytest.raises(ValueError, match="metrics.jsonl, the last line, is not"):
+            run.last_row()
+
+
 def test_truncation_drops_what_a_resumed_run_logs_again(run):
     run.truncate(3)
     assert run.metrics() == []
@@ -155,73 +186,3 @@ def test_the_scaling_side_reads_what_is_written(run):
     row = scaling.table(run.path.parent).select("run_id, tokens, loss, weights_bits, weights_block, ptq_int4").fetchall()
     assert row == [("r", 20, 2.0, 4.0, None, 2.5)]
     assert scaling.curves(run.path.parent).select("run_id, step, loss").fetchall() == [("r", 1, 2.0), ("r", 2, None)]
-
-
-# --- status -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """One run in each state, as files on disk."""
-    folder = tmp_path / "sweep"
-    for run_id in ("aaa", "bbb"):
-        RunFolder(folder / run_id).finish(_record(run_id=run_id))
-    RunFolder(folder / "div").finish(_record(run_id="div", status="diverged", diverged_step=40))
-    RunFolder(folder / "bad").finish(_record(run_id="bad", status="failed"))
-    for run_id in ("begun", "killed"):
-        RunFolder(folder / run_id).write_config({})
-        RunFolder(folder / run_id).append_metrics([{"step": 7}])
-    torn = RunFolder(folder / "torn")
-    torn.write_config({})
-    (torn.path / "record.json").write_text("{")
-    planned = ["aaa", "bbb", "div", "bad", "begun", "killed", "torn", "never"]
-    (folder / "plan.json").write_text(json.dumps({"sweep": "s", "run_ids": planned}))
-    return folder
-
-
-def test_each_state_is_told_apart(sweep, capsys):
-    with lease.held([RunFolder(sweep / "begun").lease]):
-        result = status(sweep)
-        assert {run.run_id: run.state for run in result.runs} == {
-            "aaa": "done", "bbb": "done", "div": "diverged", "bad": "failed", "begun": "running", "killed": "stopped",
-            "torn": "failed", "never": "missing",
-        }  # fmt: skip
-        assert result.counts == {"done": 2, "diverged": 1, "running": 1, "stopped": 1, "failed": 2, "missing": 1}
-        assert status(sweep.parent).counts == result.counts
-        assert status_main([str(sweep)]) == 1
-    shown = capsys.readouterr().out
-    for state, count in result.counts.items():
-        assert re.search(rf"^{state} +{count}$", shown, re.MULTILINE)
-    for line in ("diverged div  at step 40", "stopped  killed  step 7", "missing  never", f"process {os.getpid()}"):
-        assert line in shown
-    assert "aaa" not in shown
-
-
-def test_diverged_is_done_and_nothing_is_not(tmp_path, sweep, capsys):
-    for run_id in ("bad", "begun", "killed", "torn", "never"):
-        RunFolder(sweep / run_id).finish(_record(run_id=run_id, status="diverged", diverged_step=1))
-    assert status_main([str(sweep)]) == 0
-    (tmp_path / "nothing").mkdir()
-    assert status_main([str(tmp_path / "nothing")]) == 1
-    assert "no runs in" in capsys.readouterr().out
-    assert status(sweep / "aaa").counts["done"] == 1  # a run folder itself
-
-
-def test_a_planned_sweep_that_never_began_is_missing(tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps({"run_ids": ["x", "y"]}))
-    assert status(tmp_path).counts["missing"] == 2
-    assert tuple(status(tmp_path).counts) == STATES
-
-
-@pytest.mark.parametrize("argv", [["no/such/folder"], [], ["a", "b"], ["--help-me"]])
-def test_status_refuses_in_one_line(argv, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="bitlaw status") as caught:
-        status_main(argv)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_broken_plan_is_named(tmp_path):
-    (tmp_path / "plan.json").write_text('{"runs": []}')
-    with pytest.raises(ValueError, match="plan.json is not a plan.*run_ids"):
-        status(tmp_path)

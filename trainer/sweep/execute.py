@@ -17,6 +17,7 @@ from trainer.config.frozen import NUMERICS_VERSION
 from trainer.loop import Progress, run_cohort
 from trainer.member import Member
 from trainer.stopping import Stop
+from trainer.sweep.check import check_beginnings
 from trainer.sweep.plan import Cohort, Plan, PlannedRun, settle, split
 from trainer.sweep.progress import Watch, watch
 
@@ -101,6 +102,7 @@ class Launch:
             cohort = dataclasses.replace(cohort, runs=tuple(run for run in cohort.runs if run.status not in settled))
             if not cohort.runs:
                 return None
+            check_beginnings(cohort)
             members: list[Member] = []
             self.view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), cohort.layout.name)
             try:
@@ -176,7 +178,7 @@ def _out_of_memory(error: Exception) -> bool:
 def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True) -> Outcome:
     """Train everything in the plan that is to be trained. A cohort that fails is recorded run by run and does not stop the others; one that
     does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for;
-    with wait=False it raises ValueError.
+    with wait=False it raises ValueError. ValueError too when a run is to go on from a checkpoint of another model.
     """
     outcome, stop = Outcome(), stop or Stop()
     began = time.perf_counter()
