@@ -13,7 +13,8 @@ from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, freeze, hydra_ready
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
-from trainer.sweep import Plan, definition, execute, make_plan
+from trainer.sweep import definition, execute, make_plan
+from trainer.sweep.dry_run import print_plan
 from trainer.sweep.options import LaunchOptions, take_options
 from trainer.sweep.show import report
 
@@ -154,21 +155,6 @@ def _sweep(argv: list[str]) -> int:
     how = {"max_members": options.max_members, "retry_failed": options.retry_failed}
     if options.dry_run:
         use_host_devices(configs[0].options.host_devices)
-        _print_plan(make_plan(configs, **how))
+        print_plan(make_plan(configs, **how))
         return 0
     return _carry_out(configs, Stop(options.max_wall), **how)
-
-
-def _print_plan(plan: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{len(plan.runs)} runs, {plan.num_done} done, {len(plan.cohorts)} cohorts; {plan.root}")
-    for column in ("model", "runs", "updates", "FLOPs", "precisions"):
-        table.add_column(column, justify="left" if column in ("model", "precisions") else "right")
-    from trainer.describe import precision_name
-
-    for cohort in plan.cohorts:
-        names = dict.fromkeys(precision_name(run_.config.precision) for run_ in cohort.runs)
-        table.add_row(cohort.runs[0].config.model.name, str(len(cohort.runs)), str(cohort.updates()), f"{cohort.flops():.2e}", ", ".join(names))
-    Console().print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 
 BEAT_S = 20.0
 STALE_S = 180.0  # on another host, without a touch, by the file system's clock
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 REMOVAL_S = 60.0  # a removal that lasts longer was killed
 
 
@@ -101,12 +103,14 @@ def _create(path: pathlib.Path, token: str) -> bool:
     """Whether the lease is ours now."""
     mark = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process_start": process_start(os.getpid()), "token": token})
     work = path.with_name(f".{path.name}-{token}")
-    work.write_text(mark)
     try:
+        work.write_text(mark)
         os.link(work, path)
     except FileExistsError:
         return False
-    except OSError:  # no hard links here
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         try:
             with path.open("x") as file:
                 file.write(mark)

@@ -5,11 +5,14 @@ Several launchers may work on one plan: a cohort's runs are leased while it trai
 from __future__ import annotations
 
 import dataclasses
+import errno
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import jax
 
 from trainer import describe, lease, mirrors
 from trainer.cohort import Program
@@ -18,10 +21,13 @@ from trainer.loop import Progress, run_cohort
 from trainer.member import Member
 from trainer.stopping import Stop
 from trainer.sweep.check import check_beginnings
+from trainer.sweep import rates
 from trainer.sweep.plan import Cohort, Plan, PlannedRun, settle, split
 from trainer.sweep.progress import Watch, watch
 
 POLL_S = 2.0  # between looks at what others train
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MIN_TOKENS = 10_000  # of a member, below which a rate tells nothing
 
 
 @dataclass
@@ -110,6 +116,11 @@ class Launch:
                 self._train(cohort, members, leases)
             except LeaseLost as error:
                 self.view.failure(str(error), 0)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    self.view.failure(f"{type(error).__name__}: {error}", self._record_failures(cohort, members))
+                else:
+                    raise  # no fault of the runs, and nothing could be written about them
             except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
                 if _out_of_memory(error) and len(cohort.runs) > 1:
                     self._programs.clear()  # and what they hold
@@ -140,11 +151,14 @@ class Launch:
             outcome.records.extend(progress.finished)
             self.view.advance(progress, per_token)
 
+        seconds, tokens = outcome.training_seconds, outcome.tokens
         try:
             run_cohort(members, cohort.num_slots, program, cohort.runs[0].dataset, on_progress, self._asked_to_stop(leases))
         finally:
             outcome.compiles += program.compiles - compiles
             outcome.compile_seconds += program.compile_seconds - compile_seconds
+            if outcome.tokens - tokens >= MIN_TOKENS * len(members):
+                _note_rate(cohort, program, (outcome.training_seconds - seconds) / (outcome.tokens - tokens), program.compile_seconds - compile_seconds)
 
     def _asked_to_stop(self, leases: list[lease.Lease]) -> Callable[[], bool]:
         def asked() -> bool:
@@ -168,6 +182,14 @@ class Launch:
                 mirrored[run.run_id].finish(record)
             self.outcome.failed.append(run.run_id)
         return len(unfinished)
+
+
+def _note_rate(cohort: Cohort, program: Program, seconds_per_token: float, compile_seconds: float) -> None:
+    """For later dry runs."""
+    structure, layout, peak = cohort.structure, cohort.layout, program.peak_bytes()
+    per_device = -(-cohort.num_slots // layout.member_devices)
+    rates.note(rates.Rate(jax.devices()[0].device_kind, layout.num_devices, layout.inner, structure.model.num_params_total, structure.model.flops_per_token(structure.seq_len),
+                          describe.precision_name(cohort.runs[0].config.precision), seconds_per_token, compile_seconds or None, peak and peak / per_device))
 
 
 def _out_of_memory(error: Exception) -> bool:

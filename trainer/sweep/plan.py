@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from trainer.cohort import Layout, choose_layout
 from trainer.config import TrainConfig, run_id, trunk_id
 from trainer.config.checks import in_range
 from trainer.data import Dataset, load, num_windows
-from trainer.records import RunFolder
+from trainer.records import NewerVersionError, RunFolder
 from trainer.step import StepStructure
 from trainer.sweep import planfile
 from trainer.sweep.planfile import Composition
@@ -37,19 +37,29 @@ class PlannedRun:
     @property
     def begun_layout(self) -> Layout | None:
         """The layout that a run began in, as its config.json tells; None for one that is new."""
-        about = self.folder.config()
+        about = _unless_damaged(self.folder.config)
         return Layout(**about["layout"]) if about else None
 
     @property
     def status(self) -> str | None:
-        """done, diverged or failed by its record; None while there is none."""
-        record = self.folder.record()
+        """done, diverged or failed by its record; None while there is none that is whole."""
+        record = _unless_damaged(self.folder.record)
         return None if record is None else record["status"]
 
     @property
     def done(self) -> bool:
         """True when the run has a record that stands: done or diverged."""
         return self.status in ("done", "diverged")
+
+
+def _unless_damaged(read: Callable[[], dict | None]) -> dict | None:
+    """What a file holds; None for one that a kill or a full disk left in pieces, which the run writes again. NewerVersionError passes."""
+    try:
+        return read()
+    except NewerVersionError:
+        raise
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
