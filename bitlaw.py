@@ -7,7 +7,9 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 PARTS = ("formats", "trainer", "scaling")
@@ -72,11 +74,48 @@ def _dispatch(verb: str, argv: list[str]) -> int:
     if verb == "wandb-sync":
         return importlib.import_module("trainer.replay").replay_main(argv)
     _part("formats")
-    if verb in ("train", "sweep"):
+    if verb == "train":
         return importlib.import_module("trainer.cli").run(verb, argv)
+    if verb == "sweep":
+        return _sweep(argv)
     if verb == "data":
         return importlib.import_module("trainer.data").prepare(argv)
     return _demo(argv)
+
+
+class LiveReport:
+    """report.html in the folder of a sweep that takes longer than EVERY_S, made anew that often by a process of its own while the sweep
+    goes on, and once when it is over."""
+
+    EVERY_S = 300.0
+
+    def __init__(self):
+        self._last, self._root, self._process = time.monotonic(), None, None
+
+    def __call__(self, root: Path) -> None:
+        busy = self._process is not None and self._process.poll() is None
+        if not busy and time.monotonic() - self._last >= self.EVERY_S:
+            self._last, self._root = time.monotonic(), root
+            self._process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).resolve()), "report", str(self._root), "--out", str(self._root / "report.html"), "--bootstrap", "20"]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def finish(self) -> None:
+        """The last one, if there was one before."""
+        if self._process is not None:
+            self._process.wait()
+            self._start().wait()
+
+
+def _sweep(argv: list[str]) -> int:
+    """trainer, with a report beside it while it takes long."""
+    live = LiveReport()
+    try:
+        return importlib.import_module("trainer.cli").run("sweep", argv, live)
+    finally:
+        live.finish()
 
 
 def _demo(argv: list[str]) -> int:

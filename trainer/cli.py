@@ -15,6 +15,7 @@ from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
 from trainer.sweep import definition, execute, make_plan
 from trainer.sweep.dry_run import print_plan
+from trainer.sweep.execute import OnProgress
 from trainer.sweep.options import LaunchOptions, take_options
 from trainer.sweep.show import report
 
@@ -68,12 +69,12 @@ def _split_flags(argv: list[str], known: tuple[str, ...]) -> tuple[dict, list[st
     return flags, rest
 
 
-def run(verb: str, argv: list[str]) -> int:
-    """Exit code of `bitlaw VERB ARGV`; bad input raises ValueError with one line."""
+def run(verb: str, argv: list[str], on_progress: OnProgress = lambda _: None) -> int:
+    """Exit code of `bitlaw VERB ARGV`; bad input raises ValueError with one line. on_progress: of a sweep (`execute`)."""
     from hydra.errors import HydraException
 
     try:
-        return {"train": _train, "sweep": _sweep}[verb](argv)
+        return _train(argv) if verb == "train" else _sweep(argv, on_progress)
     except (OmegaConfBaseException, HydraException) as error:
         raise ValueError(explain(error)) from error
     except YAMLError as error:  # its text names file and line
@@ -99,13 +100,12 @@ def _train(argv: list[str]) -> int:
     return _carry_out([config], Stop(), wait=False, retry_failed=True)
 
 
-def _carry_out(configs: list[TrainConfig], stop: Stop, **how) -> int:
+def _carry_out(configs: list[TrainConfig], stop: Stop, wait: bool = True, on_progress: OnProgress = lambda _: None, **how) -> int:
     """Plan and train; signals end it with everything saved."""
     use_host_devices(configs[0].options.host_devices)
-    wait = how.pop("wait", True)
     with stop.catching():
         plan = make_plan(configs, **how)
-        return report(plan, execute(plan, stop=stop, wait=wait))
+        return report(plan, execute(plan, stop=stop, wait=wait, on_progress=on_progress))
 
 
 def _multirun(argv: list[str]) -> int:
@@ -146,7 +146,7 @@ def sweep_configs(overrides: list[str], extra_dir: str | None = None) -> tuple[l
     return definition.compose(name, own, extra_dir), options
 
 
-def _sweep(argv: list[str]) -> int:
+def _sweep(argv: list[str], on_progress: OnProgress) -> int:
     flags, overrides = _split_flags(argv, ("--help", "-h"))
     if "--help" in flags or "-h" in flags:
         print(SWEEP_HELP.format(sweeps=", ".join(definition.names())))
@@ -157,4 +157,4 @@ def _sweep(argv: list[str]) -> int:
         use_host_devices(configs[0].options.host_devices)
         print_plan(make_plan(configs, **how))
         return 0
-    return _carry_out(configs, Stop(options.max_wall), **how)
+    return _carry_out(configs, Stop(options.max_wall), on_progress=on_progress, **how)

@@ -23,11 +23,14 @@ from trainer.step import Hyper, Probe
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher of a sweep is told after every dispatch. `tokens`: trained by it; `finished`: records written by it."""
+    """What a watcher of a sweep is told after every dispatch. `tokens`: trained by it; `finished`: records written by it; `step`, `loss`: the
+    furthest member's step, and the mean of the members' last training losses."""
 
     tokens: int
     seconds: float
     finished: list[dict] = field(default_factory=list)
+    step: int = 0
+    loss: float = float("nan")
 
 
 OnProgress = Callable[[Progress], None]
@@ -153,7 +156,9 @@ class CohortRun:
         for member, first, count in spans:
             mine = jax.tree.map(lambda x: x[member.slot], metrics)
             member.take_metrics(first, count, mine, int(diverged[member.slot]), elapsed * count / total)
-        return Progress(total * self.program.structure.batch_size * self.program.structure.seq_len, elapsed)
+        losses = [member.train_loss for member, _, _ in spans if member.diverged_step is None]
+        return Progress(total * self.program.structure.batch_size * self.program.structure.seq_len, elapsed, step=max(first + count for _, first, count in spans),
+                        loss=sum(losses) / len(losses) if losses else float("nan"))
 
     # --- events at which the host acts ---
 

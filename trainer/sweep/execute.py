@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 
@@ -26,8 +28,11 @@ from trainer.sweep.plan import Cohort, Plan, PlannedRun, settle, split
 from trainer.sweep.progress import Watch, watch
 
 POLL_S = 2.0  # between looks at what others train
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = os.strerror(errno.ENOSPC)  # as the system says it, and tensorstore after it
 MIN_TOKENS = 10_000  # of a member, below which a rate tells nothing
+
+
+OnProgress = Callable[[Path], None]
 
 
 @dataclass
@@ -68,8 +73,8 @@ def _open_member(run: PlannedRun, cohort: Cohort) -> Member:
 class Launch:
     """One launcher at work on a plan."""
 
-    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome):
-        self.plan, self.stop, self.view, self.outcome = plan, stop, view, outcome
+    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome, on_progress: OnProgress):
+        self.plan, self.stop, self.view, self.outcome, self.on_progress = plan, stop, view, outcome, on_progress
         self._programs: dict[tuple, Program] = {}  # a structure that fills several cohorts is compiled once
 
     def run(self, wait: bool) -> None:
@@ -110,18 +115,15 @@ class Launch:
                 return None
             check_beginnings(cohort)
             members: list[Member] = []
-            self.view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), cohort.layout.name)
+            self.view.cohort(cohort)
             try:
                 members.extend(_open_member(run, cohort) for run in cohort.runs)
                 self._train(cohort, members, leases)
             except LeaseLost as error:
                 self.view.failure(str(error), 0)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    self.view.failure(f"{type(error).__name__}: {error}", self._record_failures(cohort, members))
-                else:
-                    raise  # no fault of the runs, and nothing could be written about them
             except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+                if NO_SPACE in str(error):  # no fault of the runs, and nothing could be written about them
+                    raise OSError(errno.ENOSPC, NO_SPACE, str(self.plan.root)) from error
                 if _out_of_memory(error) and len(cohort.runs) > 1:
                     self._programs.clear()  # and what they hold
                     queue.extendleft(split(cohort, self.plan.root))
@@ -150,6 +152,7 @@ class Launch:
                 outcome.event_seconds += progress.seconds
             outcome.records.extend(progress.finished)
             self.view.advance(progress, per_token)
+            self.on_progress(self.plan.root)
 
         seconds, tokens = outcome.training_seconds, outcome.tokens
         try:
@@ -197,10 +200,10 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True) -> Outcome:
+def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True, on_progress: OnProgress = lambda _: None) -> Outcome:
     """Train everything in the plan that is to be trained. A cohort that fails is recorded run by run and does not stop the others; one that
     does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for;
-    with wait=False it raises ValueError. ValueError too when a run is to go on from a checkpoint of another model.
+    with wait=False it raises ValueError. on_progress: called with the sweep's folder after every dispatch. ValueError too when a run is to go on from a checkpoint of another model.
     """
     outcome, stop = Outcome(), stop or Stop()
     began = time.perf_counter()
@@ -208,7 +211,7 @@ def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: boo
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
     plan = settle(plan)
     with watch(plan, quiet) as view:
-        Launch(plan, stop, view, outcome).run(wait)
+        Launch(plan, stop, view, outcome, on_progress).run(wait)
     outcome.seconds = time.perf_counter() - began
     outcome.stopped = stop.reason
     outcome.left = 0 if stop.reason is None else sum(run.status is None for cohort in plan.cohorts for run in cohort.runs)
