@@ -16,7 +16,7 @@ from trainer import telemetry
 from trainer.config.policies import UNQUANTIZED_BITS, build_format
 from trainer.methods.attention import ATTENTION_ROLES
 from trainer.precision import ROLES, Source
-from trainer.stored import BLOCKWISE
+from trainer.stored import BLOCKWISE, loses_updates
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
 PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -144,14 +144,15 @@ def narrows(precision: PrecisionSpec) -> bool:
 def measured(precision: PrecisionSpec, rows: list[dict], probe) -> dict:
     """The columns of what low precision did: to updates, over the logged steps of the last quarter, and to the gradients of a probe batch
     (a `step.Probe`, or None). Where nothing is narrower than float32 they are the exact ones."""
-    logged = [row for row in rows if row.get("edq") is not None]
+    logged = [row for row in rows if row.get("updates_per_ulp") is not None]
     last = [row for row in logged if row["step"] > 0.75 * logged[-1]["step"]] if logged else []
 
     def mean(name):
-        values = [row[name] for row in last if math.isfinite(row[name])]
+        values = [row[name] for row in last if row.get(name) is not None and math.isfinite(row[name])]
         return sum(values) / len(values) if values else None
 
-    columns = {"edq": mean("edq"), "lost_updates": mean("lost"), "updates_per_ulp": mean("updates_per_ulp")}
+    loses = loses_updates(precision)  # nothing to measure where weights are float32: null, not 1 and 0 (also of rows that have them)
+    columns = {"edq": mean("edq") if loses else None, "lost_updates": mean("lost") if loses else None, "updates_per_ulp": mean("updates_per_ulp")}
     if probe is None:
         return columns if narrows(precision) else columns | {"gradient_cosine": 1.0, "gradient_magnitude": 1.0}
     columns |= {"gradient_cosine": _finite(probe.cosine), "gradient_magnitude": _finite(probe.magnitude)}
