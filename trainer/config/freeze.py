@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import importlib
 import typing
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -58,7 +57,7 @@ def freeze(config: DictConfig) -> frozen.TrainConfig:
         eval_sequences=in_range("eval.sequences", c["eval"]["sequences"], 2),
         divergence_margin=in_range("divergence_margin", c["divergence_margin"], 0.0),
         options=_options(c),
-        init_from=_init_from(c["init_from"]),
+        **_init_from(c["init_from"]),
     )
 
 
@@ -113,15 +112,11 @@ def _preset(name: str) -> dict:
     return OmegaConf.to_container(composed, resolve=True)
 
 
-def _init_from(path: str | None) -> str | None:
-    """The run folder by its own name; the run must be over, so that one name means one set of parameters."""
-    if path is None:
-        return None
-    folder = Path(path).resolve()
-    for part in ("checkpoints", "record.json"):
-        if not (folder / part).exists():
-            raise ValueError(f"init_from={path} has no {part}; accepted: the folder of a run (runs_dir/sweep/run_id) that was trained to its end")
-    return str(folder)
+def _init_from(path: str | None) -> dict:
+    """The fields that say which run's parameters are the first ones."""
+    from trainer.fine_tune import source_run  # reads run folders, which is above config in everything else
+
+    return {} if path is None else dict(zip(("init_from", "init_run"), source_run(path)))
 
 
 def _non_embedding_params(model: frozen.ModelSpec) -> int:
