@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config.freeze import freeze
+from trainer.config.freeze import compose_preset, freeze
 from trainer.config.frozen import TrainConfig
 from trainer.config.schema import GROUPS, register_schemas
 
@@ -63,6 +63,7 @@ class Composer:
         self._extra = list(extra)
         self._groups = set(GROUPS)
         self._cache: dict[tuple[str, ...], DictConfig] = {}
+        self._presets: dict[str, dict] = {}
 
     def config(self, overrides: list[str]) -> DictConfig:
         """The composed config. Group choices, additions and deletions go through Hydra; plain values are set in a copy."""
@@ -80,7 +81,13 @@ class Composer:
 
     def freeze(self, overrides: list[str]) -> TrainConfig:
         """The frozen config of one run."""
-        return freeze(self.config(overrides))
+        return freeze(self.config(overrides), self.preset)
+
+    def preset(self, name: str) -> dict:
+        """A precision as it is composed by itself, from the same folders."""
+        if name not in self._presets:
+            self._presets[name] = compose_preset(name, self._extra)
+        return self._presets[name]
 
 
 def expand(axis_lists: list[list[str]]) -> list[list[str]]:
