@@ -1,6 +1,7 @@
 """The policies in somebody else's Flax model: `trainer.dot_general(policy)` in a small NNX network that knows nothing of bitlaw."""
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -113,7 +114,7 @@ def test_what_a_product_cannot_be_is_refused_where_it_is_made(name, words):
     which = trainer.policy(name)
     with pytest.raises(ValueError, match=words) as found:
         trainer.dot_general(which)
-    assert "\n" not in str(found.value) and "accepted" in str(found.value) or "pass a uint32[2] key" in str(found.value)
+    assert "\n" not in str(found.value) and re.search("accepted: |pass a ", str(found.value))
     if name == "bitnet_finetune":
         assert float(which.ramp.steps) == 1000
         with pytest.raises(ValueError, match="precision.ramp_steps"):

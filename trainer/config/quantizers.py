@@ -33,7 +33,8 @@ def fits_bfloat16(spec: QuantizerSpec) -> bool:
     if isinstance(element, formats.Midrise):  # k + 1/2 is an odd number of halves below 2**bits
         return int(element.bits) <= 8
     if isinstance(element, formats.Codebook):
-        return bool(np.all(element.levels == element.levels.astype(jnp.bfloat16).astype(np.float32)))
+        levels = np.asarray(element.levels)
+        return bool(np.all(levels == levels.astype(jnp.bfloat16).astype(np.float32)))
     if isinstance(element, formats.Logarithmic):
         return element.gamma == 1  # whole powers of two
     return element.exp_bits <= 8 and element.man_bits <= (7 if element.exp_bits else 8)
