@@ -195,8 +195,9 @@ def scales_of(v, view: View, fmt: Scaled, *, amax=None, scale=None, reduce_max=N
         def squared_error(candidate):
             return narrow(v, fmt, _scaling(candidate, fmt, None), Manner(), lambda: None, lambda values, y: (y - v) ** 2)
 
-        across = None if fmt.two_level else reduce_max
-        amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, across, reduce_mean)
+        # with two levels a block's own statistic is its own: only the largest of all blocks is anybody else's
+        across = (None, None) if fmt.two_level else (reduce_max, reduce_mean)
+        amax = magnitude(v, view, fmt.amax, fmt.amax_at, squared_error, *across)
         top = reduce_max(jnp.max(amax, initial=0.0)) if fmt.two_level and reduce_max is not None else None
     return _scaling(amax, fmt, top)
 

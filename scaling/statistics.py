@@ -67,10 +67,10 @@ class Gap:
 
 def finished_runs(relation) -> list[Run]:
     """The done runs of a run table (see `scaling.table`) that have a size, tokens and a finite loss. Order of the table."""
-    wanted = ("run_id", "status", "n_params", "tokens", *WIDTHS, "output_gradients_bits", "precision", "seed", "loss",
+    wanted = ("run_id", "status", "n_params", "tokens", *WIDTHS, "output_gradients_bits", "precision", "exemptions", "seed", "loss",
               "data_sha256", "data", *GROUP)
     arrays = columns_of(relation)
-    runs = []
+    runs, exemptions = [], []
     for i in range(len(relation)):
         row = {name: arrays[name][i] if name in arrays else None for name in wanted}
         if row["status"] not in (None, "done") or any(row[name] is None for name in ("n_params", "tokens", "loss")):
@@ -84,7 +84,18 @@ def finished_runs(relation) -> list[Run]:
         runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits, law_widths,
                         str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]), None if row["data"] is None else str(row["data"]),
                         None if corpus is None else str(corpus), tuple(row[name] for name in GROUP)))
-    return _one_name_per_width(runs)
+        exemptions.append(row["exemptions"])
+    return _one_name_per_width(_one_name_per_exemptions(runs, exemptions))
+
+
+def _one_name_per_exemptions(runs: list[Run], exemptions: list[str | None]) -> list[Run]:
+    """The runs with names such that one precision is one set of exempt places: "int4" with the last block high beside "int4" without becomes
+    "int4(last1:high)". What has places of its own is named by them wherever nothing else is quantized: "float32(head:int8)" is no reference."""
+    found = defaultdict(set)
+    for run, places in zip(runs, exemptions):
+        found[run.precision].add(places)
+    return [replace(run, precision=f"{run.precision}({places})") if places and (len(found[run.precision]) > 1 or not run.quantized) else run
+            for run, places in zip(runs, exemptions)]
 
 
 def _one_name_per_width(runs: list[Run]) -> list[Run]:

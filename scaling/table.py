@@ -26,7 +26,7 @@ _ROLE_FIELDS = {"format": "VARCHAR", "granularity": "VARCHAR", "bits": "DOUBLE",
 RUN_COLUMNS: dict[str, str] = {
     "run_id": "VARCHAR", "sweep": "VARCHAR", "status": "VARCHAR", "seed": "BIGINT", "trunk_id": "VARCHAR", "cooldown_steps": "BIGINT",
     "unique_tokens": "BIGINT", "n_params": "BIGINT", "n_params_total": "BIGINT", "tokens": "BIGINT", "flops": "DOUBLE", "loss": "DOUBLE",
-    "loss_std_err": "DOUBLE", "loss_train": "DOUBLE", "bits_per_byte": "DOUBLE", "precision": "VARCHAR",
+    "loss_std_err": "DOUBLE", "loss_train": "DOUBLE", "bits_per_byte": "DOUBLE", "precision": "VARCHAR", "exemptions": "VARCHAR",
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_FIELDS.items()},
     "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
     "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",

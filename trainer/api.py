@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, hydra_ready
+from trainer.config.freeze import MAX_STEPS
 from trainer.config.policies import build_policy
 from trainer.precision import PrecisionPolicy
 
@@ -14,8 +15,8 @@ def config(*overrides: str, config_dir: str | None = None) -> TrainConfig:
 
 
 def policy(name: str, *overrides: str) -> PrecisionPolicy:
-    """The policy of configs/precision/NAME.yaml, e.g. policy("int", "precision.bits=5"); it fits tensors of any size."""
-    return build_policy(config(f"precision={name}", "steps=1", "precision.pad=true", *overrides).precision)
+    """The policy of configs/precision/NAME.yaml, e.g. policy("int", "precision.bits=5"); it fits tensors of any size, and runs of any length."""
+    return build_policy(config(f"precision={name}", f"steps={MAX_STEPS}", "precision.pad=true", *overrides).precision)
 
 
 def train(config: TrainConfig) -> dict:

@@ -14,9 +14,11 @@ import formats
 from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
 from trainer import telemetry
 from trainer.config.policies import UNQUANTIZED_BITS, build_format
+from trainer.config.precision import HIGH
 from trainer.methods.attention import ATTENTION_ROLES
-from trainer.precision import ROLES, Source
-from trainer.stored import BLOCKWISE
+from trainer.model import SITES
+from trainer.precision import ROLES, Source, matches
+from trainer.stored import BLOCKWISE, loses_updates
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
 PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -103,14 +105,33 @@ def mean_and_stderr(losses_W: np.ndarray) -> tuple[float, float]:
     return float(np.mean(losses_W, dtype=np.float64)), float(np.std(losses_W, ddof=1, dtype=np.float64) / math.sqrt(losses_W.size))
 
 
+def quantized_fraction(precision: PrecisionSpec, model) -> float:
+    """Share of the weights of linear layers, head included, of which some product reads a quantized operand. `model`: a ModelConfig. Exemptions
+    count as `PrecisionPolicy.at` and `outside` read them: the last that names a place, and the head is high unless one does."""
+
+    def narrow(fits, otherwise: PrecisionSpec | None) -> bool:
+        there = next((spec for where, spec in reversed(precision.exemptions or ()) if fits(where)), otherwise)
+        return there is not None and any(quantizes(spec) for role in ROLES for spec in getattr(there, role).both)
+
+    layers = range(model.num_layers)
+    blocks = sum(size for layer in layers for site, size in zip(SITES, model.site_params, strict=True)
+                 if narrow(lambda where: matches(where, layer, model.num_layers, site), precision))
+    head = model.vocab_size * model.d_model
+    return (blocks + (head if narrow(lambda where: where == "head", None) else 0)) / (model.matmul_params() + head)
+
+
+def exemptions_name(precision: PrecisionSpec) -> str | None:
+    """Places and the precisions there, as in "last1:high,head:int8"; None without any."""
+    return ",".join(f"{where}:{HIGH if there is None else there.name}" for where, there in precision.exemptions or ()) or None
+
+
 def config_columns(config: TrainConfig, dataset, model) -> dict:
     """The columns that are known before a run begins. `model`: its ModelConfig."""
-    quantized = any(quantizes(spec) for role in ROLES for spec in getattr(config.precision, role).both)
     return {
         "sweep": config.options.sweep, "seed": config.seed, "n_params": model.num_params, "n_params_total": model.num_params_total,
         "cooldown_steps": config.schedule.cooldown_steps if config.schedule.name == "wsd" else None,
-        "precision": precision_name(config.precision), **precision_columns(config.precision),
-        "quantized_fraction": model.matmul_params() / (model.matmul_params() + model.vocab_size * model.d_model) if quantized else 0.0,
+        "precision": precision_name(config.precision), "exemptions": exemptions_name(config.precision), **precision_columns(config.precision),
+        "quantized_fraction": quantized_fraction(config.precision, model),
         "dot_precision": "highest" if config.precision.dot_dtype == "float32" else config.precision.dot_dtype,
         "execution": config.precision.execution or "emulated", "lr_rule": config.optimizer.lr_rule, "lr": config.optimizer.lr, "batch_tokens": config.batch_tokens,
         "schedule": config.schedule.name, "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
@@ -144,14 +165,15 @@ def narrows(precision: PrecisionSpec) -> bool:
 def measured(precision: PrecisionSpec, rows: list[dict], probe) -> dict:
     """The columns of what low precision did: to updates, over the logged steps of the last quarter, and to the gradients of a probe batch
     (a `step.Probe`, or None). Where nothing is narrower than float32 they are the exact ones."""
-    logged = [row for row in rows if row.get("edq") is not None]
+    logged = [row for row in rows if row.get("updates_per_ulp") is not None]
     last = [row for row in logged if row["step"] > 0.75 * logged[-1]["step"]] if logged else []
 
     def mean(name):
-        values = [row[name] for row in last if math.isfinite(row[name])]
+        values = [row[name] for row in last if row.get(name) is not None and math.isfinite(row[name])]
         return sum(values) / len(values) if values else None
 
-    columns = {"edq": mean("edq"), "lost_updates": mean("lost"), "updates_per_ulp": mean("updates_per_ulp")}
+    loses = loses_updates(precision)  # nothing to measure where weights are float32: null, not 1 and 0 (also of rows that have them)
+    columns = {"edq": mean("edq") if loses else None, "lost_updates": mean("lost") if loses else None, "updates_per_ulp": mean("updates_per_ulp")}
     if probe is None:
         return columns if narrows(precision) else columns | {"gradient_cosine": 1.0, "gradient_magnitude": 1.0}
     columns |= {"gradient_cosine": _finite(probe.cosine), "gradient_magnitude": _finite(probe.magnitude)}

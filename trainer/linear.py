@@ -133,9 +133,7 @@ def linear(x_NK: jax.Array, w_KM: jax.Array, policy: PrecisionPolicy, key=None, 
     that scales and random bits are those of the whole tensor. `site`: needed when scales are delayed; of static ones it tells the
     size that tensors are expected to have.
     """
-    if key is None:
-        if policy.stochastic:
-            raise ValueError("precision: stochastic rounding or a random transform needs key=; pass a uint32[2] key, or choose rounding='nearest_even' and transform=hadamard")
+    _check_key(policy, key)
     site = site or Site()
     for source, known in ((Source.DELAYED, site.remembered), (Source.EMA, site.remembered), (Source.LEARNED, site.learned)):
         for role in policy.roles(source):
@@ -145,11 +143,23 @@ def linear(x_NK: jax.Array, w_KM: jax.Array, policy: PrecisionPolicy, key=None, 
     return _linear(rows, x_NK.shape[1], x_NK, w_KM, policy, streams(key, STREAMS) if policy.stochastic else None, site.learned, replace(site, learned={}, meter=Meter()), site.meter)
 
 
+def _check_key(policy: PrecisionPolicy, key) -> None:
+    if key is None and policy.stochastic:
+        raise ValueError("precision: stochastic rounding or a random transform needs key=; pass a uint32[2] key, or choose rounding='nearest_even' and transform=hadamard")
+
+
 def dot_general(policy: PrecisionPolicy, key=None):
     """A drop-in for `lax.dot_general` in `nnx.Linear(dot_general=...)`: contracts any dims of lhs (activations) with rhs (weights).
 
-    The result has lhs's dtype. Batch dimensions are mapped over. Constant widths only: the policy is closed over.
+    The result has lhs's dtype. Batch dimensions are mapped over. Constant widths only: the policy is closed over, and so is the key: the same
+    bits at every call, so make one for each step and layer where the loss is computed. ValueError for a random policy without a key, and for
+    one that is more than a product: with norms of its own, or quantization that comes in gradually.
     """
+    _check_key(policy, key)
+    for what, has in (("extra_norm", policy.extra_norm), ("ramp_steps", policy.ramp is not None)):
+        if has:
+            raise ValueError(f"precision.{what} is of a whole model in training, and this is one product, which would leave it out; accepted: a policy without, such as "
+                             "trainer.policy('bitnet', 'precision.extra_norm=null'), and the model's own norms")
 
     def apply(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **_):
         (contract_l, contract_r), (batch_l, batch_r) = dimension_numbers

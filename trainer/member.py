@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer import describe, telemetry
+from trainer import describe, stored, telemetry
 from trainer.config.frozen import TrainConfig
 from trainer.data import Dataset
 from trainer.mirrors import Mirror
@@ -82,7 +82,7 @@ class Member:
         for i in range(count):
             step = first_step + i
             row = {"step": step + 1, "tokens": (step + 1) * self.config.batch_tokens, "loss": float(metrics.loss[i]),
-                   "grad_norm": float(metrics.grad_norm[i]), "lr": float(metrics.lr[i]), **{name: float(f"{getattr(metrics, name)[i]:.6g}") for name in DescentQuality._fields}, "wall_s": round(self.wall_s, 3)}
+                   "grad_norm": float(metrics.grad_norm[i]), "lr": float(metrics.lr[i]), **{name: float(f"{getattr(metrics, name)[i]:.6g}") for name in self._qualities}, "wall_s": round(self.wall_s, 3)}
             if diverged_step == step:
                 self.diverged_step = self.step = step
                 self._rows.append(row | {"step": step, "diverged": True})  # of an update that was not applied
@@ -94,6 +94,11 @@ class Member:
             if every and telemetry.due(step, every):
                 mine = {role: values[i] for role, values in metrics.sites.items()}
                 self._telemetry.extend(telemetry.rows(step + 1, mine, SITES, self._quantized))
+
+    @property
+    def _qualities(self) -> tuple[str, ...]:
+        """What there is to say of updates: where weights are held in float32, how large they are and no more (`stored.quality`)."""
+        return DescentQuality._fields if stored.loses_updates(self.config.precision) else ("updates_per_ulp",)
 
     @property
     def _quantized(self) -> dict[str, bool]:

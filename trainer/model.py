@@ -71,9 +71,15 @@ class ModelConfig:
     def num_params_total(self) -> int:
         return self.num_params + self.vocab_size * self.d_model * (1 if self.tied_head else 2)
 
+    @property
+    def site_params(self) -> tuple[int, ...]:
+        """Weights of one block's SITES."""
+        d, f = self.d_model, self.d_ff
+        return 3 * d * d, d * d, 2 * d * f, d * f
+
     def matmul_params(self) -> int:
         """Parameters that multiply activations in the blocks: those that a policy quantizes."""
-        return self.num_layers * (4 * self.d_model**2 + 3 * self.d_model * self.d_ff)
+        return self.num_layers * sum(self.site_params)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward + backward floating-point operations per token: 6 per matmul parameter (blocks and head) and 12 L D T for the

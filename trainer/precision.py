@@ -230,7 +230,8 @@ class PrecisionPolicy:
     steps delayed scales remember, and which of their amax counts ("max", "most_recent"). ema_decay: of source "ema". data_dtype: the forward and backward pass run
     under scale propagation with their data held in it; None: they do not. master_weights, adam_m, adam_v: formats that the state is
     held in between steps, None for float32, and master_rounding, adam_rounding how it is rounded to them; scaled_state: float16 and
-    bfloat16 as ScaledArrays; optimizer_arithmetic, storage: see `Arithmetic`, `Storage`; all of it in `trainer.stored`. ramp: see `Ramp`. kv, scores, probabilities: of
+    bfloat16 as ScaledArrays; optimizer_arithmetic, storage: see `Arithmetic`, `Storage`; all of it in `trainer.stored`. extra_norm: the model has an
+    RMSNorm before every linear layer (`ModelConfig`). ramp: see `Ramp`. kv, scores, probabilities: of
     attention (`methods.attention`). exemptions: places with a policy of their own, the last that
     matches counts; the embedding and the head are not quantized unless one says so."""
 
@@ -250,6 +251,7 @@ class PrecisionPolicy:
     scaled_state: bool = _static(default=True)
     optimizer_arithmetic: str = _static(default="float32")
     storage: str = _static(default="packed")
+    extra_norm: bool = _static(default=False)
     ramp: Ramp | None = None
     kv: Quantizer | None = None
     scores: Quantizer | None = None

@@ -38,7 +38,7 @@ _ROLE_COLUMNS: dict[str, type] = {
 RECORD_COLUMNS: dict[str, type] = {
     "run_id": str, "sweep": str, "status": str, "seed": int, "trunk_id": str, "cooldown_steps": int, "unique_tokens": int,
     "n_params": int, "n_params_total": int, "tokens": int, "flops": float, "loss": float, "loss_std_err": float,
-    "loss_train": float, "bits_per_byte": float, "precision": str,
+    "loss_train": float, "bits_per_byte": float, "precision": str, "exemptions": str,
     **{f"{role}_{name}": kind for role in _ROLES for name, kind in _ROLE_COLUMNS.items()},
     "quantized_fraction": float, "dot_precision": str, "execution": str, "layout": str, "lr_rule": str, "lr": float,
     "batch_tokens": int, "steps": int, "schedule": str, "diverged_step": int, "wall_s": float, "tokens_per_s": float, "mfu": float,

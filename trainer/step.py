@@ -70,7 +70,8 @@ class State:
 
 class Metrics(NamedTuple):
     """Of one step, float32: training loss (nats per token), global gradient norm before clipping, learning rate; how much of
-    the update the parameters underwent (`optimizers.DescentQuality`); and role -> telemetry's
+    the update the parameters underwent (`optimizers.DescentQuality`; of float32 weights edq and lost are 1 and 0 by construction, see
+    `stored.quality`); and role -> telemetry's
     statistics [L, S, fields], NaN where the step is not due, empty where no step is."""
 
     loss: jax.Array
@@ -219,7 +220,7 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, params)
     new = jax.tree.map(jnp.add, params, updates)
     held = stored.held_params(new, hyper.policy)
-    quality = stored.quality(opt_state, params, new, held, state.step)
+    quality = stored.quality(opt_state, params, new, held, state.step, hyper.policy)
     opt_state = stored.held_moments(opt_state, hyper.policy)
 
     def keep(new, old):
@@ -235,8 +236,8 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 
 class Probe(NamedTuple):
     """What low precision does to one batch's gradients, float32: cosine of the angle to the exact ones, <g, exact> / |exact|^2, and role ->
-    share of values that became zero (underflow) or lay beyond the range (overflow), means over layers and sites, NaN where nothing is
-    quantized."""
+    share of values that became zero (underflow) or lay beyond the range (overflow) in the role's first product, means over the layers and
+    sites that quantize it, NaN where none does."""
 
     cosine: jax.Array
     magnitude: jax.Array
@@ -255,7 +256,7 @@ def probe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: H
     top, top_exact = (jnp.maximum(jnp.max(jnp.abs(g)), np.float32(2.0**-126)) for g in (found, exact))
     found, exact = found / top, exact / top_exact  # so that no square leaves the range
     along, size, size_exact = jnp.vdot(found, exact), jnp.vdot(found, found), jnp.vdot(exact, exact)
-    shares = {name: {role: jnp.mean(values[..., telemetry.FIELDS.index(name)]) for role, values in seen.statistics.items()} for name in telemetry.LOSSES}
+    shares = {name: {role: jnp.nanmean(values[..., telemetry.FIELDS.index(name)]) for role, values in seen.statistics.items()} for name in telemetry.LOSSES}
     return Probe(along / jnp.sqrt(size * size_exact), along / size_exact * (top / top_exact), **shares)
 
 

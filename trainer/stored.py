@@ -1,8 +1,9 @@
 """What lives between steps in the formats of a policy: master weights, Adam's moments, and the optimizer that keeps them there.
 
-float16 and bfloat16 are ScaledArrays (`scaled_state`) unless the policy says otherwise; FP8 parameters have a power-of-two scale for each
-matrix (of each layer), FP8 moments one for blocks of up to 256 along the last dimension. Everything narrow has the size in memory, and in
-a checkpoint, that its format says, unless storage is "emulated": then the same values are held as float32.
+float16 and bfloat16, rounded to nearest, are ScaledArrays (`scaled_state`) unless the policy says otherwise. Rounded any other way, float16
+is scaled as FP8 is: parameters have a power-of-two scale for each tensor (of each layer), moments one for blocks of up to 256 along the last
+dimension; bfloat16 then has no scale, since its range is that of float32. Everything narrow has the size in memory, and in a checkpoint, that
+its format says, unless storage is "emulated": then the same values are held as float32.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def optimizer(name: str, numbers, lr_tree, decay_tree, policy: PrecisionPolicy, 
         variant = policy.optimizer_arithmetic.removeprefix("collage_")
         return collage_adamw(lr_tree, numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay, decay_tree, variant, measure=True)
     built, key = OPTIMIZERS[name](numbers, lr_tree, decay_tree), fold_in(key, SALT)
-    moments = {name: _moment_format(part, signed) for name, part, signed in (("m", policy.adam_m, True), ("v", policy.adam_v, False))
+    moments = {name: _moment_format(part, signed, policy) for name, part, signed in (("m", policy.adam_m, True), ("v", policy.adam_v, False))
                if part is not None and not _as_scaled(part, policy.adam_rounding, policy)}
     if moments:
         built = low_precision_moments(built, **moments, rounding=policy.adam_rounding, key=key, packed=policy.storage == Storage.PACKED.value)
@@ -87,9 +88,10 @@ def wide(params):
     return unscaled(narrow_only(params))
 
 
-def quality(opt_state, before, new, held, step) -> DescentQuality:
+def quality(opt_state, before, new, held, step, policy: PrecisionPolicy) -> DescentQuality:
     """How much of an update the parameters underwent: what the optimizer measured itself, or by the float32 parameters before it, after it, and
-    as they are held. step: int32, 0 or more.
+    as they are held. step: int32, 0 or more. Of float32 weights (nothing narrows what is held) that is no measurement of edq and lost:
+    `loses_updates` is False, and records leave both out.
 
     Looking must not change how an update is computed, not by a bit: the update itself is not looked at, and what is stands behind a branch
     that is always taken, since XLA does not fuse into one (without both, golden runs moved by 1e-4 on jax 0.12)."""
@@ -97,11 +99,18 @@ def quality(opt_state, before, new, held, step) -> DescentQuality:
     if found:
         return found[0]
 
+    man_bits = 23 if policy.master_weights is None else formats.get(policy.master_weights).man_bits
+
     def measure(before, new, held):
-        return descent_quality(jax.tree.map(jnp.subtract, new, before), before, wide(held), man_bits=23)
+        return descent_quality(jax.tree.map(jnp.subtract, new, before), before, wide(held), man_bits=man_bits)
 
     nothing = DescentQuality(*(jnp.float32(jnp.nan),) * 3)
     return lax.cond(step >= 0, measure, lambda *_: nothing, before, new, held)
+
+
+def loses_updates(policy) -> bool:
+    """Whether weights are held in less than float32, so that an update can be lost. policy: a PrecisionPolicy or PrecisionSpec."""
+    return policy.master_weights is not None or policy.optimizer_arithmetic not in (None, Arithmetic.FLOAT32.value)
 
 
 def _wide(x):
@@ -122,12 +131,13 @@ def _rounds_params(policy: PrecisionPolicy) -> bool:
 def _format_of(policy: PrecisionPolicy):
     """(path, leaf) -> format of a parameter. FP8 is for matrices: gains and learned scales are bfloat16 beside it."""
     element = formats.get(policy.master_weights)
+    float16 = policy.master_weights == "float16"
 
     def format_of(path, leaf):
-        if policy.master_weights in SCALABLE:
+        if policy.master_weights in SCALABLE and not (float16 and policy.scaled_state):
             return element
         first = 1 if path[0].key == STACKED else 0
-        if leaf.ndim - first < 2:
+        if leaf.ndim - first < 2 and not float16:
             return formats.get("bfloat16")
         return formats.scaled(element, "block", axis=tuple(range(first, leaf.ndim)), block=tuple(leaf.shape[first:]), rule="rceil",
                               scale_format="float8_e8m0fnu")
@@ -135,10 +145,12 @@ def _format_of(policy: PrecisionPolicy):
     return format_of
 
 
-def _moment_format(name: str, signed: bool):
+def _moment_format(name: str, signed: bool, policy: PrecisionPolicy):
     if name == BLOCKWISE:
         return blockwise8(signed=signed)
     fmt = formats.get(name)
+    if name == "float16" and policy.scaled_state:  # a squared gradient of 1e-5 lies below its smallest number
+        return formats.scaled(fmt, "block", block=MOMENT_BLOCK, rule="rceil")
     if isinstance(fmt, formats.Scaled) or name in SCALABLE:
         return fmt
     return formats.scaled(fmt, "block", block=MOMENT_BLOCK)

@@ -65,6 +65,21 @@ def test_runs_that_nothing_tells_apart_are_in_no_pair():
     assert {run.run_id for run in indistinct(twice)} == {"a", "a2"}  # a run that is in the table twice is no rival of itself
 
 
+def test_exempt_places_tell_runs_apart():
+    """int4 with its last block high is another precision than int4; float32 with an int8 head is no reference. A preset's own places, which all
+    of its runs have, are not spelled out."""
+    columns = {"run_id": list("abcdef"), "n_params": [1] * 6, "tokens": [9] * 6, "seed": [0] * 6, "weights_bits": [4, 4, 4, 32, 32, 4],
+               "precision": ["int4", "int4", "int4", "float32", "float32", "nvfp4_recipe"], "loss": [2.5, 2.3, 2.4, 2.0, 2.1, 2.2],
+               "exemptions": [None, "last1:high", "last1:high,head:int8", None, "head:int8", "last1:high"]}
+    runs = runs_of(**columns)
+    assert indistinct(runs) == [] and reference_precision(runs) == "float32"
+    gaps = {gap.precision: gap.mean for gap in paired_gaps(runs)}
+    assert gaps == pytest.approx({"int4": 0.5, "int4(last1:high)": 0.3, "int4(last1:high,head:int8)": 0.4, "nvfp4_recipe": 0.2})
+    alone = runs_of(**{name: values[4:] for name, values in columns.items()})
+    assert reference_precision(alone) == "float32(head:int8)"
+    assert {run.run_id for run in indistinct(runs_of(**columns | {"exemptions": [None] * 6}))} == set("abcde")
+
+
 def test_reference_is_float32_or_the_commonest_wide_one():
     widths = {"n_params": [1, 1, 1], "tokens": [1, 1, 1], "loss": [1.0, 1.0, 1.0], "weights_bits": [16, 16, 4]}
     assert reference_precision(runs_of(**widths, precision=["bfloat16", "bfloat16", "int4"])) == "bfloat16"

@@ -1,6 +1,7 @@
 """The policies in somebody else's Flax model: `trainer.dot_general(policy)` in a small NNX network that knows nothing of bitlaw."""
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -105,6 +106,39 @@ def test_result_has_the_inputs_dtype(dtype):
     assert y.dtype == da.dtype == db.dtype == dtype
     wide = jax.eval_shape(lambda a, b: trainer.dot_general(trainer.policy("int8"))(a, b, dims, preferred_element_type=jnp.float32), a, b)
     assert wide.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name, words", [("quartet", "needs key="), ("bitnet", "precision.extra_norm"), ("bitnet_finetune", "precision.extra_norm")])
+def test_what_a_product_cannot_be_is_refused_where_it_is_made(name, words):
+    """At once, not when it is traced; the policy itself can be had, whatever the length of its ramp."""
+    which = trainer.policy(name)
+    with pytest.raises(ValueError, match=words) as found:
+        trainer.dot_general(which)
+    assert "\n" not in str(found.value) and re.search("accepted: |pass a ", str(found.value))
+    if name == "bitnet_finetune":
+        assert float(which.ramp.steps) == 1000
+        with pytest.raises(ValueError, match="precision.ramp_steps"):
+            trainer.dot_general(trainer.policy(name, "precision.extra_norm=null"))
+    trainer.dot_general(trainer.policy("bitnet", "precision.extra_norm=null"))
+
+
+def test_a_key_for_each_step_and_layer():
+    """As docs/precisions.md has it: a model's products are given keys where the loss is computed; bits differ from step to step, and are
+    those of the step."""
+    which = trainer.policy("int4", "precision.weights.rounding=stochastic")
+    graphdef, params = nnx.split(Foreign(lax.dot_general, nnx.Rngs(0)))
+    x = jnp.float32(np.random.default_rng(0).standard_normal((2, 4, 16)))
+
+    @jax.jit
+    def loss(params, step):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        model = nnx.merge(graphdef, params)
+        for index, layer in enumerate((model.inner, model.outer)):
+            layer.dot_general = trainer.dot_general(which, key=jax.random.key_data(jax.random.fold_in(key, index)))
+        return jnp.mean(model(x) ** 2)
+
+    found = [float(loss(params, step)) for step in (0, 1, 2, 0)]
+    assert len(set(found)) == 3 and found[0] == found[3]
 
 
 def test_roles_follow_the_arguments():

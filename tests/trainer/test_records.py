@@ -38,8 +38,8 @@ def test_columns_are_those_of_the_design_in_order():
     roles = [f"{role}_{name}" for role in braces[1].split(",") for name in braces[2].split(",")]
     plain = plain.replace(braces[0], ",".join(roles))
     # What we add: the granularity of the scales beside each format, the formats of the moments and of attention, the use made of the device's
-    # peak, what low precision did to updates and gradients, memory, and the version of the record.
-    added = {"record_version", "mfu", "edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude"}
+    # peak, places with a precision of their own, what low precision did to updates and gradients, memory, and the version of the record.
+    added = {"record_version", "mfu", "exemptions", "edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude"}
     endings, beginnings = ("_granularity", "_underflow", "_overflow", "_bytes_per_param"), ("adam_", "scores_", "probabilities_")
     added |= {name for name in RECORD_COLUMNS if name.endswith(endings) or name.startswith(beginnings)}
     assert [name for name in RECORD_COLUMNS if name not in added] == [name.strip() for name in plain.split(",")]

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config.freeze import freeze
+from trainer.config.freeze import compose_preset, freeze
 from trainer.config.frozen import TrainConfig
 from trainer.config.schema import GROUPS, register_schemas
 
@@ -69,6 +69,7 @@ class Composer:
         self._extra = list(extra)
         self._groups = set(GROUPS)
         self._cache: dict[tuple[str, ...], _Composed] = {}
+        self._presets: dict[str, dict] = {}
 
     def config(self, overrides: list[str]) -> DictConfig:
         """The composed config. Group choices, additions and deletions go through Hydra; plain values are set in a copy."""
@@ -78,7 +79,13 @@ class Composer:
     def freeze(self, overrides: list[str]) -> TrainConfig:
         """The frozen config of one run."""
         composed, values = self._composed(overrides)
-        return freeze(composed.plain_with_values(values))
+        return freeze(composed.plain_with_values(values), self.preset)
+
+    def preset(self, name: str) -> dict:
+        """A precision as it is composed by itself, from the same folders."""
+        if name not in self._presets:
+            self._presets[name] = compose_preset(name, self._extra)
+        return self._presets[name]
 
     def _composed(self, overrides: list[str]) -> tuple[_Composed, list[Override]]:
         hydra_part, values = [], []

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import importlib
 import typing
-from pathlib import Path
+from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,8 +33,22 @@ def load_plugins(names) -> None:
             raise ValueError(f"plugins={name} cannot be imported ({error}); accepted: the name of a module on PYTHONPATH") from None
 
 
-def freeze(config: DictConfig | dict) -> frozen.TrainConfig:
-    """The frozen config of one run, composed or as plain dicts. ValueError in one line for an unknown name or an impossible value."""
+def compose_preset(name: str, extra=()) -> dict:
+    """configs/precision/NAME.yaml as it is composed by itself; Hydra is initialised wherever a config is frozen. extra: overrides that add to
+    its search path. ValueError for one that is not there."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        composed = compose("train", overrides=[*extra, f"precision={name}"]).precision
+    except HydraException:
+        raise ValueError(f"no such precision; accepted: {HIGH}, or a name that precision= takes") from None
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def freeze(config: DictConfig | dict, preset: Callable[[str], dict] = compose_preset) -> frozen.TrainConfig:
+    """The frozen config of one run, composed or as plain dicts. preset: what a precision that an exemption names is. ValueError in one line for an unknown name or an
+    impossible value."""
     c = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     _check_keys("", c, TrainSchema)
     load_plugins(c["plugins"])
@@ -46,7 +60,7 @@ def freeze(config: DictConfig | dict) -> frozen.TrainConfig:
     steps = _steps(c, model, batch_tokens)
     return frozen.TrainConfig(
         model=model,
-        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["optimizer"]["name"], steps, c["data"]["vocab_size"]),
+        precision=_precision(c["precision"], model, batch_tokens // c["accumulate"], c["seq_len"], c["optimizer"]["name"], steps, c["data"]["vocab_size"], preset),
         optimizer=_optimizer(c["optimizer"]),
         schedule=_schedule(c["schedule"], steps),
         data=_data(c["data"]),
@@ -58,7 +72,7 @@ def freeze(config: DictConfig | dict) -> frozen.TrainConfig:
         eval_sequences=in_range("eval.sequences", c["eval"]["sequences"], 2),
         divergence_margin=in_range("divergence_margin", c["divergence_margin"], 0.0),
         options=_options(c),
-        init_from=_init_from(c["init_from"]),
+        **_init_from(c["init_from"]),
     )
 
 
@@ -86,7 +100,7 @@ def _model(m: dict) -> frozen.ModelSpec:
     return frozen.ModelSpec(**m)
 
 
-def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, steps: int, vocab_size: int) -> frozen.PrecisionSpec:
+def _precision(p: dict, model: frozen.ModelSpec, tokens: int, seq_len: int, optimizer: str, steps: int, vocab_size: int, preset) -> frozen.PrecisionSpec:
     """tokens: of a micro-batch."""
     from trainer.model import ATTENTION, SITES  # the model is above config in everything else
 
@@ -95,8 +109,8 @@ def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, st
             check_place(place, model.num_layers, (*SITES, ATTENTION))
         except ValueError as error:
             raise ValueError(f"precision.exemptions.{place}: {error}") from None
-    precision = freeze_precision(p["name"], p, _preset)
-    check_blocks(precision, model, tokens, vocab_size)
+    precision = freeze_precision(p["name"], p, preset)
+    check_blocks(precision, model, tokens, seq_len, vocab_size)
     if precision.ramp_steps is not None and (end := precision.ramp_steps + precision.ramp_stagger * (model.num_layers - 1)) > steps:
         raise ValueError(f"precision.ramp_steps={precision.ramp_steps} with ramp_stagger={precision.ramp_stagger} and {model.num_layers} layers is over after {end} updates, "
                          f"and the run takes {steps}; accepted: a ramp within it, since a model that is not quantized whole is not the one that is deployed")
@@ -105,28 +119,11 @@ def _precision(p: dict, model: frozen.ModelSpec, tokens: int, optimizer: str, st
     return precision
 
 
-@functools.cache
-def _preset(name: str) -> dict:
-    """configs/precision/NAME.yaml as it is composed by itself; Hydra is initialised wherever a config is frozen."""
-    from hydra import compose
-    from hydra.errors import HydraException
+def _init_from(path: str | None) -> dict:
+    """The fields that say which run's parameters are the first ones."""
+    from trainer.fine_tune import source_run  # reads run folders, which is above config in everything else
 
-    try:
-        composed = compose("train", overrides=[f"precision={name}"]).precision
-    except HydraException:
-        raise ValueError(f"no such precision; accepted: {HIGH}, or a name that precision= takes") from None
-    return OmegaConf.to_container(composed, resolve=True)
-
-
-def _init_from(path: str | None) -> str | None:
-    """The run folder by its own name; the run must be over, so that one name means one set of parameters."""
-    if path is None:
-        return None
-    folder = Path(path).resolve()
-    for part in ("checkpoints", "record.json"):
-        if not (folder / part).exists():
-            raise ValueError(f"init_from={path} has no {part}; accepted: the folder of a run (runs_dir/sweep/run_id) that was trained to its end")
-    return str(folder)
+    return {} if path is None else dict(zip(("init_from", "init_run"), source_run(path)))
 
 
 def _non_embedding_params(model: frozen.ModelSpec) -> int:

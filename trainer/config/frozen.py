@@ -176,7 +176,8 @@ class TrainConfig:
     eval_sequences: int
     divergence_margin: float
     options: Options
-    init_from: str | None = None  # path of the run folder
+    init_from: str | None = None  # path of the run folder whose parameters come first
+    init_run: str | None = None  # and the run_id in its record
 
     @property
     def batch_tokens(self) -> int:
@@ -195,8 +196,8 @@ class TrainConfig:
         for precision in precisions:
             del precision["name"]
         whole["data"] = self.data.name
-        if self.init_from is not None:  # whatever folder it lies in: a run is named by what it is
-            whole["init_from"] = self.init_from.rpartition("/")[2]
+        del whole["init_run"]
+        whole["init_from"] = self.init_run  # whatever folder it lies in: a run is named by what it is
         return _without_unset(whole)
 
 

@@ -82,7 +82,7 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
     if spec.ema_decay is not None:
         delayed["ema_decay"] = spec.ema_decay
     policy = PrecisionPolicy(*(operand(getattr(spec, role)) for role in ROLES), dot_dtype=spec.dot_dtype, **delayed,
-                             data_dtype=spec.data_dtype, **{key: value for key in (*STATE_PARTS, *STATE_KEYS) if (value := getattr(spec, key)) is not None})
+                             data_dtype=spec.data_dtype, extra_norm=bool(spec.extra_norm), **{key: value for key in (*STATE_PARTS, *STATE_KEYS) if (value := getattr(spec, key)) is not None})
     if spec.ramp_steps is not None:
         policy = replace(policy, ramp=Ramp(np.float32(spec.ramp_steps), np.float32(spec.ramp_stagger), spec.ramp_order == "output"))
     policy = replace(policy, **{role: build_quantizer(getattr(spec, role)) for role in ATTENTION_ROLES})

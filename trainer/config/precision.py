@@ -10,7 +10,7 @@ from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, RoleSpec
 from trainer.config.policies import UNQUANTIZED_BITS, added_parameters, build_format, build_policy, native_dtype, reads_second
 from trainer.config.state import freeze_state
-from trainer.config.quantizers import fits_bfloat16, freeze_attention, freeze_role, overridable
+from trainer.config.quantizers import check_shards, fits_bfloat16, freeze_attention, freeze_role, overridable
 from trainer.precision import GEMMS, OUTSIDE, ROLES, Source
 
 EXECUTIONS = ("emulated", "native")
@@ -28,6 +28,9 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     shared = _shared(precision)
     roles = [freeze_role(role, precision[role], shared) for role in ROLES]
     quantizers = [q for role in roles for q in role.both if q is not None]
+    for role, spec in zip(ROLES[1:], roles[1:]):  # weights are whole on every device
+        check_shards(role, spec.first, across_rows=False)
+        check_shards(role, None if reads_second(spec) == "shared" else spec.second, across_rows=True)
     for key in shared:
         if not any(key in overridable(q.format) for q in quantizers):
             raise ValueError(f"precision.{key}={precision[key]}: nothing in precision={name} takes it; accepted: a precision of elements that need scales")
@@ -38,9 +41,7 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers), **freeze_state(precision), **freeze_attention(precision),
                          ema_decay=decay if averaged else None, extra_norm=precision["extra_norm"] or None,
                          **_ramp(precision, quantizers), execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))
-    if precision["bits"] is not None and not any(q.format in ("integer", "midrise") for q in (*quantizers, *(q for q in freeze_attention(precision).values() if q is not None))):
-        raise ValueError(f"precision.bits={precision['bits']}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
-                         "like, or precision.weights.format=integer with precision.weights.bits")
+    _check_bits(name, precision, (*quantizers, *(q for q in freeze_attention(precision).values() if q is not None)), preset)
     for role, both in zip(ROLES, roles):
         for q in both.both:
             if spec.dot_dtype == "bfloat16" and q is not None and q.bits != UNQUANTIZED_BITS and not fits_bfloat16(q):
@@ -50,6 +51,20 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     except ValueError as error:
         raise ValueError(f"precision={name}: {error}") from None
     return spec
+
+
+def _check_bits(name: str, precision: dict, quantizers, preset: Callable[[str], dict]) -> None:
+    """ValueError for a width that nothing has, unless it is the one that the preset came with, all of whose uses were overridden."""
+    bits = precision["bits"]
+    if bits is None or any(q.bits == bits for q in quantizers):
+        return
+    try:
+        own = preset(precision["name"])["bits"]
+    except ValueError:  # under a name of the user's there is none to ask: any width may be what it came with
+        own = bits if any(q.format in ("integer", "midrise") for q in quantizers) else None
+    if bits != own:
+        raise ValueError(f"precision.bits={bits}: nothing in precision={name} has a width that it sets; accepted: precision=int and its "
+                         "like, or a role's own, as in precision.weights.format=integer precision.weights.bits=4")
 
 
 def _ramp(precision: dict, quantizers) -> dict:

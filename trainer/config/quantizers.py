@@ -3,7 +3,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax.numpy as jnp
+import numpy as np
+
 import formats
+from formats import Amax, Granularity
 from formats.modes import Rounding
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import QuantizerSpec, RoleSpec
@@ -19,12 +23,32 @@ BLOCK, BLOCK_SCALES = 32, "float8_e4m3fn"  # where nothing else is said: block s
 KEYS = ("format", *WIDTHS, *SCALES, *ROUNDED, "source", "static_rms")
 READS = ("shared", "fresh", "chained")
 MAX_INTEGER_BITS = 16
+WHOLE_STATISTICS = (Amax.MSE.value, Amax.PERCENTILE.value)  # need all values of a scale at once
 
 
 def fits_bfloat16(spec: QuantizerSpec) -> bool:
     """True if every value of the element is a bfloat16: 8 significant bits."""
-    about = formats.describe(build_format(spec))
-    return about["exp_bits"] <= 8 and about["man_bits"] <= (7 if about["exp_bits"] else 8)
+    fmt = build_format(spec)
+    element = fmt.element if isinstance(fmt, formats.Scaled) else fmt
+    if isinstance(element, formats.Midrise):  # k + 1/2 is an odd number of halves below 2**bits
+        return int(element.bits) <= 8
+    if isinstance(element, formats.Codebook):
+        levels = np.asarray(element.levels)
+        return bool(np.all(levels == levels.astype(jnp.bfloat16).astype(np.float32)))
+    if isinstance(element, formats.Logarithmic):
+        return element.gamma == 1  # whole powers of two
+    return element.exp_bits <= 8 and element.man_bits <= (7 if element.exp_bits else 8)
+
+
+def check_shards(role: str, spec: QuantizerSpec | None, across_rows: bool) -> None:
+    """ValueError for a statistic over the tokens of a batch that devices cannot put together. across_rows: scales that are constant along
+    the tensor's first dimension lie along tokens."""
+    if spec is None or spec.amax not in WHOLE_STATISTICS or spec.source == Source.NONE.value:
+        return
+    granularity = build_format(spec).granularity
+    if granularity is Granularity.TENSOR or (across_rows and granularity is not Granularity.BLOCK):
+        raise ValueError(f"precision.{role}.amax={spec.amax} with a scale over all tokens of a batch, which may be split over devices: it is not made of the amax of the parts; "
+                         "accepted there: current, rms, std, absmean, or a scale for each token (granularity=token, in wgrad second=shared) or block")
 
 
 def freeze_role(role: str, keys: dict, shared: dict) -> RoleSpec:
@@ -67,6 +91,7 @@ def freeze_attention(precision: dict) -> dict[str, QuantizerSpec | None]:
                              "gradient straight_through or clipped, block one number")
         if spec is not None and precision["data_dtype"] is not None:
             raise ValueError(f"precision.{role}={spec.format} with precision.data_dtype={precision['data_dtype']}: under scale propagation attention has rules of its own; accepted with it: float32")
+        check_shards(role, spec, across_rows=False)
         found[role] = spec
     return found
 

@@ -71,7 +71,7 @@ class PrecisionSchema:
     execution: str = "emulated"  # or native: products of the narrow numbers in a dtype that holds them
     pad: Optional[bool] = None  # dimensions that blocks do not divide: padded (unset: those of at least one block; true: any), or refused (false)
     extra_norm: Optional[bool] = None  # an RMSNorm with a gain of its own before every linear layer of a block
-    ramp_steps: Optional[int] = None  # weights and activations are quantized gradually over that many updates, layer after layer; unset: at once
+    ramp_steps: Optional[int] = None  # all that is quantized comes in gradually over that many updates, layer after layer; unset: at once
     ramp_stagger: Optional[int] = None  # updates from one layer's beginning to the next one's; unset: 0
     ramp_order: Optional[str] = None  # which layer begins: output (unset), input
     exemptions: Dict[str, str] = field(default_factory=dict)  # place -> precision, or "high": {last2: high, first1.qkv: int8, head: int8}
@@ -81,7 +81,7 @@ class PrecisionSchema:
     adam_m: Optional[str] = None  # first moments, likewise; blockwise8 too, or a block format such as mxfp8_e4m3
     adam_v: Optional[str] = None  # second moments, likewise
     adam_rounding: Optional[str] = None
-    scaled_state: Optional[bool] = None  # float16 and bfloat16 state, rounded to nearest, with a power of two beside each tensor (unset: yes)
+    scaled_state: Optional[bool] = None  # float16 state, and bfloat16 rounded to nearest, with powers of two beside it (unset: yes)
     optimizer_arithmetic: Optional[str] = None  # float32 (unset), or AdamW all in bfloat16: bfloat16, kahan, collage_light, collage_plus
     storage: Optional[str] = None  # packed (unset): state at the size of its format; emulated: the same values as float32
     weights: RoleSchema = field(default_factory=RoleSchema)
@@ -160,7 +160,7 @@ class TrainSchema:
     batch_size: int = 16
     seq_len: int = 128
     accumulate: int = 1
-    init_from: Optional[str] = None  # a run folder, whose last checkpoint gives the parameters to start from
+    init_from: Optional[str] = None  # the folder of a run that is done, whose last checkpoint gives the parameters to start from
     divergence_margin: float = 2.0
     runs_dir: str = "runs"
     sweep: str = "train"

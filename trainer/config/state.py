@@ -14,6 +14,9 @@ def freeze_state(precision: dict) -> dict:
     found = {part: _format(part, precision[part]) for part in STATE_PARTS if precision[part] not in (None, "float32")}
     found |= _rounding("master_rounding", precision, ("master_weights",), found) | _rounding("adam_rounding", precision, ("adam_m", "adam_v"), found)
     if precision["scaled_state"] is False:
+        if not any(found.get(part) in SCALABLE for part in STATE_PARTS):
+            raise ValueError("precision.scaled_state=false: no part of the state is held in float16 or bfloat16 with a scale; accepted with it: "
+                             f"precision.{'|'.join(STATE_PARTS)}={'|'.join(SCALABLE)}, or null")
         found["scaled_state"] = False
     arithmetic = one_of("precision.optimizer_arithmetic", precision["optimizer_arithmetic"] or Arithmetic.FLOAT32.value, Arithmetic)
     if arithmetic != Arithmetic.FLOAT32.value:
@@ -22,6 +25,8 @@ def freeze_state(precision: dict) -> dict:
             raise ValueError(f"precision.{given}={found[given]} with precision.optimizer_arithmetic={arithmetic}: weights and moments are then bfloat16; accepted with it: null")
         found["optimizer_arithmetic"] = arithmetic
     if one_of("precision.storage", precision["storage"] or Storage.PACKED.value, Storage) != Storage.PACKED.value:
+        if not any(part in found for part in STATE_PARTS) and arithmetic == Arithmetic.FLOAT32.value:
+            raise ValueError(f"precision.storage={precision['storage']}: all of the state is float32 already; accepted: null, or with precision.master_weights=bfloat16 and its like")
         found["storage"] = precision["storage"]
     return found
 

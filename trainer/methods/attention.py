@@ -52,14 +52,14 @@ def _quantized(x, quantizer, salt: int, axes: tuple[int, int], key, axis_name):
     fmt = quantizer.format
     if isinstance(fmt, formats.Scaled):
         fmt = replace(fmt, axis=axes[1] if fmt.granularity is Granularity.CHANNEL else axes[0])
-    bits, reduce_max = None, None
+    bits, reduce_max, reduce_mean = None, None, None
     if quantizer.stochastic:
         start = 0 if axis_name is None else lax.axis_index(axis_name) * x.size
         bits = partial(noise.random_bits, fold_in(key, salt), x.shape, offset=start)
     whole = isinstance(fmt, formats.Scaled) and (fmt.granularity is Granularity.TENSOR or fmt.two_level)
     if axis_name is not None and whole:
-        reduce_max = partial(lax.pmax, axis_name=axis_name)
-    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max)
+        reduce_max, reduce_mean = (partial(over, axis_name=axis_name) for over in (lax.pmax, lax.pmean))
+    values, scale = formats.split(x, fmt, rounding=quantizer.rounding, random_bits=bits, reduce_max=reduce_max, reduce_mean=reduce_mean)
     y = values * scale
     inside = where_inside(x, values, scale, quantizer)
     return pass_through(x, y) if inside is None else pass_inside(x, y, inside)

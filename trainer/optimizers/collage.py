@@ -21,12 +21,13 @@ from trainer.optimizers.trees import spread
 
 
 class Variant(str, Enum):
-    """What stands behind the first word of a parameter, and bytes per parameter with its gradient."""
+    """What stands behind the first word of a parameter, and bytes per parameter, those of its gradient aside: 2 more where that is bfloat16 (as
+    the paper counts), 4 where it is float32 (as this trainer computes it)."""
 
-    BFLOAT16 = "bfloat16"  # nothing: theta <- F(theta + dtheta) (option A of the paper); 8
-    KAHAN = "kahan"  # what the last addition lost, added to the next update (Kahan 1965); 10
-    LIGHT = "light"  # a second word of the parameter; 10
-    PLUS = "plus"  # second words of the parameter, of the second moment and of beta2; 12
+    BFLOAT16 = "bfloat16"  # nothing: theta <- F(theta + dtheta) (option A of the paper); 6
+    KAHAN = "kahan"  # what the last addition lost, added to the next update (Kahan 1965); 8
+    LIGHT = "light"  # a second word of the parameter; 8
+    PLUS = "plus"  # second words of the parameter, of the second moment and of beta2; 10
 
 
 class CollageState(NamedTuple):

@@ -177,11 +177,17 @@ def test_the_error_falls_with_the_bits():
     np.testing.assert_allclose(exact[0], plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["kv per tensor", "everything"])
-@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
-def test_two_devices_give_what_one_does(name, rounding):
-    """The batch split over devices: scales of the whole tensor, and its random words, to summation order."""
-    which = _policy(*CASES[name][0], f"precision.kv.rounding={rounding}")
+SPLIT = {
+    **{f"{name}, {rounding}": (*CASES[name][0], f"precision.kv.rounding={rounding}") for name in ("kv per tensor", "everything") for rounding in ("nearest_even", "stochastic")},
+    "rms": (*KV4, "precision.kv.granularity=tensor", "precision.kv.amax=rms"),
+    "two levels": ("precision.kv.format=float4_e2m1fn", "precision.kv.granularity=block", "precision.kv.block=4", "precision.kv.two_level=true", "precision.kv.amax=rms"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_two_devices_give_what_one_does(name):
+    """The batch split over devices: scales of the whole tensor, and its random words, to summation order. Blocks keep their own statistics."""
+    which = _policy(*SPLIT[name])
     tensors, key = _tensors(), np.array([1, 2], np.uint32)
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
 

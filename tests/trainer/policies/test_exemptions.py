@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trainer
 from tests.trainer import numpy_quantizers as nq
 from tests.trainer.policies.networks import policy
+from trainer import describe
 from trainer.model import SITES, Call, ModelConfig, blueprint, next_token_losses
 
 LAYERS, VOCAB = 2, 19
@@ -112,3 +114,48 @@ def test_attention_follows_the_place_of_its_block():
     assert _loss("float32", *int3, "precision.exemptions={attention: high}") == nowhere
     first = _loss("float32", "precision.exemptions={layer0.attention: kv}")
     assert first not in (nowhere, everywhere) and first == _loss("kv", "precision.exemptions={layer1.attention: high}")
+
+
+# --- names and columns ----------------------------------------------------------------------------------------------------------------------
+
+
+def _folder(path, bits: int) -> str:
+    (path / "precision").mkdir(parents=True)
+    (path / "precision" / "mine.yaml").write_text(f"defaults: [int, _self_]\nname: mine\nbits: {bits}\n")
+    return str(path)
+
+
+def test_a_place_can_have_a_precision_of_ones_own(tmp_path):
+    """From --config-dir, that of the folder at hand: two folders may call different ones by one name."""
+    for bits in (3, 5):
+        config = trainer.config("precision=int8", "steps=10", "precision.exemptions={last1: mine}", config_dir=_folder(tmp_path / str(bits), bits))
+        ((where, there),) = config.precision.exemptions
+        assert (where, there.name, there.weights.first.bits) == ("last1", "mine", bits)
+    with pytest.raises(ValueError, match="precision.exemptions.last1=mine: no such precision"):
+        trainer.config("precision=int8", "steps=10", "precision.exemptions={last1: mine}")
+
+
+BLOCK = 3 * 16 * 16 + 16 * 16 + 2 * 16 * 24 + 16 * 24
+HEAD = VOCAB * 16
+FRACTIONS = {
+    "int8": (["int8"], 2 * BLOCK, None),
+    "float32": (["float32"], 0, None),
+    "the preset's own": (["nvfp4_recipe"], BLOCK, "last1:high"),
+    "the head alone": (["float32", "precision.exemptions={head: int8}"], HEAD, "head:int8"),
+    "high and head": (["int8", "precision.exemptions={last1: high, head: int4}"], BLOCK + HEAD, "last1:high,head:int4"),
+    "one site": (["float32", "precision.exemptions={last1.down: fp8}"], 16 * 24, "last1.down:fp8"),
+    "the later wins": (["int8", "precision.exemptions={last2: high, layer0.qkv: int8}"], 3 * 16 * 16, "last2:high,layer0.qkv:int8"),
+    "attention is no weight": (["int8", "precision.exemptions={attention: high}"], 2 * BLOCK, "attention:high"),
+    "float32 by its width": (["int", "precision.bits=32"], 0, None),
+    "the embedding is read, not multiplied": (["float32", "precision.exemptions={embedding: int8}"], 0, "embedding:int8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_quantized_fraction_and_exemptions_of_a_record(name):
+    """Counted by hand."""
+    overrides, quantized, exemptions = FRACTIONS[name]
+    spec = trainer.config(*(f"precision={o}" if "=" not in o else o for o in overrides), "model=25k", "steps=10").precision
+    model = ModelConfig(LAYERS, 16, 2, 24, VOCAB)
+    assert describe.quantized_fraction(spec, model) == quantized / (2 * BLOCK + HEAD)
+    assert describe.exemptions_name(spec) == exemptions

@@ -3,16 +3,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import trainer
 from tests.trainer import conftest, tiny
 from tests.trainer.tiny import OF_THE_LAUNCH, TINY
-from trainer import checkpoint, cohort
+from trainer import checkpoint, cohort, stored
+from trainer import model as decoder
 from trainer.cli import sweep_configs
 from trainer.config import run_id
+from trainer.fine_tune import given_params
+from trainer.optimizers import OptimizerNumbers
 from trainer.records import RunFolder
 from trainer.sweep import execute, make_plan
 
@@ -97,6 +103,48 @@ def test_a_fine_tuned_run_resumes_like_any_other(tmp_path, source):
     assert np.any(_params(whole)["embedding"] != _params(source)["embedding"])
 
 
+# --- what sources are held as -----------------------------------------------------------------------------------------------------------------
+
+MODEL = decoder.ModelConfig(num_layers=2, d_model=8, num_heads=2, d_ff=12, vocab_size=11)
+HELD = {
+    "float16": ("precision.master_weights=float16",), "plain bfloat16": ("precision.master_weights=bfloat16", "precision.scaled_state=false"),
+    "collage_light": ("precision.optimizer_arithmetic=collage_light",), "kahan": ("precision.optimizer_arithmetic=kahan", "precision.storage=emulated"),
+}  # fmt: skip
+
+
+def _state(params, *overrides):
+    """A state with these parameters, as a checkpoint of such a run has it."""
+    which = trainer.policy("float32", *overrides)
+    numbers = OptimizerNumbers(*(np.float32(x) for x in (1e-3, 0.9, 0.95, 1e-8, 0.0, 1.0)))
+    optimizer = stored.optimizer("adamw", numbers, 1e-3, True, which, np.zeros(2, np.uint32)) if overrides[0].startswith("precision.opt") else None
+    begun = stored.initial(params, which, np.zeros(2, np.uint32))
+    return {"params": stored.held_params(begun, which), "opt_state": () if optimizer is None else optimizer.init(begun)}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_parameters_are_read_whatever_they_are_held_as(tmp_path, name):
+    """Scaled pairs, with an exponent for each layer, are data * 2**exponent; a second word is added. The layers differ by 2**40 in size."""
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1.0, x.shape), jnp.float32), decoder.blueprint(MODEL)[1])
+    params["layers"]["down"] = params["layers"]["down"] * jnp.float32([1.0, 2.0**-40])[:, None, None]
+    checkpoint.save(tmp_path / "checkpoints", 1, _state(params, *HELD[name]))
+    digits = {"float16": 11, "plain bfloat16": 8}.get(name, 16)
+    found, expected = given_params(MODEL, str(tmp_path)), decoder.by_path(params)
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, expected[path], rtol=2.0**-digits)
+    assert digits == 16 or any(np.max(np.abs(leaf / expected[path] - 1)) > 2.0 ** -(digits + 2) for path, leaf in found.items())
+
+
+def test_codes_are_refused_for_what_they_are(tmp_path):
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), decoder.blueprint(MODEL)[1])
+    checkpoint.save(tmp_path / "checkpoints", 1, _state(params, "precision.master_weights=float8_e4m3fn"))
+    with pytest.raises(ValueError, match="holds embedding as codes and scales") as found:
+        given_params(MODEL, str(tmp_path))
+    assert "\n" not in str(found.value) and "storage=emulated" in str(found.value)
+
+
 # --- identity -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -104,17 +152,23 @@ def _id(*overrides):
     return run_id(trainer.config(*BASE, *FINE, "steps=5", *overrides), "data")
 
 
+def _copy(source, to, **changes) -> Path:
+    """The source's folder elsewhere, with other values in its record."""
+    shutil.copytree(source.path, to)
+    (to / "record.json").write_text(json.dumps(source.record() | changes))
+    return to
+
+
 def test_identity_is_that_of_the_source_run_and_not_its_path(tmp_path, source):
-    """The same run elsewhere, by another way of writing its path: the same identity. Another run, or none: another one."""
-    copy = tmp_path / "moved" / source.path.name
-    shutil.copytree(source.path, copy)
-    other = tmp_path / "0123456789abcdef"
-    shutil.copytree(source.path, other)
+    """The same run elsewhere, under another folder name, by another way of writing its path: the same identity. Another run, also in a folder
+    of the same name, or none: another one."""
+    copy, renamed = _copy(source, tmp_path / "moved" / source.path.name), _copy(source, tmp_path / "renamed")
+    other = _copy(source, tmp_path / "other" / source.path.name, run_id="0123456789abcdef")
     mine = _id(f"init_from={source.path}")
-    assert mine == _id(f"init_from={copy}") == _id(f"init_from={copy}/")
+    assert mine == _id(f"init_from={copy}") == _id(f"init_from={copy}/") == _id(f"init_from={renamed}")
     assert len({mine, _id(f"init_from={other}"), _id()}) == 3
-    identity = json.dumps(trainer.config(*BASE, *FINE, "steps=5", f"init_from={source.path}").identity())
-    assert source.path.name in identity and str(source.path.parent) not in identity
+    identity = json.dumps(trainer.config(*BASE, *FINE, "steps=5", f"init_from={renamed}").identity())
+    assert source.record()["run_id"] in identity and "renamed" not in identity and str(source.path.parent) not in identity
 
 
 def test_identity_does_not_depend_on_the_working_directory(source, monkeypatch):
@@ -141,6 +195,14 @@ def _error(tmp_path, *overrides) -> str:
 def test_a_missing_source_is_refused(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
         assert f"init_from={path} has no checkpoints; accepted: the folder of a run" in _error(tmp_path, *FINE, f"init_from={path}")
+
+
+@pytest.mark.parametrize("status", ["failed", "diverged"])
+def test_a_source_that_did_not_end_well_is_refused(tmp_path, source, status):
+    folder = _copy(source, tmp_path / "source", status=status)
+    assert f"init_from={folder} has status={status}" in _error(tmp_path, *FINE, f"init_from={folder}")
+    (folder / "record.json").write_text("{")
+    assert f"init_from={folder} has a record.json that is no record" in _error(tmp_path, *FINE, f"init_from={folder}")
 
 
 def test_a_damaged_source_is_refused(tmp_path, source):

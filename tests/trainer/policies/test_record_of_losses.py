@@ -20,7 +20,7 @@ from trainer.sweep import make_plan
 pytestmark = pytest.mark.slow
 BASE = [override for override in TINY if not override.startswith(("precision", "probe"))]
 BITS = (2, 8, 32)
-DID = ("edq", "lost_updates", "updates_per_ulp", "gradient_cosine", "gradient_magnitude",
+DID = ("updates_per_ulp", "gradient_cosine", "gradient_magnitude",
        "weights_bytes_per_param", "moments_bytes_per_param", "peak_bytes_per_param")
 
 
@@ -43,7 +43,7 @@ def test_columns_are_filled_and_plausible(runs):
     records = {bits: run.folder.record() for bits, run in runs.items()}
     assert all(record[name] is not None for record in records.values() for name in DID)
     for bits, record in records.items():
-        assert record["edq"] == pytest.approx(1, abs=1e-3) and record["lost_updates"] < 0.01 and record["updates_per_ulp"] > 100
+        assert record["edq"] is record["lost_updates"] is None and record["updates_per_ulp"] > 100  # float32 weights: nothing that could be lost
         assert record["weights_bytes_per_param"] == pytest.approx(4) and record["moments_bytes_per_param"] == pytest.approx(8, rel=0.02)
         assert 12 < record["peak_bytes_per_param"] < 1000
         shares = [record[f"{role}_{what}"] for role in ROLES for what in ("underflow", "overflow")]
@@ -79,7 +79,7 @@ def test_gradients_are_compared_as_the_record_says(runs, bits):
 def test_logged_steps_tell_the_same(runs):
     """The record's columns are means over the logged steps of the last quarter."""
     folder = runs[8].folder
-    last = [row for row in folder.metrics() if "edq" in row and row["step"] > 6]
+    last = [row for row in folder.metrics() if "updates_per_ulp" in row and row["step"] > 6]
     assert [row["step"] for row in last] == [7, 8]
-    for column, name in (("edq", "edq"), ("lost_updates", "lost"), ("updates_per_ulp", "updates_per_ulp")):
-        assert folder.record()[column] == pytest.approx(np.mean([row[name] for row in last]), rel=1e-6)
+    assert folder.record()["updates_per_ulp"] == pytest.approx(np.mean([row["updates_per_ulp"] for row in last]), rel=1e-6)
+    assert not any("edq" in row or "lost" in row for row in last)

@@ -92,6 +92,78 @@ REFUSED = {
         ["fp8_delayed", "precision.weights.transform=hadamard", "precision.activations.transform=hadamard"],
         "precision.weights", "source='delayed' with a transform", "current",
     ),
+    "least error over devices": (
+        ["int", "precision.activations.granularity=tensor", "precision.activations.amax=mse"],
+        "precision.activations.amax=mse", "may be split over devices", "rms",
+    ),
+    "percentile over devices": (
+        ["int8_tensor", "precision.output_gradients.amax=percentile"],
+        "precision.output_gradients.amax=percentile", "may be split over devices", "granularity=token",
+    ),
+    "percentile of ranges": (
+        ["int8_fake_quant", "precision.activations.source=current", "precision.activations.amax=percentile"],
+        "precision.activations.amax=percentile", "may be split over devices", "rms",
+    ),
+    "least error of tokens read afresh": (
+        ["int_rowwise", "precision.activations.amax=mse"],
+        "precision.activations.amax=mse", "may be split over devices", "second=shared",
+    ),
+    "least error of attention": (
+        ["kv", "precision.kv.granularity=tensor", "precision.kv.amax=mse"],
+        "precision.kv.amax=mse", "may be split over devices", "rms",
+    ),
+    "nine bits in bfloat16": (
+        ["quest", "precision.bits=9", "precision.dot_dtype=bfloat16"],
+        "precision.dot_dtype=bfloat16", "would round weights again", "float32",
+    ),
+    "levels of nf4 in bfloat16": (
+        ["float32", "precision.weights.format=nf4", "precision.dot_dtype=bfloat16"],
+        "precision.dot_dtype=bfloat16", "would round weights again", "float32",
+    ),
+    "logarithms in bfloat16": (
+        ["float32", "precision.weights.format=lns8", "precision.dot_dtype=bfloat16"],
+        "precision.dot_dtype=bfloat16", "would round weights again", "float32",
+    ),
+    "block of keys and values": (
+        ["float32", "precision.kv.format=mxfp4"],
+        "precision.kv.block=32", "larger than the head width (model.d_model / model.num_heads) = 8", "precision.pad=true",
+    ),
+    "block of scores": (
+        ["float32", "precision.scores.format=mxfp8_e4m3", "seq_len=16"],
+        "precision.scores.block=32", "larger than seq_len = 16", "precision.pad=true",
+    ),
+    "block of probabilities with pad=false": (
+        ["float32", "precision.probabilities.format=mxfp8_e4m3", "seq_len=48", "precision.pad=false"],
+        "precision.probabilities.block=32", "does not divide seq_len = 48", "a divisor",
+    ),
+    "block of an exempt place's attention": (
+        ["float32", "precision.exemptions={last1.attention: mxkv}"],
+        "precision.exemptions.last1.attention=mxkv: kv.block=32", "larger than the head width", "precision.pad=true",
+    ),
+    "bits of luq": (
+        ["luq", "precision.bits=8"],
+        "precision.bits=8", "nothing in precision=luq has a width that it sets", "precision.weights.bits",
+    ),
+    "bits of bitnet": (
+        ["bitnet", "precision.bits=4"],
+        "precision.bits=4", "nothing in precision=bitnet has a width that it sets", "precision.weights.bits",
+    ),
+    "bits that roles override": (
+        ["int", "precision.bits=6", "precision.weights.bits=3", "precision.activations.bits=4"],
+        "precision.bits=6", "nothing in precision=int has a width that it sets", "precision.weights.bits",
+    ),
+    "plain float32 state": (
+        ["float32", "precision.scaled_state=false"],
+        "precision.scaled_state=false", "no part of the state is held in float16 or bfloat16", "precision.master_weights",
+    ),
+    "FP8 state without scales": (
+        ["fp8_state", "precision.scaled_state=false"],
+        "precision.scaled_state=false", "no part of the state is held in float16 or bfloat16", "precision.master_weights",
+    ),
+    "float32 state emulated": (
+        ["fp8", "precision.storage=emulated"],
+        "precision.storage=emulated", "all of the state is float32 already", "precision.master_weights=bfloat16",
+    ),
     "block of a Hadamard": (
         ["quartet", "precision.weights.transform_block=24"],
         "precision.weights", "transform_block=24 with transform=hadamard", "2, 4, 8, 16",
@@ -100,9 +172,12 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def composer():
-    """One for all: a quarter of the time."""
-    with hydra_ready(None) as extra:
+def composer(tmp_path_factory):
+    """One for all: a quarter of the time. With a folder of the user's that has one precision more."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "precision").mkdir()
+    (folder / "precision" / "mxkv.yaml").write_text("defaults: [schema]\nname: mxkv\nkv: {format: mxfp4}\n")
+    with hydra_ready(str(folder)) as extra:
         yield Composer(extra)
 
 
@@ -120,6 +195,15 @@ def test_accepted(composer):
     """The counterparts: what differs from a refusal by one key passes."""
     for overrides in (["mxfp4", "precision.pad=false", "model.d_ff=96"], ["fp8_tiles", "precision.pad=true"],
                       ["fp8_rowwise", "precision.execution=native"],
+                      ["int", "precision.activations.amax=mse"], ["int", "precision.weights.granularity=tensor", "precision.weights.amax=mse"],
+                      ["nvfp4", "precision.activations.format=float4_e2m1fn", "precision.activations.granularity=block", "precision.activations.block=16",
+                       "precision.activations.two_level=true", "precision.activations.amax=mse"],
+                      ["quest", "precision.dot_dtype=bfloat16"], ["quest", "precision.bits=8", "precision.dot_dtype=bfloat16"],
+                      ["bitnet", "precision.dot_dtype=bfloat16"], ["int", "precision.bits=1", "precision.dot_dtype=bfloat16"],
+                      ["float32", "precision.kv.format=mxfp4", "precision.pad=true"], ["float32", "precision.scores.format=mxfp4", "seq_len=32"],
+                      ["int", "precision.weights.bits=3", "precision.activations.bits=4"], ["bitnet", "precision.bits=8"], ["quest", "precision.bits=3"],
+                      ["bf16_stochastic", "precision.scaled_state=false"], ["collage_light", "precision.storage=emulated"],
+                      ["adam8bit", "precision.storage=emulated"],
                       ["fp8", "precision.exemptions={last1.down: high, embedding: int8}"]):  # fmt: skip
         composer.freeze([*BASE, f"precision={overrides[0]}", *overrides[1:]])
 

@@ -22,7 +22,11 @@ def _products(x, w, g, which, rows=None):
     return (y, *backward(g))
 
 
-@pytest.mark.parametrize("name", ["quartet", "nvfp4_recipe", "luq"])
+# Blocks scaled by their own RMS under a scale of the whole tensor: only the latter is anybody else's.
+TWO_LEVELS = [f"precision.activations.{key}" for key in ("format=float4_e2m1fn", "granularity=block", "block=16", "two_level=true", "amax=rms")]
+
+
+@pytest.mark.parametrize("name", [["quartet"], ["nvfp4_recipe"], ["luq"], ["float32", *TWO_LEVELS]], ids=lambda name: name[0])
 def test_rows_over_devices(name):
     """y, dx, dw of one device, to the order of float32 sums: no value is rounded to another side, since what is rounded is made of whole
     rows, or of whole blocks of rows. The largest values lie on one device."""
@@ -30,7 +34,7 @@ def test_rows_over_devices(name):
     x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((N, K), (K, M), (N, M)))
     x[40:50] *= 7.0
     g[200:210] *= 7.0
-    which = policy(name)
+    which = policy(*name)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",), axis_types=(AxisType.Auto,))
 
     def local(x, w, g):

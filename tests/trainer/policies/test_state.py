@@ -13,7 +13,7 @@ import pytest
 
 import trainer
 from formats import QArray
-from trainer import checkpoint, step, stored
+from trainer import checkpoint, describe, step, stored
 from trainer import model as decoder
 from trainer.optimizers import BlockwiseArray, OptimizerNumbers, state_bytes
 from trainer.schedules import ScheduleNumbers
@@ -179,6 +179,67 @@ def _adam(state):
     return next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
 
 
+# --- float16 has a scale, however it is rounded -----------------------------------------------------------------------------------------------
+
+FLOAT16 = [f"precision.{part}=float16" for part in ("master_weights", "adam_m", "adam_v")]
+STOCHASTIC = ("precision.master_rounding=stochastic", "precision.adam_rounding=stochastic")
+
+
+def _one_update(*overrides):
+    """(update over lr, v) of the first step of AdamW (no decay) at gradients of 1e-5."""
+    params = {"embedding": jnp.ones((4, 300)), "layers": {"down": jnp.ones((2, 3, 5)), "mlp_norm": jnp.ones((2, 5))}}
+    numbers = OptimizerNumbers(*(jnp.float32(x) for x in (1e-3, 0.9, 0.95, 1e-8, 0.0, 1.0)))
+    chain = stored.optimizer("adamw", numbers, jax.tree.map(lambda _: jnp.float32(1e-3), params), jax.tree.map(lambda _: False, params),
+                             trainer.policy("float32", *overrides), np.array([0, 5], np.uint32))
+    with jax.numpy_dtype_promotion("standard"):
+        gradients, state = jax.tree.map(lambda x: jnp.full(x.shape, 1e-5), params), chain.init(params)
+        for _ in range(2):  # the second step reads what was stored
+            updates, state = chain.update(gradients, state, params)
+    inner = next(x for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(x, "nu"))
+    v = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x.astype(jnp.float32), inner.nu, is_leaf=lambda x: isinstance(x, QArray))
+    return tuple(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (jax.tree.map(lambda u: u / -1e-3, updates), v))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_small_second_moments_survive_stochastic_rounding(name):
+    """v of gradients of 1e-5 is 1e-11 (1 - 0.95**2): below float16's smallest number, 6e-8. Adam's update stays the learning rate."""
+    updates, v = _one_update(f"precision.adam_v={name}", "precision.adam_rounding=stochastic")
+    np.testing.assert_allclose(v, 1e-10 * (1 - 0.95**2), rtol=2.0**-6)
+    np.testing.assert_allclose(updates, 0.999, rtol=2.0**-6)
+
+
+def test_scaled_state_false_is_plain_float16():
+    """What was asked for: 1e-11 is raised to the smallest number, and the update is 60 times too small."""
+    updates, v = _one_update("precision.adam_v=float16", "precision.adam_rounding=stochastic", "precision.scaled_state=false")
+    assert set(v) == {np.float32(2.0**-24)} and np.max(updates) < 0.05
+
+
+@pytest.mark.parametrize("more, digits", [((), 2.0**-10), (("precision.scaled_state=false",), 1.0)])
+def test_small_float16_weights_keep_their_digits(more, digits):
+    """Weights of 1e-7: 11 significant bits with a scale for each tensor of each layer, gains too; one at most without. At two bytes."""
+    which = trainer.policy("float32", FLOAT16[0], STOCHASTIC[0], *more)
+    rng = np.random.default_rng(3)
+    params = {"embedding": rng.uniform(1e-7, 2e-7, (7, 8)), "layers": {"down": rng.uniform(1e-7, 2e-7, (2, 3, 5)), "mlp_norm": rng.uniform(1, 2, (2, 5))}}
+    params["layers"]["down"][1] *= 1e5
+    params = jax.tree.map(jnp.float32, params)
+    on = stored.initial(params, which, np.array([0, 5], np.uint32))
+    held = stored.held_params(on, which)
+    _equal(stored.wide(held), on)
+    assert state_bytes(held) <= 2 * sum(x.size for x in jax.tree.leaves(params)) + 8
+    errors = [np.max(np.abs(a / b - 1)) for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(params))]
+    assert max(errors) <= digits and (not more or max(errors) > 0.1)
+
+
+@pytest.mark.slow
+def test_float16_state_trains_alike_packed_and_emulated():
+    """Stochastic masters and moments with their scales: the same bits, and what bytes say."""
+    (states, metrics), (others, more) = trained("float32", *FLOAT16, *STOCHASTIC), trained("float32", *FLOAT16, *STOCHASTIC, EMULATED)
+    for one, other in zip(states, others):
+        _equal(stored.wide(one.params), stored.wide(other.params))
+    assert [float(m.loss) for m in metrics] == [float(m.loss) for m in more] and metrics[0].edq != 1
+    assert all(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(states[-1].params))
+
+
 # --- bytes ----------------------------------------------------------------------------------------------------------------------------------
 
 # Bytes per parameter: weights, and what the optimizer keeps. The second words of weights are the optimizer's.
@@ -233,3 +294,35 @@ def test_descent_quality_of_what_loses_nothing():
     plus, exact = (_quality(*PRESETS.get(name, (name,))) for name in ("collage_plus", "float32"))
     assert plus[0] == pytest.approx(1, abs=0.02) and plus[1] < 0.05
     assert exact[0] == pytest.approx(1, abs=1e-3) and exact[1] < 1e-3 and exact[2] > 100
+
+
+@pytest.mark.parametrize("name, bits", [("bfloat16", 7), ("float16", 10), ("float32", 23)])
+def test_ulps_are_those_of_the_masters_format(name, bits):
+    """Also of ScaledArrays, whose update the optimizer does not measure itself: 1.5 moved by 2**-9 (float32: 2**23 of them make 1)."""
+    which = trainer.policy("float32", f"precision.master_weights={name}")
+    before = {"embedding": jnp.full((4, 4), 1.5)}
+    new = jax.tree.map(lambda x: x + 2.0**-9, before)
+    found = jax.jit(lambda held: stored.quality((), before, new, held, jnp.int32(0), which))(stored.held_params(new, which))
+    assert float(found.updates_per_ulp) == pytest.approx(2.0 ** (bits - 9), rel=1e-5)
+    assert stored.loses_updates(which) == (name != "float32")
+
+
+def test_records_say_nothing_of_updates_that_nothing_could_lose():
+    """Float32 weights: edq and lost_updates are null, whatever the moments are; bfloat16 weights: the mean of the last quarter."""
+    rows = [{"step": step, "edq": 0.5, "lost": 0.25, "updates_per_ulp": 8.0} for step in (1, 2)]
+    specs = {name: trainer.config(f"precision={name}", "steps=1").precision for name in ("float32", "adam8bit", "bf16_state", "bf16_stochastic", "collage_light")}
+    found = {name: describe.measured(spec, rows, None) for name, spec in specs.items()}
+    for name, columns in found.items():
+        expected = (None, None) if name in ("float32", "adam8bit") else (0.5, 0.25)
+        assert (columns["edq"], columns["lost_updates"]) == expected and columns["updates_per_ulp"] == 8.0
+
+
+def test_the_probe_counts_where_something_is_quantized():
+    """A site that is exempt has no share of values that became zero; the others still have one. Where all are exempt there is none."""
+    graphdef, found = decoder.blueprint(MODEL)[0], {}
+    for name, places in {"one": "down: high", "all": "layer0: high"}.items():
+        mine = hyper("int4", "model.num_layers=1", f"precision.exemptions={{{places}}}")
+        probe = jax.jit(partial(step.probe, STRUCTURE, graphdef), compiler_options=CHEAP)
+        found[name] = probe(_init(mine), TOKENS[0], mine)
+    assert 0 < found["one"].underflow["weights"] < 1 and 0 <= found["one"].overflow["activations"] < 1
+    assert np.isnan(found["one"].underflow["output_gradients"]) and all(np.isnan(x) for x in found["all"].underflow.values())
