@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
+from trainer.config.launcher import SlurmSettings, launcher
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
 from trainer.sweep import Plan, execute, make_plan
@@ -23,7 +24,7 @@ TRAIN_HELP = """usage: bitlaw train [--config-dir DIR] [--cfg] [-m] KEY=VALUE ..
   One run. Groups: {groups}.
   Example: bitlaw train model=25k precision=int4 steps=500 seed=0
   --cfg prints the composed config; --config-dir adds a folder laid out like configs/; -m is Hydra's plain multirun."""
-SWEEP_HELP = """usage: bitlaw sweep [--config-dir DIR] [sweep=NAME] [dry_run=true] [launcher=local] KEY=V1,V2 ...
+SWEEP_HELP = """usage: bitlaw sweep [--config-dir DIR] [sweep=NAME] [dry_run=true] [launcher=local|slurm] KEY=V1,V2 ...
   Every combination of the swept values, in cohorts; run again to resume. Sweeps by name: {sweeps}.
   Example: bitlaw sweep model=10k,25k precision=int precision.bits=3,4,6,32 steps=500 seed=range(2)"""
 
@@ -193,12 +194,26 @@ def _sweep(argv: list[str]) -> int:
         print(SWEEP_HELP.format(sweeps=", ".join(_sweep_names([config_dir()]))))
         return 0
     configs, options = sweep_configs(overrides, flags.get("--config-dir"))
+    cluster = launcher(options.launcher, options.settings, flags.get("--config-dir"))
+    if cluster is not None:
+        return _on_a_cluster(configs, cluster, options)
     how = {"max_members": options.max_members, "retry_failed": options.retry_failed}
     if options.dry_run:
         use_host_devices(configs[0].options.host_devices)
         _print_plan(make_plan(configs, **how))
         return 0
     return _carry_out(configs, Stop(options.max_wall), **how)
+
+
+def _on_a_cluster(configs: list[TrainConfig], settings: SlurmSettings, options: LaunchOptions) -> int:
+    from trainer.sweep import slurm
+
+    if not options.dry_run:
+        return slurm.launch(configs, settings, options)
+    plan = slurm.plan_here(configs, options)
+    _print_plan(plan)
+    print(slurm.script(plan, settings))
+    return 0
 
 
 def _print_plan(plan: Plan) -> None:

@@ -59,10 +59,11 @@ def _open_member(run: PlannedRun, cohort: Cohort) -> Member:
 
 
 class Launch:
-    """One launcher at work on a plan."""
+    """One launcher at work on a plan. patience: seconds after which it ends when nothing is left but what others train."""
 
-    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome):
-        self.plan, self.stop, self.view, self.outcome = plan, stop, view, outcome
+    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome, patience: float = float("inf")):
+        self.plan, self.stop, self.view, self.outcome, self.patience = plan, stop, view, outcome, patience
+        self._rested = 0.0
         self._programs: dict[tuple, Program] = {}  # a structure that fills several cohorts is compiled once
 
     def run(self, wait: bool) -> None:
@@ -83,7 +84,10 @@ class Launch:
 
     def _rest(self, holder: lease.Holder, cohorts: int) -> bool:
         """Wait a moment for others; False when it is time to stop."""
+        if self._rested > self.patience:
+            return False
         self.view.waiting(holder, cohorts)
+        self._rested += POLL_S
         until = time.monotonic() + POLL_S
         while time.monotonic() < until and not self.stop.reason:
             time.sleep(0.1)
@@ -102,6 +106,7 @@ class Launch:
             if not cohort.runs:
                 return None
             members: list[Member] = []
+            self._rested = 0.0
             self.view.cohort(cohort.runs[0].config.model.name, len(cohort.runs), cohort.layout.name)
             try:
                 members.extend(_open_member(run, cohort) for run in cohort.runs)
@@ -173,10 +178,10 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True) -> Outcome:
+def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True, patience: float = float("inf")) -> Outcome:
     """Train everything in the plan that is to be trained. A cohort that fails is recorded run by run and does not stop the others; one that
-    does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for;
-    with wait=False it raises ValueError.
+    does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for, for
+    `patience` seconds when nothing else is left; with wait=False it raises ValueError.
     """
     outcome, stop = Outcome(), stop or Stop()
     began = time.perf_counter()
@@ -184,7 +189,7 @@ def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: boo
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
     plan = settle(plan)
     with watch(plan, quiet) as view:
-        Launch(plan, stop, view, outcome).run(wait)
+        Launch(plan, stop, view, outcome, patience).run(wait)
     outcome.seconds = time.perf_counter() - began
     outcome.stopped = stop.reason
     outcome.left = 0 if stop.reason is None else sum(run.status is None for cohort in plan.cohorts for run in cohort.runs)
