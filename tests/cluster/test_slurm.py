@@ -22,7 +22,7 @@ LONG = ["steps=4000", "seed=0,1", "checkpoint.every_steps=50", "host_devices=2",
 
 def _bitlaw(slurm, verb, *overrides, runs_dir, **how) -> subprocess.Popen:
     environment = {**slurm.environment, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "bitlaw.py"), verb, *TINY, *overrides, f"runs_dir={runs_dir}"]
+    command = [sys.executable, str(ROOT / "bitlaw.py"), verb, *TINY, *overrides, f"runs_dir='{runs_dir}'"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **how)
 
 
