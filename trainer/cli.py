@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer import compiled
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
 from trainer.config.launcher import SlurmSettings, launcher
@@ -107,6 +108,7 @@ def _carry_out(configs: list[TrainConfig], stop: Stop, **how) -> int:
     wait = how.pop("wait", True)
     with stop.catching():
         plan = make_plan(configs, **how)
+        compiled.keep(configs[0].options)
         return report(plan, execute(plan, stop=stop, wait=wait))
 
 
@@ -125,6 +127,7 @@ def _multirun(argv: list[str]) -> int:
         config = freeze(composed)
         use_host_devices(config.options.host_devices)
         plan = make_plan([config], retry_failed=True)
+        compiled.keep(config.options)
         codes.append(report(plan, execute(plan, wait=False)))
         return plan.runs[0].folder.record()["loss"]
 

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import jax
 
-MIN_COMPILE_S = 0.5  # what is compiled faster is not kept
+from trainer.config.frozen import Options
+
+AUTO, FOLDER = "auto", ".compiled"
+JAX_MIN_COMPILE_S, MIN_COMPILE_S = 1.0, 0.5  # what is compiled faster is not kept: by JAX's default, and here
 
 
-def keep(folder: str | Path) -> None:
-    """Keep what is compiled from now on, and take what is kept. JAX_COMPILATION_CACHE_DIR of the environment, or one set before, stays."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute() / host_kind()))
+def keep(options: Options) -> None:
+    """Keep what is compiled from now on where `compile_cache` says, and take what is kept there. What the environment says of JAX's cache
+    (JAX_COMPILATION_CACHE_DIR, ...) stays. For processes that are bitlaw's own: it holds for everything that they compile."""
+    if options.compile_cache is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(options.runs_dir) / FOLDER if options.compile_cache == AUTO else Path(options.compile_cache)
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / host_kind()))
+    if jax.config.jax_persistent_cache_min_compile_time_secs == JAX_MIN_COMPILE_S:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
 
 

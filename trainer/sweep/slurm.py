@@ -60,7 +60,7 @@ class Task:
         load_plugins(options.plugins)
         if importlib.util.find_spec("trainer.distributed"):
             importlib.import_module("trainer.distributed").join(None)
-        compiled.keep(options.compile_cache or Path(options.runs_dir) / ".compiled")
+        compiled.keep(options)
         use_host_devices(options.host_devices or _cpus())
         plan = make_plan(list(self.configs), self.options.max_members, self.options.retry_failed)
         found = {run.run_id for run in plan.runs}
