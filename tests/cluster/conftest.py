@@ -1,18 +1,9 @@
-"""A Slurm of this machine for the tests here; without its packages, or without --slow, they are skipped."""
+"""A Slurm of this machine for the tests here."""
 from __future__ import annotations
 
 import pytest
 
-from tests.cluster.slurm import Slurm, missing
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = missing()
-    for item in items:
-        if "cluster" in item.nodeid.split("::")[0].split("/"):
-            item.add_marker(pytest.mark.slow)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+from tests.cluster.slurm import Slurm
 
 
 @pytest.fixture(scope="session")

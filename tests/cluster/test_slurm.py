@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.slurm import missing
 from tests.trainer.tiny import TINY, folders, results
 from trainer import checkpoint
+
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 # Two structures, so two tasks: three runs each, among them two of different length that share a trunk. Slow enough to be hit.

@@ -1,6 +1,7 @@
 """Launching on a cluster, without one: settings to an sbatch script, groups of runs to tasks, what a task does when it is stopped."""
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import stat
@@ -112,6 +113,25 @@ def test_a_task_queues_again_unless_slurm_has_ended_it(state, restarts, code, re
         monkeypatch.setenv(name, value)
     assert slurm.requeue(max_requeues=3) == code
     assert ("scontrol requeue 12_7" in (tmp_path / "calls").read_text()) == requeued
+
+
+def test_a_task_does_not_wait_long_for_others(tmp_path, monkeypatch):
+    """What another host trains is left to it, when all the rest is done."""
+    execution = importlib.import_module("trainer.sweep.execute")
+    monkeypatch.setattr(execution, "POLL_S", 0.1)
+    plan = _plan(tmp_path, "steps=3")
+    folder = plan.runs[0].folder
+    folder.path.mkdir(parents=True)
+    folder.lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "process_start": None, "token": "theirs"}))
+    outcome = execution.execute(plan, quiet=True, patience=0.3)
+    assert outcome.records == [] and outcome.stopped is None and folder.lease.exists()
+
+
+def test_what_slurm_refuses_to_queue_again_fails(tmp_path, monkeypatch, capsys):
+    _programs(tmp_path, monkeypatch, squeue="echo RUNNING", scontrol="echo Requested operation is presently disabled >&2; exit 1")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert slurm.requeue(max_requeues=3) == 1
+    assert "presently disabled" in capsys.readouterr().out
 
 
 def test_a_job_is_submitted_from_within_another(monkeypatch):

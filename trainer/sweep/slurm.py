@@ -68,6 +68,9 @@ class Task:
             raise RuntimeError(f"bitlaw or the data are others than when this task was submitted: its runs are now {', '.join(sorted(found))}; the same command again submits those")
         outcome = execute(plan, stop=stop, patience=PATIENCE_S)
         code = report(plan, outcome)
+        left = sum(run.status is None for run in plan.runs)
+        if left and not outcome.stopped:
+            print(f"bitlaw: {left} runs are being trained by another launcher; this task ends, so that its node does not idle", flush=True)
         if stop.signal is not None and outcome.left and int(os.environ.get("SLURM_PROCID", "0")) == 0:
             return requeue(self.max_requeues)
         return code
@@ -89,8 +92,11 @@ def requeue(max_requeues: int) -> int:
     if times >= max_requeues:
         print(f"bitlaw: {task_name()} was started again {times} times; launcher.max_requeues={max_requeues} ends it", flush=True)
         return 1
-    print(f"bitlaw: back in the queue as {task_name()}", flush=True)  # before, since Slurm may end this process at once
-    _ask("scontrol", "requeue", task_name())
+    print(f"bitlaw: back in the queue as {task_name()}", flush=True)
+    done = subprocess.run(["scontrol", "requeue", task_name()], capture_output=True, text=True, check=False)
+    if done.returncode > 0:  # below: Slurm, which ends the task now, ended this command with it
+        print(f"bitlaw: not so: {' '.join(done.stderr.split())}; the same command as before submits what is left", flush=True)
+        return 1
     return 0
 
 
