@@ -85,13 +85,17 @@ def test_a_sweep_through_slurm_is_the_local_one(slurm, local, tmp_path):
     assert same == jobs and "4 runs done, 4 of them before" in said
 
 
-@pytest.mark.parametrize("how", ["USR2", "TERM", "requeue", "urgent", "time"])
+@pytest.mark.parametrize("how", ["USR2", "TERM", "requeue", "urgent", "at once"])
 def test_a_preempted_task_goes_on_and_ends_in_the_same_bits(how, slurm, local, tmp_path):
     """Signalled as Slurm does before a time limit (USR2) or a pre-emption (TERM), requeued by an administrator, pushed aside by a job of a
-    higher partition, out of time: it saves everything, waits in the queue, goes on from there."""
-    limits = ["launcher.time=1m", "launcher.signal_delay_s=50"] if how == "time" else []
-    _, (job,) = _submit(slurm, tmp_path, *LONG, *limits)
-    _until_training(tmp_path)
+    higher partition, signalled while it still imports JAX: it saves everything, waits in the queue, goes on from there."""
+    _, (job,) = _submit(slurm, tmp_path, *LONG)
+    if how == "at once":
+        slurm.until(job, "RUNNING")
+        time.sleep(0.5)
+        slurm.ask("scancel", "--signal=USR2", job)
+    else:
+        _until_training(tmp_path)
     if how in ("USR2", "TERM"):
         slurm.ask("scancel", f"--signal={how}", job)
     elif how == "requeue":
@@ -103,6 +107,20 @@ def test_a_preempted_task_goes_on_and_ends_in_the_same_bits(how, slurm, local, t
     assert done["JobState"] == "COMPLETED" and int(done["Restarts"]) >= 1, log
     assert re.search(r"stopped \((SIGUSR2|SIGTERM)\), everything is saved; [12] runs are left", log), log
     assert results(tmp_path) == local["long"]
+
+
+def test_a_task_whose_time_is_up_queues_again(slurm, tmp_path):
+    """Slurm's own warning reaches it."""
+    _, (job,) = _submit(slurm, tmp_path, "steps=10000000", "host_devices=2", "launcher.time=1m", "launcher.signal_delay_s=20")
+    deadline = time.monotonic() + 180
+    while not int(slurm.job(job)["Restarts"]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    restarts = int(slurm.job(job)["Restarts"])
+    slurm.ask("scancel", job)
+    log = _log(tmp_path, job)
+    assert restarts == 1 and "stopped (SIGUSR2), everything is saved; 1 runs are left" in log and "back in the queue" in log, log
+    (folder,) = folders(tmp_path).values()
+    assert checkpoint.steps(folder.checkpoints)
 
 
 def test_a_cancelled_task_stays_cancelled(slurm, local, tmp_path):

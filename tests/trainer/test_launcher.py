@@ -39,7 +39,7 @@ def test_settings_become_a_script(tmp_path):
     lines = script.splitlines()
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun"))
     srun = lines[-1]
-    assert f"--output {logs}/%A_%a.log --open-mode=append --cpus-per-task=16 python3.12 -u -m submitit.core._submit {logs}/.submitit" in srun
+    assert f"--output {logs}/%A_%a.log --open-mode=append --cpus-per-task=16 python3.12 -c " in srun and srun.endswith(f"' -u -m submitit.core._submit {logs}/.submitit")
     assert not (tmp_path / "adhoc").exists()
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from trainer import compiled, lease
 from trainer.cohort import use_host_devices
 from trainer.config import TrainConfig, load_plugins
 from trainer.config.launcher import SlurmSettings
-from trainer.stopping import Stop
+from trainer.stopping import SIGNALS, Stop
 from trainer.sweep import planfile
 from trainer.sweep.execute import Outcome, execute
 from trainer.sweep.options import LaunchOptions
@@ -36,6 +37,8 @@ from trainer.sweep.show import report
 
 # A task keeps its node no longer for runs that another launcher has: long enough for the lease of a dead node to go stale.
 PATIENCE_S = lease.STALE_S + 30.0
+# Python with the signals of SIGNALS held back: one that comes while a task still imports JAX would kill it.
+HOLDING_BACK = f"import os,signal,sys;signal.pthread_sigmask(signal.SIG_BLOCK,{[int(number) for number in SIGNALS]});os.execv(sys.executable,[sys.executable,*sys.argv[1:]])"
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,16 @@ class Task:
         """Never returns: exit code 0 when its runs are done or it is back in the queue, 1 when some failed."""
         stop = Stop(self.options.max_wall)
         with stop.catching():  # in the place of submitit's handlers, which ignore TERM
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # now they come
             code = self._carry_out(stop)
         sys.exit(code)
 
     def _carry_out(self, stop: Stop) -> int:
         print(f"bitlaw: task {task_name()} on {socket.gethostname()}: runs {', '.join(self.run_ids)}", flush=True)
         options = self.configs[0].options
-        load_plugins(options.plugins)
         if importlib.util.find_spec("trainer.distributed"):
-            importlib.import_module("trainer.distributed").join(None)
+            importlib.import_module("trainer.distributed").join(None)  # the processes on other nodes, before anything else is asked of JAX
+        load_plugins(options.plugins)
         compiled.keep(options)
         use_host_devices(options.host_devices or _cpus())
         plan = make_plan(list(self.configs), self.options.max_members, self.options.retry_failed)
@@ -71,8 +75,8 @@ class Task:
         left = sum(run.status is None for run in plan.runs)
         if left and not outcome.stopped:
             print(f"bitlaw: {left} runs are being trained by another launcher; this task ends, so that its node does not idle", flush=True)
-        if stop.signal is not None and outcome.left and int(os.environ.get("SLURM_PROCID", "0")) == 0:
-            return requeue(self.max_requeues)
+        if stop.signal is not None and outcome.left:
+            return requeue(self.max_requeues) if os.environ.get("SLURM_PROCID", "0") == "0" else 0
         return code
 
 
@@ -157,8 +161,7 @@ def script(plan: Plan, settings: SlurmSettings) -> str:
 
     count = max(1, len(_groups(plan, planfile.read(plan.root)[1])))
     folder = _logs(plan.root) / ".submitit"
-    python = settings.python or shlex.quote(sys.executable)
-    return _make_sbatch_string(command=f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder=folder, map_count=count if count > 1 else None,
+    return _make_sbatch_string(command=f"{_python(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder=folder, map_count=count if count > 1 else None,
                                **_parameters(plan, settings, count))
 
 
@@ -170,7 +173,7 @@ def _submit(plan: Plan, groups: list[list[PlannedRun]], settings: SlurmSettings,
     tasks = [Task(tuple(run.config for run in group), tuple(run.run_id for run in group), options, settings.max_requeues) for group in groups]
     try:
         with _no_job_of_our_own(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the error says, too
-            executor = submitit.SlurmExecutor(_logs(plan.root) / ".submitit", python=settings.python)
+            executor = submitit.SlurmExecutor(_logs(plan.root) / ".submitit", python=_python(settings))
             executor.update_parameters(**_parameters(plan, settings, len(groups)))
             jobs = [job.job_id for job in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
@@ -178,6 +181,11 @@ def _submit(plan: Plan, groups: list[list[PlannedRun]], settings: SlurmSettings,
     whose = {job: list(task.run_ids) for job, task in zip(jobs, tasks)}
     (_logs(plan.root) / f"{jobs[0].partition('_')[0]}.json").write_text(json.dumps(whose, indent=1))
     return jobs
+
+
+def _python(settings: SlurmSettings) -> str:
+    """The command that runs Python on a node; arguments follow."""
+    return f"{settings.python or shlex.quote(sys.executable)} -c {shlex.quote(HOLDING_BACK)}"
 
 
 def _parameters(plan: Plan, settings: SlurmSettings, count: int) -> dict:
