@@ -18,7 +18,7 @@ from trainer import checkpoint
 pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-# Two structures, so two tasks: three runs each, among them two of different length that share a trunk. Slow enough to be hit.
+# Two structures, so two tasks, of two runs that share a trunk; and one task of two runs that takes long enough to be hit.
 SWEEP = ["steps=300,600", "seed=0", "batch_size=4,8", "checkpoint.every_steps=50", "host_devices=2", "steps_per_dispatch=10"]
 LONG = ["steps=4000", "seed=0,1", "checkpoint.every_steps=50", "host_devices=2", "steps_per_dispatch=10"]
 
