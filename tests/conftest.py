@@ -12,6 +12,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)  # every process of tests compiles what it runs
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -31,6 +31,10 @@ def _train(*overrides):
     return ["train", *TINY, *overrides]
 
 
+def _cluster(*settings):
+    return ["sweep", *TINY, "steps=3", "launcher=slurm", *settings]
+
+
 def _files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
@@ -85,6 +89,14 @@ BAD = {
     "sweep's name": (_train("steps=3", "sweep=../up"), ["sweep='../up'"]),
     "unknown sweep": (["sweep", "sweep=nothing"], ["sweep=nothing", "demo"]),
     "launcher": (["sweep", *TINY, "steps=3", "launcher=cloud"], ["launcher=cloud", "local"]),
+    "launcher's key": (_cluster("launcher.tim=3h"), ["launcher.tim", "accepted keys: partition, account, time"]),
+    "launcher's time": (_cluster("launcher.time=30"), ["launcher.time=30", "90m", "1-12:00:00"]),
+    "launcher's nodes": (_cluster("launcher.nodes=0"), ["launcher.nodes=0", "1 or more"]),
+    "launcher's type": (_cluster("launcher.nodes=two"), ["launcher.nodes=two", "Integer"]),
+    "launcher's warning": (_cluster("launcher.time=1m"), ["launcher.signal_delay_s=120", "less than the 1 min"]),
+    "launcher's own option": (_cluster("launcher.sbatch.array=3"), ["launcher.sbatch.array=3", "launcher.array_parallelism="]),
+    "several launchers": (_cluster("launcher.partition=a,b"), ["launcher.partition=a,b", "one value"]),
+    "settings without a launcher": (["sweep", *TINY, "steps=3", "launcher.time=3h"], ["launcher.time=3h", "launcher=local has no settings"]),
     "dry run": (["sweep", *TINY, "steps=3", "dry_run=maybe"], ["dry_run=maybe", "true, false"]),
     "range": (["sweep", *TINY, "steps=3", "seed=range(0"], ["seed=range(0"]),
     "one bad point of a sweep": (["sweep", *TINY, "steps=3", "precision.bits=4,3,0"], ["bits=0", "1 to 16"]),

@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer import compiled
 from trainer.cohort import use_host_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, freeze, hydra_ready
+from trainer.config.launcher import SlurmSettings, launcher
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
 from trainer.sweep import definition, execute, make_plan
@@ -23,7 +25,7 @@ TRAIN_HELP = """usage: bitlaw train [--config-dir DIR] [--cfg] [-m] KEY=VALUE ..
   One run. Groups: {groups}.
   Example: bitlaw train model=25k precision=int4 steps=500 seed=0
   --cfg prints the composed config; --config-dir adds a folder laid out like configs/; -m is Hydra's plain multirun."""
-SWEEP_HELP = """usage: bitlaw sweep [--config-dir DIR] [sweep=NAME] [dry_run=true] [launcher=local] KEY=V1,V2 ...
+SWEEP_HELP = """usage: bitlaw sweep [--config-dir DIR] [sweep=NAME] [dry_run=true] [launcher=local|slurm] KEY=V1,V2 ...
   Every combination of the swept values, in cohorts; run again to resume. Sweeps by name: {sweeps}.
   Example: bitlaw sweep model=10k,25k precision=int precision.bits=3,4,6,32 steps=500 seed=range(2)"""
 
@@ -105,6 +107,7 @@ def _carry_out(configs: list[TrainConfig], stop: Stop, wait: bool = True, on_pro
     use_host_devices(configs[0].options.host_devices)
     with stop.catching():
         plan = make_plan(configs, **how)
+        compiled.keep(configs[0].options)
         return report(plan, execute(plan, stop=stop, wait=wait, on_progress=on_progress))
 
 
@@ -123,6 +126,7 @@ def _multirun(argv: list[str]) -> int:
         config = freeze(composed)
         use_host_devices(config.options.host_devices)
         plan = make_plan([config], retry_failed=True)
+        compiled.keep(config.options)
         codes.append(report(plan, execute(plan, wait=False)))
         return plan.runs[0].folder.record()["loss"]
 
@@ -152,9 +156,23 @@ def _sweep(argv: list[str], on_progress: OnProgress) -> int:
         print(SWEEP_HELP.format(sweeps=", ".join(definition.names())))
         return 0
     configs, options = sweep_configs(overrides, flags.get("--config-dir"))
+    cluster = launcher(options.launcher, options.settings, flags.get("--config-dir"))
+    if cluster is not None:
+        return _on_a_cluster(configs, cluster, options)
     how = {"max_members": options.max_members, "retry_failed": options.retry_failed}
     if options.dry_run:
         use_host_devices(configs[0].options.host_devices)
         print_plan(make_plan(configs, **how))
         return 0
     return _carry_out(configs, Stop(options.max_wall), on_progress=on_progress, **how)
+
+
+def _on_a_cluster(configs: list[TrainConfig], settings: SlurmSettings, options: LaunchOptions) -> int:
+    from trainer.sweep import slurm
+
+    if not options.dry_run:
+        return slurm.launch(configs, settings, options)
+    plan = slurm.plan_here(configs, options)
+    print_plan(plan)
+    print(slurm.script(plan, settings))
+    return 0

@@ -200,4 +200,5 @@ def _options(c: dict) -> frozen.Options:
         checkpoint_steps=c["checkpoint"]["every_steps"], checkpoint_keep=c["checkpoint"]["keep"], log_every=c["log_every"],
         telemetry_every=c["telemetry_every"], probe=c["probe"],
         steps_per_dispatch=c["steps_per_dispatch"], host_devices=c["host_devices"], plugins=tuple(c["plugins"]),
+        compile_cache=c["compile_cache"],
     )

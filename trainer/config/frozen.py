@@ -159,6 +159,7 @@ class Options:
     steps_per_dispatch: int
     host_devices: int | None
     plugins: tuple[str, ...]
+    compile_cache: str | None = None
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ class TrainSchema:
     probe: bool = True  # compare the gradients of one batch with exact ones when a run ends
     steps_per_dispatch: int = 25
     host_devices: Optional[int] = None
+    compile_cache: Optional[str] = "auto"
     plugins: List[str] = field(default_factory=list)
 
 

@@ -71,10 +71,11 @@ def _open_member(run: PlannedRun, cohort: Cohort) -> Member:
 
 
 class Launch:
-    """One launcher at work on a plan."""
+    """One launcher at work on a plan. patience: seconds after which it ends when nothing is left but what others train."""
 
-    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome, on_progress: OnProgress):
-        self.plan, self.stop, self.view, self.outcome, self.on_progress = plan, stop, view, outcome, on_progress
+    def __init__(self, plan: Plan, stop: Stop, view: Watch, outcome: Outcome, on_progress: OnProgress, patience: float):
+        self.plan, self.stop, self.view, self.outcome = plan, stop, view, outcome
+        self.on_progress, self.patience, self._rested = on_progress, patience, 0.0
         self._programs: dict[tuple, Program] = {}  # a structure that fills several cohorts is compiled once
 
     def run(self, wait: bool) -> None:
@@ -95,7 +96,10 @@ class Launch:
 
     def _rest(self, holder: lease.Holder, cohorts: int) -> bool:
         """Wait a moment for others; False when it is time to stop."""
+        if self._rested > self.patience:
+            return False
         self.view.waiting(holder, cohorts)
+        self._rested += POLL_S
         until = time.monotonic() + POLL_S
         while time.monotonic() < until and not self.stop.reason:
             time.sleep(0.1)
@@ -115,6 +119,7 @@ class Launch:
                 return None
             check_beginnings(cohort)
             members: list[Member] = []
+            self._rested = 0.0
             self.view.cohort(cohort)
             try:
                 members.extend(_open_member(run, cohort) for run in cohort.runs)
@@ -200,10 +205,12 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True, on_progress: OnProgress = lambda _: None) -> Outcome:
+def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: bool = True, on_progress: OnProgress = lambda _: None,
+            patience: float = float("inf")) -> Outcome:
     """Train everything in the plan that is to be trained. A cohort that fails is recorded run by run and does not stop the others; one that
-    does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for;
-    with wait=False it raises ValueError. on_progress: called with the sweep's folder after every dispatch. ValueError too when a run is to go on from a checkpoint of another model.
+    does not fit in memory is split. `stop`: when to end early, with everything saved. What another living process trains is waited for, for
+    `patience` seconds when nothing else is left; with wait=False it raises ValueError, as when a run is to go on from a checkpoint of another
+    model. on_progress: called with the sweep's folder after every dispatch.
     """
     outcome, stop = Outcome(), stop or Stop()
     began = time.perf_counter()
@@ -211,7 +218,7 @@ def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: boo
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
     plan = settle(plan)
     with watch(plan, quiet) as view:
-        Launch(plan, stop, view, outcome, on_progress).run(wait)
+        Launch(plan, stop, view, outcome, on_progress, patience).run(wait)
     outcome.seconds = time.perf_counter() - began
     outcome.stopped = stop.reason
     outcome.left = 0 if stop.reason is None else sum(run.status is None for cohort in plan.cohorts for run in cohort.runs)

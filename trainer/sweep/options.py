@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 
 from trainer.sweep.plan import MAX_MEMBERS
 
-LAUNCHERS = ("local", "slurm")
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
     """dry_run: print the plan only. max_wall: seconds after which to save everything and exit, None for no limit. max_members: runs of one
-    cohort at most. retry_failed: try again what failed. settings: the overrides launcher.KEY=VALUE."""
+    cohort at most. retry_failed: try again what failed. launcher: the name of a file of configs/launcher/. settings: the overrides launcher.KEY=VALUE."""
 
     dry_run: bool = False
     launcher: str = "local"
@@ -43,12 +42,6 @@ def _flag(key: str, value: str) -> bool:
     return value == "true"
 
 
-def _launcher(key: str, value: str) -> str:
-    if value not in LAUNCHERS:
-        raise ValueError(f"{key}={value} is not known; accepted: {', '.join(LAUNCHERS)}")
-    return value
-
-
 def _members(key: str, value: str) -> int:
     if not value.isdecimal() or not 1 <= int(value) <= 4096:
         raise ValueError(f"{key}={value} is not possible; accepted: 1 to 4096")
@@ -65,4 +58,4 @@ def seconds(key: str, value: str) -> float | None:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-_PARSERS = {"dry_run": _flag, "launcher": _launcher, "max_wall": seconds, "max_members": _members, "retry_failed": _flag}
+_PARSERS = {"dry_run": _flag, "launcher": lambda key, value: value, "max_wall": seconds, "max_members": _members, "retry_failed": _flag}
