@@ -48,12 +48,16 @@ def parse(overrides: list[str]) -> list[Override]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _parse(override: str) -> Override:
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     try:
         return OverridesParser.create().parse_override(override)
-    except OverrideParseException as error:
-        raise ValueError(f"{error.override!r} is not an override; accepted: key=value ({str(error).splitlines()[0]})") from None
+    except HydraException as error:
+        key, equals, value = override.partition("=")
+        if equals and value and not set(value) & set("'\",[](){}"):  # Hydra's grammar has no umlauts; a path may
+            with contextlib.suppress(HydraException):
+                return OverridesParser.create().parse_override(f"{key}='{value}'")
+        raise ValueError(f"{override!r} is not an override; accepted: key=value ({str(error).splitlines()[0]})") from None
 
 
 def axes(overrides: list[str]) -> list[list[str]]:
