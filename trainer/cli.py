@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 
 from omegaconf import OmegaConf
@@ -115,7 +116,8 @@ def _multirun(argv: list[str]) -> int:
     """Hydra's own multirun: one run after another, each its own program."""
     import hydra
 
-    print("bitlaw: -m trains one run at a time; `bitlaw sweep` with the same overrides packs them into shared programs", file=sys.stderr)
+    same = shlex.join(word for word in argv if word not in ("-m", "--multirun"))
+    print(f"bitlaw: -m trains one run at a time; to pack them into shared programs type: bitlaw sweep {same}", file=sys.stderr)
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `run`, which prints one line
     sys.argv = ["bitlaw train", *argv]
