@@ -12,16 +12,19 @@ the manifest tells which steps survived.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -84,7 +87,7 @@ def save(folder: str | os.PathLike[str], step: int, state: Tree, keep: int = 2) 
     raw = [jax.random.key_data(leaf) if spec.key_impl else leaf for spec, leaf in zip(specs, leaves)]
     tree = {_name(index): raw[index] for index, spec in enumerate(specs) if not spec.packed}
     tree[_PACKED] = _pack([leaf for spec, leaf in zip(specs, raw) if spec.packed])
-    with _context():
+    with _context(), _unlogged():
         v1.save(work.resolve() / _STATE, tree)
     _write_manifest(work, step, specs)
     _publish(root, work, step, keep)
@@ -256,6 +259,18 @@ def _context() -> v1.Context:
     saving.enable_write_sharding_file = False
     saving.array_metadata_store = None
     return context
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without Orbax's tracebacks of what it raises as well (a full disk)."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _publish(root: pathlib.Path, work: pathlib.Path, step: int, keep: int) -> None:

@@ -95,5 +95,5 @@ def test_a_disturbed_sweep_ends_in_the_table_of_a_quiet_one(tmp_path, small_disk
     rows = scaling.table(noisy).select("run_id, status, loss").fetchall()
     assert sorted(run_id for run_id, _, _ in rows) == sorted(expected) and {status for _, status, _ in rows} == {"done"}
     assert planfile.read(noisy / "adhoc")[1] == planfile.read(tmp_path / "quiet" / "adhoc")[1]
-    left = {path.name for path in noisy.rglob("*") if path.name.startswith(".") or path.name.endswith((".lease", ".removal", "alive.json"))}
+    left = {path.name for path in noisy.rglob("*") if path.name.startswith(".") or path.name.endswith((".lease", ".removal"))}
     assert not left, left
