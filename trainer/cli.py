@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.cohort import use_host_devices
+from trainer import distributed
+from trainer.cohort import use_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, expand, freeze, hydra_ready
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.sweep import Plan, execute, make_plan
@@ -94,13 +95,15 @@ def _train(argv: list[str]) -> int:
             if len(values) > 1:
                 raise ValueError(f"{override} is a sweep; `bitlaw sweep` takes those, `bitlaw train` takes one value for each key")
         config = composer.freeze(overrides)
-    use_host_devices(config.options.host_devices)
+    use_devices(config.options)
     plan = make_plan([config])
     return _report(plan, execute(plan))
 
 
 def _report(plan: Plan, outcome) -> int:
     """Say what came out; 0 only if every run is done."""
+    if not distributed.leads():
+        return 1 if outcome.failed else 0
     for run_ in plan.runs if len(plan.runs) <= 8 else ():
         record = run_.folder.record()
         if record["status"] == "failed":
@@ -140,7 +143,7 @@ def _multirun(argv: list[str]) -> int:
 
     def job(composed) -> float | None:
         config = freeze(composed)
-        use_host_devices(config.options.host_devices)
+        use_devices(config.options)
         plan = make_plan([config])
         codes.append(_report(plan, execute(plan)))
         return plan.runs[0].folder.record()["loss"]
@@ -217,7 +220,7 @@ def _sweep(argv: list[str]) -> int:
         raise ValueError(f"launcher={launch['launcher']} is not known; accepted: local")
     if launch["dry_run"] not in ("true", "false"):
         raise ValueError(f"dry_run={launch['dry_run']} is not possible; accepted: true, false")
-    use_host_devices(configs[0].options.host_devices)
+    use_devices(configs[0].options)
     plan = make_plan(configs)
     if launch["dry_run"] == "true":
         _print_plan(plan)

@@ -169,6 +169,8 @@ class TrainSchema:
     probe: bool = True  # compare the gradients of one batch with exact ones when a run ends
     steps_per_dispatch: int = 25
     host_devices: Optional[int] = None
+    sharding: Optional[str] = None  # one run over all devices as a whole: data, fsdp
+    distributed: Optional[bool] = None  # several processes: jax.distributed
     plugins: List[str] = field(default_factory=list)
 
 

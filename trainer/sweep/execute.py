@@ -7,8 +7,9 @@ import time
 import traceback
 from dataclasses import dataclass, field
 
-from trainer import describe, mirrors
+from trainer import describe, distributed, mirrors
 from trainer.cohort import Layout, Program
+from trainer.global_program import GlobalProgram
 from trainer.config.frozen import NUMERICS_VERSION
 from trainer.loop import Progress, run_cohort
 from trainer.member import Member
@@ -33,13 +34,13 @@ class Outcome:
 def _open_member(run: PlannedRun, layout: Layout) -> Member:
     """The run's folder described, its mirror started."""
     config = dataclasses.asdict(run.config)
-    for stale in ("error.txt", "record.json"):  # of a failed try
+    for stale in ("error.txt", "record.json") if distributed.leads() else ():  # of a failed try
         (run.folder.path / stale).unlink(missing_ok=True)
     if run.begun_layout != layout:
         run.folder.write_config({"run_id": run.run_id, "trunk_id": run.trunk_id, "data_sha256": run.dataset.sha256,
                                  "numerics_version": NUMERICS_VERSION, "code_version": describe.code_version(),
                                  "layout": dataclasses.asdict(layout), "config": config})
-    mirror = mirrors.make(run.config.options.logger)
+    mirror = mirrors.make(run.config.options.logger if distributed.leads() else "none")
     mirror.start(run.run_id, run.config.options.sweep, config, run.folder.path)
     return Member(run.config, run.run_id, run.trunk_id, run.folder, mirror)
 
@@ -95,10 +96,12 @@ def _run(cohort: Cohort, programs: dict, outcome: Outcome, view: Watch) -> None:
         try:
             members.extend(_open_member(run, layout) for run in cohort.runs)
             if (cohort.structure, layout) not in programs:
-                programs[cohort.structure, layout] = Program(cohort.structure, layout)
+                programs[cohort.structure, layout] = (GlobalProgram if layout.sharding else Program)(cohort.structure, layout)
             _train(cohort, members, programs[cohort.structure, layout], outcome, view)
         except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
             view.failure(f"{type(error).__name__}: {error}", _record_failures(cohort, members, outcome))
+            if distributed.several():
+                raise  # the other processes wait for this one's part: they go down with it
 
 
 def execute(plan: Plan, quiet: bool = False) -> Outcome:
@@ -110,10 +113,13 @@ def execute(plan: Plan, quiet: bool = False) -> Outcome:
     began = time.perf_counter()
     for run in plan.runs[:1]:
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
-    write_plan(plan)
+    distributed.wait("planned")  # all have read the folders as they were
+    if distributed.leads():
+        write_plan(plan)
     programs: dict = {}  # a structure that fills several cohorts is compiled once
-    with watch(plan, quiet) as view:
+    with watch(plan, quiet or not distributed.leads()) as view:
         for cohort in plan.cohorts:
             _run(cohort, programs, outcome, view)
+    distributed.wait("done")  # records are there to be read
     outcome.seconds = time.perf_counter() - began
     return outcome

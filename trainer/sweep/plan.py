@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
-from trainer import build, checkpoint
-from trainer.cohort import Layout, choose_layout
+from trainer import build, checkpoint, distributed
+from trainer.cohort import Layout, choose_layout, global_layout, is_possible
 from trainer.config import TrainConfig, run_id, trunk_id
 from trainer.config.checks import in_range
 from trainer.data import Dataset, load, num_windows
-from trainer.records import RunFolder
+from trainer.records import Onlooker, RunFolder
 from trainer.step import StepStructure
 
 MAX_MEMBERS = 64  # of one cohort
@@ -58,8 +58,11 @@ class Cohort:
     @property
     def layout(self) -> Layout:
         """Where the cohort's members lie. A layout of more devices than there are is given up, since it cannot be had."""
-        if self.begun_layout is not None and self.begun_layout.num_devices <= jax.device_count():
+        if self.begun_layout is not None and is_possible(self.begun_layout):
             return self.begun_layout
+        sharding = self.runs[0].config.options.sharding
+        if sharding is not None:
+            return global_layout(sharding)
         parts = math.gcd(self.structure.batch_size // self.structure.accumulate, self.runs[0].config.eval_sequences)
         return choose_layout(self.planned, parts)
 
@@ -100,6 +103,12 @@ def _structure_key(run: PlannedRun):
     return run.structure, policy, run.config.eval_sequences, run.dataset.sha256, run.config.options, run.begun_layout
 
 
+def _sharded(key) -> bool:
+    """True for runs that have all devices to themselves; a run that began in a cohort goes on in it."""
+    *_, options, begun = key
+    return options.sharding is not None if begun is None else begun.sharding is not None
+
+
 def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Plan:
     """The plan for these configs; loads (and where necessary prepares) their data. Equal runs count once."""
     datasets: dict = {}
@@ -109,13 +118,14 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS) -> Pla
             datasets[config.data] = load(config.data)
         dataset = datasets[config.data]
         _check_data(config, dataset)
+        _check_devices(config)
         name = run_id(config, dataset.sha256)
-        folder = RunFolder(Path(config.options.runs_dir) / config.options.sweep / name)
+        folder = (RunFolder if distributed.leads() else Onlooker)(Path(config.options.runs_dir) / config.options.sweep / name)
         runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
     groups: dict = {}
     for run in runs.values():
         groups.setdefault(_structure_key(run), {}).setdefault(run.trunk_id, []).append(run)
-    chunks = [(key, chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), max_members)]
+    chunks = [(key, chunk) for key, trunks in groups.items() for chunk in _chunks(list(trunks.values()), 1 if _sharded(key) else max_members)]
     cohorts = [Cohort(key[0], tuple(run for run in chunk if not run.done), len(chunk), key[-1]) for key, chunk in chunks]
     options = configs[0].options
     return Plan(Path(options.runs_dir) / options.sweep, tuple(runs.values()), tuple(sorted((c for c in cohorts if c.runs), key=Cohort.flops)))
@@ -129,6 +139,16 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
             raise ValueError(f"seq_len={config.seq_len} is not possible; accepted: less than the {tokens} {part} tokens of data={dataset.name}")
     available = num_windows(dataset.validation, config.seq_len)
     in_range("eval.sequences", config.eval_sequences, 2, available, f"2 to {available}, the validation windows of {config.seq_len} tokens in data={dataset.name}")
+
+
+def _check_devices(config: TrainConfig) -> None:
+    """ValueError if a run cannot lie over the devices, or processes, as the config says."""
+    sharding, micro = config.options.sharding, config.batch_size // config.accumulate
+    if sharding is None and distributed.several():
+        raise ValueError(f"sharding=null gives {jax.process_count()} processes nothing to share; accepted: sharding=data or fsdp")
+    if sharding is not None and micro % jax.device_count():
+        raise ValueError(f"batch_size={config.batch_size} with accumulate={config.accumulate} is {micro} sequences at once, which "
+                         f"sharding={sharding} deals out to {jax.device_count()} devices; accepted: a multiple of them")
 
 
 def _chunks(trunks: list[list[PlannedRun]], max_members: int):
