@@ -41,7 +41,7 @@ def _together(runs_dir, *overrides: str) -> list[tuple[int, str, str]]:
         port = free.getsockname()[1]
     processes = [_start(runs_dir, 4, env, "sharding=fsdp", *overrides) for env in _slurm(2, port)]
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -61,7 +61,7 @@ def test_two_processes(tmp_path):
     assert (first_code, second_code) == (0, 0), err + err2
     assert "nats/token" not in silent and out.count("nats/token") == 1
     alone = _start(tmp_path / "one", 8, {}, "sharding=fsdp")
-    assert alone.wait(240) == 0, alone.stderr.read()
+    assert alone.wait(600) == 0, alone.stderr.read()
     (folder,) = (tmp_path / "two/train").glob("*/")
     (folder / "record.json").rename(tmp_path / "before.json")
     shutil.rmtree(folder / "checkpoints/8")
