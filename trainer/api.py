@@ -1,7 +1,7 @@
 """The trainer from Python: the same composition and the same loop as the command line."""
 from __future__ import annotations
 
-from trainer.cohort import use_host_devices
+from trainer.cohort import use_devices
 from trainer.config import Composer, TrainConfig, hydra_ready
 from trainer.config.freeze import MAX_STEPS
 from trainer.config.policies import build_policy
@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> dict:
     """
     from trainer.sweep import execute, make_plan
 
-    use_host_devices(config.options.host_devices)
+    use_devices(config.options)
     plan = make_plan([config], retry_failed=True)
     outcome = execute(plan, quiet=True, wait=False)
     run = plan.runs[0]

@@ -32,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1
 
+from trainer import distributed
+
 Tree = Any
 _MANIFEST = "manifest.json"
 _STATE = "state"
@@ -70,27 +72,29 @@ def save(folder: str | os.PathLike[str], step: int, state: Tree, keep: int = 2) 
     Checkpoints of later steps are removed too: they can only be damaged ones that a restore passed over.
 
     Args:
-      folder: of this run's checkpoints; made when absent. One process writes to it.
+      folder: of this run's checkpoints; made when absent. One process writes to it; those of a distributed run call together, with
+        the same arrays, and the first one writes.
       step: 0 or more.
       state: pytree of NumPy and JAX arrays of any dtype, typed PRNG keys among them.
       keep: how many steps stay, 1 or more.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} must be 1 or more")
-    if jax.process_count() > 1:
-        raise ValueError(f"checkpoints are written by one process; this run has {jax.process_count()}")
-    root = pathlib.Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    work = root / f".{step}-{os.getpid()}"
+    root, leads = pathlib.Path(folder), distributed.leads()
+    if leads:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+    work = root / f".{step}-{distributed.agreed(os.getpid())}"
     specs, leaves = _described(state)
     raw = [jax.random.key_data(leaf) if spec.key_impl else leaf for spec, leaf in zip(specs, leaves)]
     tree = {_name(index): raw[index] for index, spec in enumerate(specs) if not spec.packed}
     tree[_PACKED] = _pack([leaf for spec, leaf in zip(specs, raw) if spec.packed])
     with _context(), _unlogged():
         v1.save(work.resolve() / _STATE, tree)
-    _write_manifest(work, step, specs)
-    _publish(root, work, step, keep)
+    if leads:
+        _write_manifest(work, step, specs)
+        _publish(root, work, step, keep)
+    distributed.wait(f"checkpoint {step}")
 
 
 def restore(folder: str | os.PathLike[str], abstract_state: Tree) -> tuple[int, Tree] | None:

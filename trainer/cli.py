@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer import compiled
-from trainer.cohort import use_host_devices
+from trainer.cohort import use_devices
 from trainer.config import Composer, TrainConfig, axes, config_dir, freeze, hydra_ready
 from trainer.config.launcher import SlurmSettings, launcher
 from trainer.config.schema import GROUPS, register_schemas
@@ -105,7 +105,7 @@ def _train(argv: list[str]) -> int:
 
 def _carry_out(configs: list[TrainConfig], stop: Stop, wait: bool = True, on_progress: OnProgress = lambda _: None, **how) -> int:
     """Plan and train; signals end it with everything saved."""
-    use_host_devices(configs[0].options.host_devices)
+    use_devices(configs[0].options)
     with stop.catching():
         plan = make_plan(configs, **how)
         compiled.keep(configs[0].options)
@@ -126,7 +126,7 @@ def _multirun(argv: list[str]) -> int:
 
     def job(composed) -> float | None:
         config = freeze(composed)
-        use_host_devices(config.options.host_devices)
+        use_devices(config.options)
         plan = make_plan([config], retry_failed=True)
         compiled.keep(config.options)
         codes.append(report(plan, execute(plan, wait=False)))
@@ -163,7 +163,7 @@ def _sweep(argv: list[str], on_progress: OnProgress) -> int:
         return _on_a_cluster(configs, cluster, options)
     how = {"max_members": options.max_members, "retry_failed": options.retry_failed}
     if options.dry_run:
-        use_host_devices(configs[0].options.host_devices)
+        use_devices(configs[0].options)
         print_plan(make_plan(configs, **how))
         return 0
     return _carry_out(configs, Stop(options.max_wall), on_progress=on_progress, **how)

@@ -22,11 +22,14 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from trainer import distributed
 from trainer import model as decoder
 from trainer import step as steps
+from trainer.config.frozen import Options
 from trainer.keys import fold_in
+from trainer.sharding import DATA, Sharding
 
-MEMBER, DATA = "member", "data"
+MEMBER = "member"
 INNER = "inner"  # the axis of the members of one device under vmap
 EVAL_SALT = 0x45564C  # evaluation's random bits are apart from every step's
 
@@ -57,21 +60,35 @@ def device_memory() -> int | None:
     return (free + mine) // jax.local_device_count()
 
 
+def use_devices(options: Options) -> None:
+    """Host devices, and the other processes of a run that spans several, as the options say; before the first JAX computation."""
+    use_host_devices(options.host_devices)
+    if options.sharding is not None:
+        distributed.join(options.distributed)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How members and batches lie on devices. Results are bitwise reproducible within one layout."""
 
     member_devices: int
     data_devices: int
-    inner: str  # "map" or "vmap"
+    inner: str  # "map" or "vmap"; of one run over all devices, a `Sharding`
 
     @property
     def num_devices(self) -> int:
         return self.member_devices * self.data_devices
 
     @property
+    def sharding(self) -> Sharding | None:
+        """How one run lies on many devices as a whole; None where every device has a program of its own part."""
+        return None if self.inner in ("map", "vmap") else Sharding(self.inner)
+
+    @property
     def name(self) -> str:
         """The `layout` of a run record: kind, members' devices x data devices."""
+        if self.sharding is not None:
+            return f"{self.inner}/{self.data_devices}"
         if self.member_devices == 1 and self.inner == "map":
             return f"solo/{self.data_devices}"
         return f"{self.inner}/{self.member_devices}x{self.data_devices}"
@@ -87,6 +104,18 @@ def choose_layout(num_members: int, sequences: int, num_devices: int | None = No
         return Layout(min(num_devices, num_members), 1, inner)
     data = max(n for n in range(1, num_devices + 1) if sequences % n == 0)
     return Layout(1, data, "map")
+
+
+def global_layout(sharding: str) -> Layout:
+    """One run over all devices, those of other processes included."""
+    return Layout(1, jax.device_count(), Sharding(sharding).value)
+
+
+def is_possible(layout: Layout) -> bool:
+    """Whether this launch has the devices: at least as many, and with several processes exactly those, since each has a part to do."""
+    if distributed.several():
+        return layout.sharding is not None and layout.num_devices == jax.device_count()
+    return layout.num_devices <= jax.device_count()
 
 
 def _spread(array: np.ndarray, dim: int, groups: int, devices: int) -> np.ndarray:
@@ -120,11 +149,16 @@ class Program:
         self.compiles, self.compile_seconds = 0, 0.0
         self._cache: dict = {}  # what was compiled, by what it is called with
         self._used: dict = {}  # of each name what was called last
-        self._data_axis = DATA if layout.data_devices > 1 else None
+        self._shards = 1 if layout.sharding else layout.data_devices  # of a batch that the program itself tells apart
+        self._data_axis = DATA if self._shards > 1 else None
 
     def put(self, tree):
         """Stacked host arrays onto the mesh, sharded over members."""
         return jax.device_put(tree, NamedSharding(self.mesh, P(MEMBER)))
+
+    def fetch(self, tree):
+        """Arrays of the program as NumPy arrays."""
+        return jax.device_get(tree)
 
     def _each(self, function):
         """`function` over the members of one device."""
@@ -133,11 +167,11 @@ class Program:
     def _call(self, name, function, in_specs, out_specs, args, donate=()):
         return self._compiled(name, jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), args, donate)
 
-    def _compiled(self, name, function, args, donate=()):
+    def _compiled(self, name, function, args, donate=(), out_shardings=None):
         signature = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
         if signature not in self._cache:
             began = time.perf_counter()
-            self._cache[signature] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self._cache[signature] = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*args).compile()
             self.compiles += 1
             self.compile_seconds += time.perf_counter() - began
             self._used[name] = self._cache[signature]
@@ -168,9 +202,8 @@ class Program:
         return self._call("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,))
 
     def begin(self, hyper, slot: int, given: dict[str, np.ndarray]) -> steps.State:
-        """The fresh state of the member in that slot with these parameters (`step.init`), on one device."""
-        hyper = self._alone(hyper, slot)
-        return self._compiled("begin", partial(steps.init, self.structure), (hyper, jax.device_put(given, jax.devices()[0])))
+        """The fresh state of the member in that slot with these parameters (`step.init`)."""
+        return self._once("begin", partial(steps.init, self.structure), (self._alone(hyper, slot), given))
 
     def run(self, states, hyper, tokens_MSBT1, stop_M):
         """Up to S steps of every member, none beyond its `stop`: (states, metrics [M, S], diverged_step [M]); a skipped step's
@@ -191,7 +224,7 @@ class Program:
             return state, metrics, state.diverged_step
 
         each = self._each(member)
-        tokens_MSBT1 = _spread(tokens_MSBT1, 2, self.structure.accumulate, self.layout.data_devices)
+        tokens_MSBT1 = _spread(tokens_MSBT1, 2, self.structure.accumulate, self._shards)
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
         return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
 
@@ -201,7 +234,11 @@ class Program:
         state, hyper = self._alone((states, hyper), slot)
         graphdef, _ = decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))
         measure = partial(steps.probe, self.structure, graphdef)
-        return self._compiled("probe", measure, (state, jnp.asarray(windows_BT1, jnp.int32), hyper))
+        return self._once("probe", measure, (state, windows_BT1.astype(np.int32), hyper))
+
+    def _once(self, name, function, args):
+        """function(*args), of one member alone, on the first device."""
+        return self._compiled(name, function, jax.device_put(args, jax.devices()[0]))
 
     def _alone(self, stacked, slot: int):
         """One member's part of stacked arrays, on the first device."""
@@ -225,9 +262,8 @@ class Program:
             return self._each(member)((params, histories, hyper, wanted))
 
         specs = (P(MEMBER), P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
-        devices = self.layout.data_devices
-        groups = steps.eval_groups(len(windows_WT1), devices)
-        spread = _spread(windows_WT1, 0, groups, devices)
+        groups = steps.eval_groups(len(windows_WT1), self._shards)
+        spread = _spread(windows_WT1, 0, groups, self._shards)
         args = (states.params, states.histories, hyper, spread, wanted_M)
         losses_MW = self._call("evaluate", local, specs, P(MEMBER, DATA), args)
-        return _spread(np.asarray(losses_MW), 1, devices, groups)
+        return _spread(np.asarray(losses_MW), 1, self._shards, groups)

@@ -55,7 +55,7 @@ class CohortRun:
     # --- state on the host ---
 
     def _host_states(self):
-        return jax.tree.map(np.array, jax.device_get(self.states))
+        return jax.tree.map(np.array, self.program.fetch(self.states))
 
     def _start_from(self) -> None:
         """Members that have `init_from`, and no checkpoint of their own, start with that run's parameters, those that it has; what it lacks
@@ -65,7 +65,7 @@ class CohortRun:
             return
         host = self._host_states()
         for member in beginners:
-            begun = self.program.begin(self.hyper, member.slot, given_params(self.model, member.config.init_from))
+            begun = self.program.fetch(self.program.begin(self.hyper, member.slot, given_params(self.model, member.config.init_from)))
             for there, here in zip(jax.tree.leaves(host), jax.tree.leaves(begun), strict=True):
                 there[member.slot] = here
         self.states = self.program.put(host)
@@ -150,7 +150,7 @@ class CohortRun:
     def collect(self, dispatched, lap: Callable[[], float]) -> Progress:
         """Wait for a dispatch and book its metrics."""
         spans, metrics, diverged = dispatched
-        metrics, diverged = jax.device_get((metrics, diverged))
+        metrics, diverged = self.program.fetch((metrics, diverged))
         elapsed = lap()
         total = sum(count for _, _, count in spans)
         for member, first, count in spans:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer import describe, stored, telemetry
+from trainer import describe, distributed, stored, telemetry
 from trainer.config.frozen import TrainConfig
 from trainer.data import Dataset
 from trainer.mirrors import Mirror
@@ -57,7 +57,7 @@ class Member:
         if self.step == max(self.saved_step, 0):
             return False
         by_step = options.checkpoint_steps is not None and self.step % options.checkpoint_steps == 0
-        return by_step or time.monotonic() - self._saved_at > options.checkpoint_seconds
+        return by_step or distributed.agreed(time.monotonic() - self._saved_at > options.checkpoint_seconds)
 
     @property
     def due_eval(self) -> bool:

@@ -22,6 +22,7 @@ from trainer.methods.attention import attention
 from trainer.operands import ROWS, RowShards, straight_through
 from trainer.precision import PrecisionPolicy, Source, matches
 from trainer.scales import Site
+from trainer.sharding import over_rows
 
 HEAD_SALT, EMBEDDING_SALT = 0x48454144, 0x454D4244  # random bits outside the layers, whose salts count from 0
 SITES = ("qkv", "attention_out", "gate_up", "down")  # the linear layers of a block, in the order of the forward pass
@@ -152,7 +153,7 @@ class Block(nnx.Module):
             site = replace(sites[index], expected=scales.expected_rms(policy, self.stds[index], call.num_tokens), learned=learned)
             if self.extra_norm:
                 x = own.rms_norm(x, self.extra_norms[f"{name}_norm"][...])
-            return linear(x, getattr(self, name)[...], policy, key, call.rows, site)
+            return over_rows(linear(x, getattr(self, name)[...], policy, key, call.rows, site))
 
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
         here = call.policy.at(layer, self.num_layers, ATTENTION)
@@ -179,14 +180,14 @@ class Decoder(nnx.Module):
         batch = tokens_BT.shape[0]
         # The table is small enough for the head's logits; this brings the residual stream to unit variance.
         table_VD = self._table(call)
-        h_ND = ops.embed(table_VD, tokens_BT.reshape(-1)) * config.embedding_width**0.5
+        h_ND = over_rows(ops.embed(table_VD, tokens_BT.reshape(-1))) * config.embedding_width**0.5
         h_ND = self._run_layers(h_ND, batch, call)
         h_ND = _ops(call).rms_norm(h_ND, self.final_norm[...])
         if config.tied_head:
             h_ND = h_ND * config.logit_scale
         head_VD = self.embedding if self.head is None else self.head
         key = None if call.key is None else fold_in(call.key, HEAD_SALT)
-        return linear(h_ND, head_VD[...].T, call.policy.outside("head"), key, call.rows)
+        return over_rows(linear(h_ND, head_VD[...].T, call.policy.outside("head"), key, call.rows))
 
     def _table(self, call: Call):
         """The embedding as its policy's forward quantizer of weights makes it, straight-through; rows are what is contracted elsewhere."""

@@ -224,6 +224,22 @@ def _last_line(path: pathlib.Path) -> bytes | None:
         return None
 
 
+class Onlooker(RunFolder):
+    """The folder as the processes of a distributed run have it that do not lead: they read it and leave writing to the first."""
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def truncate(self, step: int) -> None:
+        pass
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        pass
+
+
 def _row_json(row: Mapping[str, Any]) -> str:
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     odd = {key: repr(value) for key, value in plain.items() if isinstance(value, float) and not math.isfinite(value)}

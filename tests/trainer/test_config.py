@@ -149,7 +149,7 @@ def test_warm_up_gives_way_in_a_short_run():
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
-SAME = ["runs_dir=elsewhere", "sweep=other", "log_every=3", "telemetry_every=7", "steps_per_dispatch=2", "host_devices=1", "checkpoint.every_steps=5", "eval.every_steps=5",
+SAME = ["runs_dir=elsewhere", "sweep=other", "log_every=3", "telemetry_every=7", "steps_per_dispatch=2", "host_devices=1", "sharding=fsdp", "checkpoint.every_steps=5", "eval.every_steps=5",
         "logger=wandb", "model.name=mine", "batch_size=16", "data.tokens=5000"]  # fmt: skip
 OTHER = ["seed=1", "steps=101", "optimizer.lr=0.01", "precision.bits=5", "precision.weights.bits=5", "model.d_ff=44", "model.remat=true", "batch_size=8",
          "accumulate=2", "seq_len=64", "schedule=cosine", "schedule.final_factor=0.1", "eval.sequences=8", "divergence_margin=3"]  # fmt: skip

@@ -19,6 +19,7 @@ from trainer.data import registry as data_registry
 from trainer.optimizers import OPTIMIZERS
 from trainer.precision import check_place
 from trainer.schedules import SCHEDULES
+from trainer.sharding import Sharding
 
 LR_RULES = ("mup", "constant")
 MAX_STEPS = 2**31 - 1  # steps are int32
@@ -185,6 +186,10 @@ def _options(c: dict) -> frozen.Options:
     in_range("telemetry_every", c["telemetry_every"], 0, MAX_STEPS)
     if c["host_devices"] is not None:
         in_range("host_devices", c["host_devices"], 1, 1024)
+    if c["sharding"] is not None:
+        one_of("sharding", c["sharding"], Sharding)
+    elif c["distributed"]:
+        raise ValueError(f"distributed=true with sharding=null leaves nothing to share; accepted: sharding={' or '.join(s.value for s in Sharding)}")
     for key in ("eval.every_steps", "checkpoint.every_steps"):
         group, name = key.split(".")
         if c[group][name] is not None:
@@ -199,6 +204,6 @@ def _options(c: dict) -> frozen.Options:
         eval_every_steps=c["eval"]["every_steps"], checkpoint_seconds=c["checkpoint"]["every_seconds"],
         checkpoint_steps=c["checkpoint"]["every_steps"], checkpoint_keep=c["checkpoint"]["keep"], log_every=c["log_every"],
         telemetry_every=c["telemetry_every"], probe=c["probe"],
-        steps_per_dispatch=c["steps_per_dispatch"], host_devices=c["host_devices"], plugins=tuple(c["plugins"]),
-        compile_cache=c["compile_cache"],
+        steps_per_dispatch=c["steps_per_dispatch"], host_devices=c["host_devices"], sharding=c["sharding"], distributed=c["distributed"],
+        plugins=tuple(c["plugins"]), compile_cache=c["compile_cache"],
     )

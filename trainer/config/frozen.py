@@ -143,8 +143,8 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out and where it is written. Not part of its identity: only host_devices touches its numbers, through the
-    layout, within float rounding."""
+    """How a run is carried out and where it is written. Not part of its identity: only host_devices and sharding touch its numbers, through
+    the layout, within float rounding."""
 
     runs_dir: str
     sweep: str
@@ -158,6 +158,8 @@ class Options:
     probe: bool
     steps_per_dispatch: int
     host_devices: int | None
+    sharding: str | None
+    distributed: bool | None
     plugins: tuple[str, ...]
     compile_cache: str | None = None
 

@@ -170,6 +170,8 @@ class TrainSchema:
     steps_per_dispatch: int = 25
     host_devices: Optional[int] = None
     compile_cache: Optional[str] = "auto"
+    sharding: Optional[str] = None  # one run over all devices as a whole: data, fsdp
+    distributed: Optional[bool] = None  # several processes: jax.distributed
     plugins: List[str] = field(default_factory=list)
 
 

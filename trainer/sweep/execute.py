@@ -4,26 +4,28 @@ Several launchers may work on one plan: a cohort's runs are leased while it trai
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 
-from trainer import describe, lease, mirrors
+from trainer import describe, distributed, lease, mirrors
 from trainer.cohort import Program
 from trainer.config.frozen import NUMERICS_VERSION
+from trainer.global_program import GlobalProgram
 from trainer.loop import Progress, run_cohort
 from trainer.member import Member
 from trainer.stopping import Stop
 from trainer.sweep.check import check_beginnings
-from trainer.sweep import rates
+from trainer.sweep import planfile, rates
 from trainer.sweep.plan import Cohort, Plan, PlannedRun, settle, split
 from trainer.sweep.progress import Watch, watch
 
@@ -59,13 +61,13 @@ class LeaseLost(RuntimeError):
 def _open_member(run: PlannedRun, cohort: Cohort) -> Member:
     """The run's folder described, its mirror started."""
     config, layout = dataclasses.asdict(run.config), cohort.layout
-    for stale in ("error.txt", "record.json"):  # of a failed try
+    for stale in ("error.txt", "record.json") if distributed.leads() else ():  # of a failed try
         (run.folder.path / stale).unlink(missing_ok=True)
     if run.begun_layout != layout:
         run.folder.write_config({"run_id": run.run_id, "trunk_id": run.trunk_id, "data_sha256": run.dataset.sha256,
                                  "numerics_version": NUMERICS_VERSION, "code_version": describe.code_version(),
                                  "layout": dataclasses.asdict(layout), "config": config})
-    mirror = mirrors.make(run.config.options.logger)
+    mirror = mirrors.make(run.config.options.logger if distributed.leads() else "none")
     mirror.start(run.run_id, run.config.options.sweep, config, run.folder.path)
     return Member(run.config, run.run_id, run.trunk_id, run.folder, mirror, cohort.slot(run))
 
@@ -81,7 +83,7 @@ class Launch:
     def run(self, wait: bool) -> None:
         """Every cohort, and those that others have when they give them up or die. wait=False: ValueError for the first that is another's."""
         queue, others = deque(self.plan.cohorts), deque()
-        while queue and not self.stop.reason:
+        while queue and not self._stopping():
             cohort = queue.popleft()
             found = self._cohort(cohort, queue)
             if found is not None:
@@ -103,13 +105,15 @@ class Launch:
         until = time.monotonic() + POLL_S
         while time.monotonic() < until and not self.stop.reason:
             time.sleep(0.1)
-        return not self.stop.reason
+        return not self._stopping()
+
+    def _stopping(self) -> bool:
+        """Whether it is time to stop; the same in all processes of a distributed run."""
+        return distributed.agreed(self.stop.reason is not None)
 
     def _cohort(self, cohort: Cohort, queue: deque[Cohort]) -> lease.Holder | None:
         """One cohort: lease its runs, train them, record what failed; or who else has them."""
-        for run in cohort.runs:
-            run.folder.path.mkdir(parents=True, exist_ok=True)
-        with lease.held([run.folder.lease for run in cohort.runs]) as leases:
+        with _leased(cohort) as leases:
             if isinstance(leases, lease.Holder):
                 return leases
             # Another launcher may have finished some of them since the plan was made.
@@ -127,6 +131,9 @@ class Launch:
             except LeaseLost as error:
                 self.view.failure(str(error), 0)
             except Exception as error:  # whatever it was: the other cohorts do not depend on it, and it is on record
+                if distributed.several():
+                    self.view.failure(f"{type(error).__name__}: {error}", self._record_failures(cohort, members))
+                    raise  # the other processes wait for this one's part: they go down with it
                 if NO_SPACE in str(error):  # no fault of the runs, and nothing could be written about them
                     raise OSError(errno.ENOSPC, NO_SPACE, str(self.plan.root)) from error
                 if _out_of_memory(error) and len(cohort.runs) > 1:
@@ -140,7 +147,7 @@ class Launch:
     def _program(self, cohort: Cohort) -> Program:
         key = cohort.structure, cohort.layout
         if key not in self._programs:
-            self._programs[key] = Program(*key)
+            self._programs[key] = (GlobalProgram if cohort.layout.sharding else Program)(*key)
         return self._programs[key]
 
     def _train(self, cohort: Cohort, members: list[Member], leases: list[lease.Lease]) -> None:
@@ -165,7 +172,7 @@ class Launch:
         finally:
             outcome.compiles += program.compiles - compiles
             outcome.compile_seconds += program.compile_seconds - compile_seconds
-            if outcome.tokens - tokens >= MIN_TOKENS * len(members):
+            if outcome.tokens - tokens >= MIN_TOKENS * len(members) and distributed.leads():
                 _note_rate(cohort, program, (outcome.training_seconds - seconds) / (outcome.tokens - tokens), program.compile_seconds - compile_seconds)
 
     def _asked_to_stop(self, leases: list[lease.Lease]) -> Callable[[], bool]:
@@ -173,7 +180,7 @@ class Launch:
             lost = next((held for held in leases if held.lost), None)
             if lost is not None:
                 raise LeaseLost(f"{lost.path} is another process's by now")
-            return self.stop.reason is not None
+            return self._stopping()
 
         return asked
 
@@ -182,7 +189,8 @@ class Launch:
         mirrored = {member.run_id: member.mirror for member in members}
         unfinished = [run for run in cohort.runs if not run.done]
         for run in unfinished:
-            (run.folder.path / "error.txt").write_text(traceback.format_exc())
+            if distributed.leads():
+                (run.folder.path / "error.txt").write_text(traceback.format_exc())
             record = describe.config_columns(run.config, run.dataset, cohort.structure.model) | {
                 "run_id": run.run_id, "trunk_id": run.trunk_id, "status": "failed"}
             run.folder.finish(record)
@@ -190,6 +198,28 @@ class Launch:
                 mirrored[run.run_id].finish(record)
             self.outcome.failed.append(run.run_id)
         return len(unfinished)
+
+
+@contextlib.contextmanager
+def _leased(cohort: Cohort) -> Iterator[list[lease.Lease] | lease.Holder]:
+    """The leases of a cohort's runs, or who has one of them. Of a distributed run the first process takes them for all."""
+    if not distributed.leads():
+        yield lease.Holder("another", 0) if distributed.agreed(False) else []
+        return
+    for run in cohort.runs:
+        run.folder.path.mkdir(parents=True, exist_ok=True)
+    with lease.held([run.folder.lease for run in cohort.runs]) as leases:
+        distributed.agreed(isinstance(leases, lease.Holder))
+        yield leases
+
+
+def _settled(plan: Plan) -> Plan:
+    """`settle`, by the first process of a distributed run; the others read what it wrote."""
+    distributed.wait("planned")  # all have read the folders as they were
+    if distributed.leads():
+        plan = settle(plan)
+    distributed.wait("settled")
+    return plan if distributed.leads() else plan.formed(planfile.read(plan.root)[1])
 
 
 def _note_rate(cohort: Cohort, program: Program, seconds_per_token: float, compile_seconds: float) -> None:
@@ -216,9 +246,11 @@ def execute(plan: Plan, quiet: bool = False, stop: Stop | None = None, wait: boo
     began = time.perf_counter()
     for run in plan.runs[:1]:
         mirrors.make(run.config.options.logger)  # a missing package is the user's to mend before anything compiles
-    plan = settle(plan)
-    with watch(plan, quiet) as view:
-        Launch(plan, stop, view, outcome, on_progress, patience).run(wait)
+    plan = _settled(plan)
+    leads = distributed.leads()
+    with watch(plan, quiet or not leads) as view:
+        Launch(plan, stop, view, outcome, on_progress if leads else lambda _: None, patience).run(wait)
+    distributed.wait("done")  # records are there to be read
     outcome.seconds = time.perf_counter() - began
     outcome.stopped = stop.reason
     outcome.left = 0 if stop.reason is None else sum(run.status is None for cohort in plan.cohorts for run in cohort.runs)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 
-from trainer import build, checkpoint
-from trainer.cohort import Layout, choose_layout
+from trainer import build, checkpoint, distributed
+from trainer.cohort import Layout, choose_layout, global_layout, is_possible
 from trainer.config import TrainConfig, run_id, trunk_id
 from trainer.config.checks import in_range
 from trainer.data import Dataset, load, num_windows
-from trainer.records import NewerVersionError, RunFolder
+from trainer.records import NewerVersionError, Onlooker, RunFolder
 from trainer.step import StepStructure
 from trainer.sweep import planfile
 from trainer.sweep.planfile import Composition
@@ -142,8 +142,9 @@ def make_plan(configs: list[TrainConfig], max_members: int = MAX_MEMBERS, retry_
             datasets[config.data] = load(config.data)
         dataset = datasets[config.data]
         _check_data(config, dataset)
+        _check_devices(config)
         name = run_id(config, dataset.sha256)
-        folder = RunFolder(Path(config.options.runs_dir) / config.options.sweep / name)
+        folder = (RunFolder if distributed.leads() else Onlooker)(Path(config.options.runs_dir) / config.options.sweep / name)
         runs.setdefault(name, PlannedRun(config, name, trunk_id(config, dataset.sha256), dataset, folder))
     options = configs[0].options
     root = Path(options.runs_dir) / options.sweep
@@ -179,7 +180,7 @@ def split(cohort: Cohort, root: Path) -> tuple[Cohort, Cohort]:
 def _cohorts(runs: Sequence[PlannedRun], over: set[str], known: list[Composition], max_members: int) -> tuple[Cohort, ...]:
     """What is not over, in cohorts, the smallest first: those that are known, and new ones for what is in none. A known one of more
     devices than there are is given up, since it cannot be had."""
-    place = {run_id: index for index, composition in enumerate(known) if composition.layout.num_devices <= jax.device_count()
+    place = {run_id: index for index, composition in enumerate(known) if is_possible(composition.layout)
              for run_id in composition.slots if run_id is not None}
     begun: dict = {}
     groups: dict = {}
@@ -191,19 +192,25 @@ def _cohorts(runs: Sequence[PlannedRun], over: set[str], known: list[Composition
             begun.setdefault((place[run.run_id], _structure_key(run)), []).append(run)
     cohorts = [Cohort(key[0], tuple(members), known[index]) for (index, key), members in begun.items()]
     for key, trunks in groups.items():
-        for chunk in _chunks(list(trunks.values()), max_members):
+        for chunk in _chunks(list(trunks.values()), 1 if _sharded(key) else max_members):
             left = tuple(run for run in chunk if run.run_id not in over)
             if left:
                 cohorts.append(Cohort(key[0], left, _compose(chunk, key[-1])))
     return tuple(sorted(cohorts, key=Cohort.flops))
 
 
+def _sharded(key) -> bool:
+    """True for runs that have all devices to themselves; a run that began in a cohort goes on in it."""
+    *_, options, begun = key
+    return options.sharding is not None if begun is None else begun.sharding is not None
+
+
 def _compose(runs: list[PlannedRun], begun: Layout | None = None) -> Composition:
     """Places for runs that train together. begun: the layout that they began in, before compositions were written down."""
-    layout = begun
-    if layout is None or layout.num_devices > jax.device_count():
-        structure = runs[0].structure
-        layout = choose_layout(len(runs), math.gcd(structure.batch_size // structure.accumulate, runs[0].config.eval_sequences))
+    layout, structure, sharding = begun, runs[0].structure, runs[0].config.options.sharding
+    if layout is None or not is_possible(layout):
+        parts = math.gcd(structure.batch_size // structure.accumulate, runs[0].config.eval_sequences)
+        layout = choose_layout(len(runs), parts) if sharding is None else global_layout(sharding)
     return Composition.deal([(run.run_id, run.config.steps) for run in runs], layout)
 
 
@@ -215,6 +222,16 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
             raise ValueError(f"seq_len={config.seq_len} is not possible; accepted: less than the {tokens} {part} tokens of data={dataset.name}")
     available = num_windows(dataset.validation, config.seq_len)
     in_range("eval.sequences", config.eval_sequences, 2, available, f"2 to {available}, the validation windows of {config.seq_len} tokens in data={dataset.name}")
+
+
+def _check_devices(config: TrainConfig) -> None:
+    """ValueError if a run cannot lie over the devices, or processes, as the config says."""
+    sharding, micro = config.options.sharding, config.batch_size // config.accumulate
+    if sharding is None and distributed.several():
+        raise ValueError(f"sharding=null gives {jax.process_count()} processes nothing to share; accepted: sharding=data or fsdp")
+    if sharding is not None and micro % jax.device_count():
+        raise ValueError(f"batch_size={config.batch_size} with accumulate={config.accumulate} is {micro} sequences at once, which "
+                         f"sharding={sharding} deals out to {jax.device_count()} devices; accepted: a multiple of them")
 
 
 def _chunks(trunks: list[list[PlannedRun]], max_members: int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import sys
 
+from trainer import distributed
 from trainer.sweep.execute import Outcome
 from trainer.sweep.plan import Plan, PlannedRun
 
@@ -11,7 +12,9 @@ MAX_LISTED = 8
 
 
 def report(plan: Plan, outcome: Outcome) -> int:
-    """Say what came out. The exit code: 0 if every run is done, or if the time given was up; 1 otherwise."""
+    """Say what came out, in the process that leads. The exit code: 0 if every run is done, or if the time given was up; 1 otherwise."""
+    if not distributed.leads():
+        return 1 if outcome.failed else 0
     for run in plan.runs if len(plan.runs) <= MAX_LISTED else ():
         _one(run)
     failed = [run for run in plan.runs if run.status == "failed"]

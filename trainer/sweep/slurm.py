@@ -6,8 +6,6 @@ when Slurm says that its time is up or its node is wanted (USR2, TERM), it saves
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import io
 import json
 import os
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from trainer import compiled, lease
+from trainer import compiled, distributed, lease
 from trainer.cohort import use_host_devices
 from trainer.config import TrainConfig, load_plugins
 from trainer.config.launcher import SlurmSettings
@@ -61,8 +59,7 @@ class Task:
     def _carry_out(self, stop: Stop) -> int:
         print(f"bitlaw: task {task_name()} on {socket.gethostname()}: runs {', '.join(self.run_ids)}", flush=True)
         options = self.configs[0].options
-        if importlib.util.find_spec("trainer.distributed"):
-            importlib.import_module("trainer.distributed").join(None)  # the processes on other nodes, before anything else is asked of JAX
+        distributed.join(None)  # the processes on other nodes, before anything else is asked of JAX
         load_plugins(options.plugins)
         compiled.keep(options)
         use_host_devices(options.host_devices or _cpus())
