@@ -64,6 +64,13 @@ def _forward(rows, x_NK, w_KM, policy, streams, site):
     return _product(*operands, 1, 0, policy.dot_dtype), operands, seen
 
 
+def _moved(operand: Narrow, role: Operand) -> tuple[Narrow, jax.Array | None]:
+    """The numbers without their scale, and that, for the output gradient to take: [N, 1] of tokens, [1, M] of channels, [] of a tensor."""
+    if not role.moved:
+        return operand, None
+    return Narrow(operand.values, None, operand.inside), operand.scale
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(rows, num_inputs, x_NK, w_KM, policy, streams, learned, site, meter):
     del num_inputs, meter  # the backward needs them: K, and what the layer saw is the meter's cotangent
@@ -92,12 +99,13 @@ def _linear_bwd(rows, num_inputs, residuals, g_NM):
         given = given_range(operand.second, use.role, site, seen)
         return saved if operand.shared else narrow(widened(saved), operand.second, use, streams, rows, given, policy, site.blend)
 
-    x = second(saved_x, policy.activations, X_WGRAD, x_seen)
-    w = second(saved_w, policy.weights, W_DGRAD, w_seen)
+    x, x_scale = _moved(second(saved_x, policy.activations, X_WGRAD, x_seen), policy.activations)
+    w, w_scale = _moved(second(saved_w, policy.weights, W_DGRAD, w_seen), policy.weights)
     out = policy.output_gradients
     g_seen = seen_range(g_NM, out, G_DGRAD, rows)
-    g_dgrad = narrow(g_NM, out.first, G_DGRAD, streams, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy, site.blend)
-    g_wgrad = g_dgrad if out.shared else second(Narrow(g_NM), out, G_WGRAD, g_seen)
+    into_dgrad, into_wgrad = (g_NM if scale is None else g_NM * scale for scale in (w_scale, x_scale))
+    g_dgrad = narrow(into_dgrad, out.first, G_DGRAD, streams, rows, given_range(out.first, G_DGRAD.role, site, g_seen), policy, site.blend)
+    g_wgrad = g_dgrad if out.shared else second(Narrow(into_wgrad), out, G_WGRAD, g_seen)
     dx_NK = _product(g_dgrad, w, 1, 1, policy.dot_dtype)
     # The barrier keeps XLA from turning the product round where dw is transposed later (a tied head): half the speed on a CPU.
     dw_KM = lax.optimization_barrier(_product(x, g_wgrad, 0, 0, policy.dot_dtype))
@@ -106,7 +114,7 @@ def _linear_bwd(rows, num_inputs, residuals, g_NM):
     dw_KM = to_tensor(dw_KM, policy.weights, saved_w.inside, W_FORWARD, num_inputs, policy.activations.rotated, streams)
     seen = {"activations": x_seen, "weights": w_seen, "output_gradients": g_seen}
     if meter.statistics:
-        measured = measured | {"output_gradients": statistics(g_NM, g_dgrad, out.first, G_DGRAD, streams, policy)}
+        measured = measured | {"output_gradients": statistics(into_dgrad, g_dgrad, out.first, G_DGRAD, streams, policy)}
     return dx_NK, dw_KM, None, None, d_learned, None, Meter({role: seen[role] for role in meter.ranges}, measured)
 
 

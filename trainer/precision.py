@@ -159,15 +159,20 @@ def _needs_clip(fmt: formats.Scaled) -> bool:
 @dataclass(frozen=True)
 class Operand:
     """The quantizers of one role in the two products that read it (in the order of GEMMS). What the second product reads: `shared`: the
-    numbers of the first, not quantized again; `chained`: the numbers of the first (rotated, if they were), quantized by `second`, as
+    numbers of the first, not quantized again (`moved`: and their scale, which lies along the second contraction, multiplies the output gradient
+    before that is quantized, so that the product is of narrow numbers: x^T (s g) for (s x)^T g, as qwix and AQT do); `chained`: the numbers of the first (rotated, if they were), quantized by `second`, as
     Quartet does; else the tensor, quantized by `second`."""
 
     first: Quantizer | None = None
     second: Quantizer | None = None
     shared: bool = _static(default=True)
     chained: bool = _static(default=False)
+    moved: bool = _static(default=False)
 
     def __post_init__(self):
+        if self.moved and (not self.shared or self.first is None or not isinstance(self.first.format, formats.Scaled) or self.first.format.block is not None
+                           or self.first.transform is not None):
+            raise ValueError("moved=True needs shared=True and a quantizer with one scale for a tensor, channel or token, and no transform: that scale is what moves")
         if self.chained and (self.shared or self.first is None):
             raise ValueError("chained=True needs shared=False and a first quantizer: there is nothing to quantize again")
         if self.second is not None and self.second.gradient != Gradient.STRAIGHT_THROUGH.value:

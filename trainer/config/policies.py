@@ -76,7 +76,8 @@ def build_policy(spec: PrecisionSpec) -> PrecisionPolicy:
 
     def operand(role: RoleSpec) -> Operand:
         first, reads = build_quantizer(role.first, native), reads_second(role)
-        return Operand(first, None if reads == "shared" else build_quantizer(role.second, native), reads == "shared", reads == "chained")
+        shared = reads in ("shared", "moved")
+        return Operand(first, None if shared else build_quantizer(role.second, native), shared, reads == "chained", reads == "moved")
 
     delayed = {} if spec.history is None else {"history": spec.history, "history_choice": spec.history_choice}
     if spec.ema_decay is not None:

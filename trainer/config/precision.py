@@ -30,7 +30,7 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     quantizers = [q for role in roles for q in role.both if q is not None]
     for role, spec in zip(ROLES[1:], roles[1:]):  # weights are whole on every device
         check_shards(role, spec.first, across_rows=False)
-        check_shards(role, None if reads_second(spec) == "shared" else spec.second, across_rows=True)
+        check_shards(role, None if reads_second(spec) in ("shared", "moved") else spec.second, across_rows=True)
     for key in shared:
         if not any(key in overridable(q.format) for q in quantizers):
             raise ValueError(f"precision.{key}={precision[key]}: nothing in precision={name} takes it; accepted: a precision of elements that need scales")
@@ -38,6 +38,11 @@ def freeze_precision(name: str, precision: dict, preset: Callable[[str], dict]) 
     choice = one_of("precision.history_choice", precision["history_choice"] or Choice.MAX.value, Choice)
     delayed, averaged = (any(q.source == source.value for q in quantizers) for source in (Source.DELAYED, Source.EMA))
     decay = in_range("precision.ema_decay", EMA_DECAY if precision["ema_decay"] is None else precision["ema_decay"], 0.0, 1.0 - 1e-6, "0 up to, not including, 1")
+    moved = [role for role, spec in zip(ROLES, roles) if spec.reads == "moved"]
+    gradients = roles[ROLES.index("output_gradients")]
+    if moved and (reads_second(gradients) != "fresh" or any(q is not None and q.source != Source.CURRENT.value for q in gradients.both) or precision["data_dtype"] is not None):
+        raise ValueError(f"precision.{moved[0]}.second=moved: each product's output gradient takes a scale of its own before it is quantized; accepted with it: "
+                         "precision.output_gradients.second=fresh with source=current, and no data_dtype")
     spec = PrecisionSpec(name, precision["dot_dtype"], *roles, *((history, choice) if delayed else (None, None)), **_carried(precision, quantizers), **freeze_state(precision), **freeze_attention(precision),
                          ema_decay=decay if averaged else None, extra_norm=precision["extra_norm"] or None,
                          **_ramp(precision, quantizers), execution=_execution(precision, roles), pad=precision["pad"], exemptions=_exemptions(precision, preset))

@@ -21,7 +21,8 @@ SCALES = ("granularity", "block", "scale_format", "scale_rule", "two_level", "am
 ROUNDED = ("rounding", "transform", "transform_block", "gradient")  # of any quantizer
 BLOCK, BLOCK_SCALES = 32, "float8_e4m3fn"  # where nothing else is said: block size, as in MX; scales under a tensor's, as in NVFP4
 KEYS = ("format", *WIDTHS, *SCALES, *ROUNDED, "source", "static_rms")
-READS = ("shared", "fresh", "chained")
+MOVABLE = ("tensor", "channel", "token")
+READS = ("shared", "fresh", "chained", "moved")
 MAX_INTEGER_BITS = 16
 WHOLE_STATISTICS = (Amax.MSE.value, Amax.PERCENTILE.value)  # need all values of a scale at once
 
@@ -69,8 +70,11 @@ def freeze_role(role: str, keys: dict, shared: dict) -> RoleSpec:
         raise ValueError(f"precision.{role}.gradient={masked}: nothing is differentiated through output gradients; accepted there: straight_through")
     reads = keys["second"] if keys["second"] is None else one_of(f"precision.{role}.second", keys["second"], READS)
     first, second = specs
-    if reads == "shared" and (None if first is None else replace(first, gradient=None)) != second:
-        raise ValueError(f"precision.{role}.second=shared: its two products are quantized differently; accepted: fresh, chained, or the same keys for both")
+    if reads == "moved" and (role == "output_gradients" or first is None or first.source != Source.CURRENT.value or first.granularity not in MOVABLE or first.transform is not None):
+        raise ValueError(f"precision.{role}.second=moved: a scale moves onto the output gradients, from weights or activations with a current scale for the tensor, a channel or a "
+                         "token and no transform; accepted here: shared, fresh, chained")
+    if reads in ("shared", "moved") and (None if first is None else replace(first, gradient=None)) != second:
+        raise ValueError(f"precision.{role}.second={reads}: its two products are quantized differently; accepted: fresh, chained, or the same keys for both")
     if reads == "chained" and (first is None or second is None):
         raise ValueError(f"precision.{role}.second=chained quantizes twice, but {role} have no format in {GEMMS[role][0 if first is None else 1]}; accepted: a format for both products")
     if any(q is not None and q.source == Source.LEARNED.value for q in specs) and (role == "output_gradients" or reads not in (None, "shared") or (

@@ -50,7 +50,7 @@ class GemmSchema:
 
 @dataclass
 class RoleSchema(GemmSchema):
-    second: Optional[str] = None  # what the second product reads: shared, fresh, chained; unset: shared where that can be
+    second: Optional[str] = None  # what the second product reads: shared, fresh, chained, moved; unset: shared where that can be
     forward: GemmSchema = field(default_factory=GemmSchema)
     dgrad: GemmSchema = field(default_factory=GemmSchema)
     wgrad: GemmSchema = field(default_factory=GemmSchema)
