@@ -253,6 +253,7 @@ def _script(*arguments, **extra) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "bitlaw.py"), *arguments], env=_environment(**extra), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_hydra_multirun():
     """`bitlaw train -m` sweeps as Hydra does, one run after another; a bad value is one line here too."""
     done = _script("train", "-m", *TINY, "steps=2", "precision.bits=4,8")

@@ -80,6 +80,7 @@ def test_members_are_what_they_are_alone(layout):
     assert len({float(metrics.loss[0]) for _, metrics, _ in together}) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_one_run_is_a_cohort_of_one():
     """Under `map` a member among others is the same, to the bit, as a cohort of one on the same device."""
     for run, member in zip(RUNS, trained(ONE, *RUNS)):

@@ -75,6 +75,7 @@ def test_a_run_killed_twice_and_damaged_ends_in_the_same_bits(tmp_path, environm
     assert results(killed) == results(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_with_branches_ends_in_the_same_table(tmp_path, environment):
     """Two trunks and their branches on two devices, killed twice: every run's record, log and state are those of a whole sweep."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

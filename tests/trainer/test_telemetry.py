@@ -167,6 +167,7 @@ def _run(layout, structure=STRUCTURE, begun=0):
     return jax.device_get((states, metrics))
 
 
+@pytest.mark.slow
 def test_a_step_reports_every_place_when_it_is_due():
     """[M, steps, L, S, F]: numbers after updates 1, 2 and 4, NaN after 3; weights as they were initialised. (int6: 31 steps to amax.)"""
     _, metrics = _run(ONE)

@@ -64,6 +64,7 @@ def test_gradients_equal_the_plain_ones_at_each_of_100_steps():
         state = update(state, t)
 
 
+@pytest.mark.slow
 def test_training_with_carried_scales_runs_beside_the_plain_one():
     """100 free-running steps of the trainer's own step: losses within 1e-4."""
     structure, hyper, graphdef, tokens = _setting("precision=float32", *STRUCTURED)
