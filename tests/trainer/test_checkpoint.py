@@ -289,6 +289,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path, capsys):
     abstract = {"x": np.empty((200, 1000), np.int32)}
     root = pathlib.Path(checkpoint.__file__).parents[1]

@@ -212,6 +212,7 @@ def shared(monkeypatch):
 _shared = functools.cache(GlobalProgram)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(tmp_path, shared):
     """From the checkpoint at step 8, bit for bit, in the layout that it began in: also where the second launch does not ask for it."""
     launch(tmp_path, *SHARDED)

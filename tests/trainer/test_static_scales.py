@@ -88,6 +88,7 @@ def test_the_width_that_means_float32_has_no_scale():
     jax.tree.map(np.testing.assert_array_equal, products(x, w, dy, policy, {}), products(x, w, dy, trainer.policy("float32"), {}))
 
 
+@pytest.mark.slow
 def test_the_model_says_how_large_tensors_are():
     """Weights as they are initialised, activations 1, gradients one over the tokens of a step, however it is cut up: what saying the same by
     hand gives, bit for bit."""

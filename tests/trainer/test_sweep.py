@@ -123,7 +123,7 @@ def test_a_failure_is_recorded_and_the_sweep_goes_on(tmp_path, one_device, monke
     assert results(tmp_path / "failing") == results(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("devices, after", [(8, 5), pytest.param(2, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices, after", [pytest.param(8, 5, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_resumes_to_the_same_table(tmp_path, monkeypatch, devices, after):
     """Stopped after some of its six runs were finished, then run again with the same command: each run is, to the bit, what it is in
     a sweep that was not stopped, although fewer runs are left for the devices."""
