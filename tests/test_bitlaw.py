@@ -177,7 +177,7 @@ def test_train_again_is_done(capfd, tmp_path):
 def test_dry_run_writes_nothing(capfd, tmp_path):
     assert bitlaw.main(["sweep", *TINY, "steps=3,6", "precision.bits=3,4", "dry_run=true"]) == 0
     out = capfd.readouterr().out
-    assert "4 runs, 0 done, 1 cohorts" in out and "int3, int4" in out and _files(tmp_path / "here") == set()
+    assert "4 runs, 0 done, 0 failed before; 1 cohorts, 1 programs" in out and "int3, int4" in out and _files(tmp_path / "here") == set()
 
 
 def test_a_failed_run_is_told_and_tried_again(capfd, monkeypatch):

@@ -31,6 +31,8 @@ def print_plan(plan: Plan) -> None:
         table.add_row(cohort.runs[0].config.model.name, str(len(cohort.runs)), str(cohort.updates()), f"{cohort.flops():.2e}", about + duration(expected.seconds),
                       about + size(expected.bytes), cohort.layout.name, ", ".join(names))
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
     console.print(table)
     training = sum(e.seconds for e in estimates)
     guessed = sum(not e.measured for e in estimates)
