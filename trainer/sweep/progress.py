@@ -102,7 +102,7 @@ class Watch:
         elapsed = time.monotonic() - self._began
         left = elapsed * (total / done - 1.0) if done else None
         summary = f"{self._runs_done}/{self._runs} runs, {clock(elapsed)} so far" + ("" if left is None else f", {clock(left)} left")
-        return Group(_table(rows, self._at), ProgressBar(total=max(total, 1.0), completed=done, width=60), Text(summary))
+        return Group(_table(rows, self._at), ProgressBar(total=max(total, 1.0), completed=done, width=60), Text(f" {summary}"))
 
 
 def _table(rows: list[Row], at: Row | None) -> Table:
