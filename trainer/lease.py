@@ -88,6 +88,12 @@ def holder(path: pathlib.Path, now: float | None = None) -> Holder | None:
     return Holder(mark["host"], mark["pid"]) if alive else None
 
 
+def discard_dead(path: pathlib.Path) -> None:
+    """Remove the lease if there is one and its holder is gone."""
+    if path.exists() and holder(path, _clock(path)) is None:
+        _remove(path)
+
+
 def _read(path: pathlib.Path) -> dict | None:
     """What a lease says; one that says nothing readable (O_EXCL, and then a kill) is of no host, and lasts while it is fresh."""
     try:

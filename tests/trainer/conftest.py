@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import jax
 import pytest
@@ -35,3 +36,11 @@ def shared_programs(monkeypatch):
 def one_device(monkeypatch, shared_programs):
     """Every cohort, also of one run, runs member after member on one device: then all share a layout."""
     monkeypatch.setattr(plan, "choose_layout", lambda *_: cohort.Layout(1, 1, "map"))
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """For helper processes: compiled programs are kept between them, since each would compile the same."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip

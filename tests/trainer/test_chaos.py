@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import scaling
-from tests.trainer.test_kill import _finish, _progress, _start, environment  # noqa: F401  (a fixture)
+from tests.trainer.test_kill import _finish, _progress, _start
 from tests.trainer.tiny import folders, results
 from trainer import checkpoint
 from trainer.sweep import planfile
@@ -77,7 +77,7 @@ def _fill_the_disk(runs_dir: Path, environment) -> None:
     filler.unlink()
 
 
-def test_a_disturbed_sweep_ends_in_the_table_of_a_quiet_one(tmp_path, small_disk, environment):  # noqa: F811
+def test_a_disturbed_sweep_ends_in_the_table_of_a_quiet_one(tmp_path, small_disk, environment):
     rng, noisy = random.Random(7), small_disk / "läufe 1"
     for kill in range(KILLS):
         _kill_somewhere(noisy, environment, rng, after_progress=kill % 3 != 0)
@@ -95,5 +95,5 @@ def test_a_disturbed_sweep_ends_in_the_table_of_a_quiet_one(tmp_path, small_disk
     rows = scaling.table(noisy).select("run_id, status, loss").fetchall()
     assert sorted(run_id for run_id, _, _ in rows) == sorted(expected) and {status for _, status, _ in rows} == {"done"}
     assert planfile.read(noisy / "adhoc")[1] == planfile.read(tmp_path / "quiet" / "adhoc")[1]
-    left = {path.name for path in noisy.rglob("*") if path.name.startswith(".") or path.name.endswith((".lease", ".removal"))}
+    left = {path.name for path in noisy.rglob("*") if path.name.startswith(".") or path.name.endswith((".lease", ".removal", "alive.json"))}
     assert not left, left

@@ -19,14 +19,6 @@ RUN = ["steps=800", "checkpoint.every_steps=10", "host_devices=2"]
 SWEEP = ["steps=200,400", "seed=0,1", "checkpoint.every_steps=10", "host_devices=2", "steps_per_dispatch=10"]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """For helper processes: compiled programs are kept between them, since each would compile the same."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
-
-
 def _start(verb, overrides, runs_dir, environment) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "bitlaw.py"), verb, *TINY, *overrides, f"runs_dir={runs_dir}"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer import conftest
-from tests.trainer.test_kill import _finish, _start, environment  # noqa: F401  (a fixture)
+from tests.trainer.test_kill import _finish, _start
 from tests.trainer.tiny import TINY, folders, launch, results
 from trainer import cohort, lease
 from trainer.cli import sweep_configs
@@ -99,7 +99,7 @@ def test_a_lost_lease_ends_training_without_a_word_in_the_folder(tmp_path, share
 
 
 @pytest.mark.slow
-def test_two_launchers_share_a_sweep(tmp_path, environment):  # noqa: F811
+def test_two_launchers_share_a_sweep(tmp_path, environment):
     """Five cohorts, two processes, begun together: each cohort is trained once, by one of them, and both end when all is done."""
     sweep = ["steps=60", "seed=0,1", "eval.sequences=8,7,6,5,4", "host_devices=1"]
     both = [_start("sweep", sweep, tmp_path / "shared", environment) for _ in range(2)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from trainer import build, checkpoint, distributed
+from trainer import build, checkpoint, distributed, lease
 from trainer.cohort import Layout, choose_layout, global_layout, is_possible
 from trainer.config import TrainConfig, run_id, trunk_id
 from trainer.config.checks import in_range
@@ -156,6 +156,9 @@ def settle(plan: Plan) -> Plan:
     with planfile.settling(plan.root):
         run_ids, known = planfile.read(plan.root)
         plan = plan.formed(known)
+        for run in plan.runs:
+            if run.done:  # by a process that was killed between its record and the end of its lease
+                lease.discard_dead(run.folder.lease)
         known += [c.composition for c in plan.cohorts if c.composition not in known]
         planfile.write(plan.root, list(dict.fromkeys([*run_ids, *(run.run_id for run in plan.runs)])), known)
     return plan
