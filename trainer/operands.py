@@ -92,7 +92,7 @@ def widened(operand: Narrow):
 
 
 def _split(x, quantizer: Quantizer, streams, amax, *, use: Use, rows: RowShards | None) -> Narrow:
-    rows, fmt = use.shards(rows), _oriented(quantizer.format, use.contract)
+    rows, fmt = use.shards(rows), _known_whole(_oriented(quantizer.format, use.contract), quantizer.native)
     x = transformed(x, quantizer, use, streams)
     bits = None
     if formats.Rounding(quantizer.rounding).random:
@@ -129,6 +129,16 @@ def _oriented(fmt, contract: int):
     if not isinstance(fmt, formats.Scaled):
         return fmt
     return replace(fmt, axis=(contract, 1 - contract) if isinstance(fmt.block, tuple) else contract)
+
+
+def _known_whole(fmt, native: str | None):
+    """The format; where its numbers are held as integers, with constants for what is the same in all of them, since the widths that training
+    is given do not say what they are widths of. A negative zero is none after the conversion, so that it need not be avoided."""
+    if native is None or not jnp.issubdtype(native, jnp.integer):
+        return fmt
+    element = fmt.element if isinstance(fmt, formats.Scaled) else fmt
+    element = replace(element, exp_bits=np.int32(0), quantum_exp=np.int32(0), min_magnitude=np.float32(0.0), signed_zero=np.bool_(True))
+    return replace(fmt, element=element) if isinstance(fmt, formats.Scaled) else element
 
 
 def where_inside(x, values, scale, quantizer: Quantizer):
