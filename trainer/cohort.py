@@ -9,11 +9,16 @@ Shapes: M members, S steps per dispatch, B batch, T time, W validation windows.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,16 +143,30 @@ def _row(array, slot: int) -> np.ndarray:
     raise ValueError(f"slot {slot} of {len(array)} lies on another process")
 
 
+class Call(NamedTuple):
+    """A function of the devices, and what it is called with; donate: which of the arguments it may overwrite."""
+
+    name: str
+    function: Callable
+    args: tuple
+    donate: tuple[int, ...] = ()
+
+    def abstract(self) -> Call:
+        """The same with shapes, dtypes and devices in the place of arrays."""
+        return self._replace(args=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, self.args))
+
+
 class Program:
-    """The compiled functions of one structure in one layout. `compiles` counts them, `compile_seconds` adds their time."""
+    """The compiled functions of one structure in one layout. `compiles` counts them, `compile_seconds` adds how long they were waited for."""
 
     def __init__(self, structure: steps.StepStructure, layout: Layout):
         devices = np.array(jax.devices()[: layout.num_devices])
         self.structure, self.layout = structure, layout
         self.mesh = Mesh(devices.reshape(layout.member_devices, layout.data_devices), (MEMBER, DATA), axis_types=(AxisType.Auto,) * 2)
         self.graphdef, _ = decoder.blueprint(structure.model)
-        self.compiles, self.compile_seconds = 0, 0.0
-        self._cache: dict = {}  # what was compiled, by what it is called with
+        self.compile_seconds = 0.0
+        self._cache: dict[tuple, Future] = {}  # what was compiled, by what it is called with
+        self._lock = threading.Lock()  # of the cache: of several threads that want a function one compiles it
         self._used: dict = {}  # of each name what was called last
         self._shards = 1 if layout.sharding else layout.data_devices  # of a batch that the program itself tells apart
         self._data_axis = DATA if self._shards > 1 else None
@@ -164,21 +183,47 @@ class Program:
         """`function` over the members of one device."""
         return partial(lax.map, lambda args: function(*args)) if self.layout.inner == "map" else lambda args: jax.vmap(function, axis_name=INNER)(*args)
 
-    def _call(self, name, function, in_specs, out_specs, args, donate=()):
-        return self._compiled(name, jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), args, donate)
+    @property
+    def compiles(self) -> int:
+        """How many functions were compiled."""
+        return len(self._cache)
 
-    def _compiled(self, name, function, args, donate=(), out_shardings=None):
-        signature = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
-        if signature not in self._cache:
-            began = time.perf_counter()
-            self._cache[signature] = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*args).compile()
-            self.compiles += 1
-            self.compile_seconds += time.perf_counter() - began
-            self._used[name] = self._cache[signature]
-            if name == "run":
+    def _sharded(self, name, function, in_specs, out_specs, args, donate=()) -> Call:
+        """`function` of each device's part of the arguments."""
+        return Call(name, jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), args, donate)
+
+    def _do(self, call: Call, out_shardings=None):
+        began = time.perf_counter()
+        executable = self._executable(call, out_shardings)
+        self.compile_seconds += time.perf_counter() - began
+        if self._used.get(call.name) is not executable:
+            self._used[call.name] = executable
+            if call.name == "run":
                 self._check_memory(self.peak_bytes())
-        self._used[name] = self._cache[signature]
-        return self._cache[signature](*args)
+        return executable(*call.args)
+
+    def _executable(self, call: Call, out_shardings=None):
+        """The compiled function, once for all calls that differ in values alone."""
+        signature = (call.name, jax.tree.structure(call.args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(call.args)))
+        with self._lock:
+            known = self._cache.get(signature)
+            compiled = self._cache.setdefault(signature, Future()) if known is None else known
+        if known is None:
+            try:
+                compiled.set_result(jax.jit(call.function, donate_argnums=call.donate, out_shardings=out_shardings).lower(*call.args).compile())
+            except BaseException as error:
+                del self._cache[signature]  # whoever asks again tries again
+                compiled.set_exception(error)
+        return compiled.result()
+
+    def prepare(self, states, hyper, windows_WT1, probed_BT1) -> None:
+        """Begin, in threads of their own, to compile what is called after training: evaluation on those windows, and the probe where
+        probed_BT1 is not None."""
+        calls = [self._evaluation(states, hyper, windows_WT1, np.ones(len(hyper.key), bool))]
+        if probed_BT1 is not None:
+            calls.append(self._probing(states, hyper, probed_BT1, 0))
+        for call in calls:
+            threading.Thread(target=_quietly, args=(self._executable, call.abstract())).start()
 
     def _check_memory(self, wanted: int | None) -> None:
         """MemoryError if a device of this layout has less than `wanted` bytes."""
@@ -199,11 +244,11 @@ class Program:
         runs out)."""
         each = self._each(lambda h: steps.init(self.structure, h))
         self._check_memory(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda h: each((h,)), hyper))) // self.layout.member_devices)
-        return self._call("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,))
+        return self._do(self._sharded("init", lambda h: each((h,)), P(MEMBER), P(MEMBER), (hyper,)))
 
     def begin(self, hyper, slot: int, given: dict[str, np.ndarray]) -> steps.State:
         """The fresh state of the member in that slot with these parameters (`step.init`)."""
-        return self._once("begin", partial(steps.init, self.structure), (self._alone(hyper, slot), given))
+        return self._do(self._single("begin", partial(steps.init, self.structure), (self._alone(hyper, slot), given)))
 
     def run(self, states, hyper, tokens_MSBT1, stop_M):
         """Up to S steps of every member, none beyond its `stop`: (states, metrics [M, S], diverged_step [M]); a skipped step's
@@ -226,19 +271,22 @@ class Program:
         each = self._each(member)
         tokens_MSBT1 = _spread(tokens_MSBT1, 2, self.structure.accumulate, self._shards)
         specs = (P(MEMBER), P(MEMBER), P(MEMBER, None, DATA), P(MEMBER))
-        return self._call("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,))
+        return self._do(self._sharded("run", lambda *args: each(args), specs, P(MEMBER), (states, hyper, tokens_MSBT1, stop_M), donate=(0,)))
 
     def probe(self, states, hyper, windows_BT1, slot: int) -> steps.Probe:
         """`step.probe` of the member in that slot. It runs once, so it is made to compile fast: on one device (dividing a program over
         several is half of its compilation) and with the layers scanned."""
+        return self._do(self._probing(states, hyper, windows_BT1, slot))
+
+    def _probing(self, states, hyper, windows_BT1, slot: int) -> Call:
         state, hyper = self._alone((states, hyper), slot)
         graphdef, _ = decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))
         measure = partial(steps.probe, self.structure, graphdef)
-        return self._once("probe", measure, (state, windows_BT1.astype(np.int32), hyper))
+        return self._single("probe", measure, (state, windows_BT1.astype(np.int32), hyper))
 
-    def _once(self, name, function, args):
+    def _single(self, name, function, args) -> Call:
         """function(*args), of one member alone, on the first device."""
-        return self._compiled(name, function, jax.device_put(args, jax.devices()[0]))
+        return Call(name, function, jax.device_put(args, jax.devices()[0]))
 
     def _alone(self, stacked, slot: int):
         """One member's part of stacked arrays, on the first device."""
@@ -246,7 +294,10 @@ class Program:
 
     def evaluate(self, states, hyper, windows_WT1, wanted_M):
         """Losses of the wanted (bool) members on every window, [M, W]; NaN for the others."""
+        losses_MW = self._do(self._evaluation(states, hyper, windows_WT1, wanted_M))
+        return _spread(np.asarray(losses_MW), 1, self._shards, steps.eval_groups(len(windows_WT1), self._shards))
 
+    def _evaluation(self, states, hyper, windows_WT1, wanted_M) -> Call:
         def local(params, histories, hyper, windows, wanted):
             def measure(params, histories, hyper):
                 key = fold_in(hyper.key, EVAL_SALT)
@@ -262,8 +313,11 @@ class Program:
             return self._each(member)((params, histories, hyper, wanted))
 
         specs = (P(MEMBER), P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
-        groups = steps.eval_groups(len(windows_WT1), self._shards)
-        spread = _spread(windows_WT1, 0, groups, self._shards)
-        args = (states.params, states.histories, hyper, spread, wanted_M)
-        losses_MW = self._call("evaluate", local, specs, P(MEMBER, DATA), args)
-        return _spread(np.asarray(losses_MW), 1, self._shards, groups)
+        spread = _spread(windows_WT1, 0, steps.eval_groups(len(windows_WT1), self._shards), self._shards)
+        return self._sharded("evaluate", local, specs, P(MEMBER, DATA), (states.params, states.histories, hyper, spread, wanted_M))
+
+
+def _quietly(function, *args) -> None:
+    """Without a word of what fails: whoever needs it will be told."""
+    with contextlib.suppress(Exception):
+        function(*args)

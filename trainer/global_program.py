@@ -8,7 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from trainer import distributed
-from trainer.cohort import Program
+from trainer.cohort import Call, Program
 from trainer.sharding import placements
 
 
@@ -27,15 +27,20 @@ class GlobalProgram(Program):
         """Arrays of the program, whole, as NumPy arrays in every process."""
         return multihost_utils.process_allgather(tree, tiled=True) if distributed.several() else jax.device_get(tree)
 
-    def _call(self, name, function, in_specs, out_specs, args, donate=()):
+    def _sharded(self, name, function, in_specs, out_specs, args, donate=()) -> Call:
         del in_specs, out_specs  # of a cohort's devices
-        args = self.put(args)
-        out_shardings = placements(jax.eval_shape(function, *args), self.layout.sharding, self.mesh)
-        with jax.set_mesh(self.mesh):  # what `over_rows` goes by
-            return self._compiled(name, function, args, donate, out_shardings)
+        return Call(name, function, self.put(args), donate)
 
-    def _once(self, name, function, args):
-        return self._call(name, function, None, None, args)
+    def _do(self, call: Call, out_shardings=None):
+        del out_shardings
+        with jax.set_mesh(self.mesh):  # what `over_rows` goes by
+            return super()._do(call, placements(jax.eval_shape(call.function, *call.args), self.layout.sharding, self.mesh))
+
+    def _single(self, name, function, args) -> Call:
+        return Call(name, function, self.put(args))
+
+    def prepare(self, *what) -> None:
+        """Nothing: programs of several processes are compiled in the same order in each."""
 
     def _alone(self, stacked, slot: int):
         return jax.tree.map(lambda x: x[slot], stacked)

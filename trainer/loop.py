@@ -49,6 +49,7 @@ class CohortRun:
         self.hyper: Hyper = program.put(jax.tree.map(lambda *xs: np.stack(xs), *hypers))
         self.states = program.init(self.hyper)
         self.windows = validation_windows(dataset.validation, members[0].config.eval_sequences, program.structure.seq_len)
+        program.prepare(self.states, self.hyper, self.windows, self._probed() if any(map(self._wants_probe, members)) else None)
         self._restore()
         link_branches(members)
 
@@ -196,13 +197,16 @@ class CohortRun:
         return np.asarray(self.program.evaluate(self.states, self.hyper, self.windows, self._wanted(members)))
 
     def _probes(self, members: list[Member]) -> dict[int, Probe]:
-        """Slot -> what the precision does to gradients, of these members where it does anything. One micro-batch of validation windows."""
-        members = [m for m in members if self.options.probe and describe.narrows(m.config.precision)]
-        if not members:
-            return {}
+        """Slot -> what the precision does to gradients, of these members where it does anything."""
+        return {m.slot: jax.tree.map(float, self.program.probe(self.states, self.hyper, self._probed(), m.slot)) for m in members if self._wants_probe(m)}
+
+    def _wants_probe(self, member: Member) -> bool:
+        return self.options.probe and describe.narrows(member.config.precision)
+
+    def _probed(self) -> np.ndarray:
+        """One micro-batch of validation windows."""
         structure = self.program.structure
-        windows = self.windows[: structure.batch_size // structure.accumulate]
-        return {m.slot: jax.tree.map(float, self.program.probe(self.states, self.hyper, windows, m.slot)) for m in members}
+        return self.windows[: structure.batch_size // structure.accumulate]
 
     def _wanted(self, members: list[Member]) -> np.ndarray:
         """bool for every slot: whether it is one of these members'."""
