@@ -96,10 +96,10 @@ class LiveReport:
         busy = self._process is not None and self._process.poll() is None
         if not busy and time.monotonic() - self._last >= self.EVERY_S:
             self._last, self._root = time.monotonic(), root
-            self._process = self._start()
+            self._process = self._start("--refresh", "60")
 
-    def _start(self) -> subprocess.Popen:
-        command = [sys.executable, str(Path(__file__).resolve()), "report", str(self._root), "--out", str(self._root / "report.html"), "--bootstrap", "20"]
+    def _start(self, *more: str) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).resolve()), "report", str(self._root), "--out", str(self._root / "report.html"), "--bootstrap", "20", *more]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def finish(self) -> None:

@@ -65,6 +65,7 @@ def _report(p: Parser) -> None:
     p.add_argument("table", metavar="DIR", help="folder of runs, or a run table")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
+    p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while a sweep goes on")
 
 
 _BUILDERS = {

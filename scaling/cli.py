@@ -126,7 +126,7 @@ def _report(arguments) -> int:
 
     check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap)
-    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis)])
+    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
 
 
 def _analyse(source, bootstrap: int) -> Analysis:
