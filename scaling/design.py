@@ -12,6 +12,7 @@ one tenth of a standard deviation to each side, so the law and the quantity may 
 """
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,9 @@ def _run_variance(fit: Fit) -> float:
 def _costs(candidates: Sequence[Mapping], cost) -> np.ndarray:
     """[C], positive and finite."""
     if cost is None:
+        short = next((candidate for candidate in candidates if not {"N", "D"} <= set(candidate)), None)
+        if short is not None:
+            raise ValueError(f"next_runs: candidate {dict(short)}: needs N and D for a cost of 6 N D FLOP; or give cost")
         model = cost_model("flops")
         costs = [model.training(candidate["N"], candidate["D"]) for candidate in candidates]
     else:
@@ -125,7 +129,12 @@ def _function(fit: Fit, quantity: Quantity, at: dict) -> Callable[[Mapping], flo
     if quantity not in fit.law.functionals:
         raise ValueError(f"quantity {quantity!r}: law {fit.law.name} has no such constant or functional here; it has loss, "
                          f"{', '.join((*fit.params, *fit.law.functionals))}")
-    return lambda p: float(fit.law.functionals[quantity](p, **at))
+    functional = fit.law.functionals[quantity]
+    try:
+        inspect.signature(functional).bind(fit.params, **at)
+    except TypeError as error:
+        raise ValueError(f"quantity {quantity!r} at {at}: {error}; give what it takes, and no more, in `at`") from None
+    return lambda p: float(functional(p, **at))
 
 
 def _log_loss(fit: Fit, candidate: Mapping) -> Callable[[Mapping], float]:
