@@ -147,7 +147,7 @@ def _slopes(fit: Fit, function: Callable[[Mapping], float], what: str) -> np.nda
         return function(constants(fit.law, fit.free, fit.ties, fit.fixed, coordinates))
 
     with np.errstate(all="ignore"):
-        slopes = np.array([(value(fit.coordinates + STEP * column) - value(fit.coordinates - STEP * column)) / (2 * STEP) for column in fit.scatter.T])
+        slopes = np.array([value(fit.coordinates + STEP * column) - value(fit.coordinates - STEP * column) for column in fit.scatter.T]) / (2 * STEP)
     if not np.isfinite(slopes).all():
         raise ValueError(f"next_runs: {what} is not finite near the fitted constants: the law diverges there")
     return slopes

@@ -117,7 +117,8 @@ def best_sizes(law: Law, params: Mapping, budget: Budget, precision: Mapping, si
     fits_P = (D_P > 0.0) & (N_P > 0.0) & (N_P <= memory_P * (1 + 1e-12)) & (budget.cost(N_P, D_P, precision) <= compute * (1 + 1e-12))
     if budget.D is None and (budget.N is not None or budget.memory is not None):  # a free N could be larger for the tokens that harm
         most_P = np.log(np.where(fits_P, D_P, 1.0))
-        log_share_P = zoom(lambda x_PG: loss_of(N_P[:, None], np.exp(most_P[:, None] + x_PG)), np.full(size, math.log(LEAST_SHARE)), np.zeros(size), fine)
+        log_share_P = zoom(lambda x_PG: loss_of(N_P[:, None], np.exp(most_P[:, None] + x_PG)), np.full(size, math.log(LEAST_SHARE)),
+                           np.zeros(size), fine)
         D_P = D_P * np.exp(log_share_P)
     return N_P, D_P, np.where(fits_P, loss_of(N_P[:, None], D_P[:, None])[:, 0], np.inf)
 
