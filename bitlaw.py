@@ -22,6 +22,7 @@ USAGE = """usage: bitlaw VERB ...
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
+  plan FIT.json --compute 1e21         the best N, D and precision for a budget
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
   wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
@@ -65,7 +66,7 @@ def _formats(argv: list[str]) -> int:
 def _dispatch(verb: str, argv: list[str]) -> int:
     if verb == "formats":
         return _formats(argv)
-    if verb in ("table", "fit", "compare", "predict", "report"):
+    if verb in ("table", "fit", "compare", "predict", "plan", "report"):
         _part("scaling")
         return importlib.import_module("scaling.cli").run(verb, argv)
     _part("trainer")
@@ -129,7 +130,7 @@ def _demo(argv: list[str]) -> int:
 
 
 PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "wandb-sync", "formats")
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 from scaling.arguments import numbers, parser
 from scaling.files import check_target
 from scaling.plugins import load_plugins
+from scaling.reach import reaches
 from scaling.table import TABLE_SUFFIXES, table, write_table
 
 if TYPE_CHECKING:
@@ -112,13 +113,21 @@ def _predict(arguments) -> int:
     bad = next((name for name, value in inputs.items() if not value > 0), None)
     if bad:
         raise ValueError(f"input {bad}={pairs[bad]}: must be positive")
-    predicted = fitted.predict(**inputs)
+    predicted = fitted.predict(**inputs, extrapolate=arguments.extrapolate)
     print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
               f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+        for _, sentence in reaches(fitted.ranges, inputs).values():
+            print(f"extrapolated: {sentence}")
     return 0
+
+
+def _plan(arguments) -> int:
+    from scaling.plan_text import run_plan
+
+    return run_plan(arguments, _console())
 
 
 def _report(arguments) -> int:
@@ -253,4 +262,4 @@ def _progress():
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "report": _report}
+VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "report": _report}
