@@ -117,7 +117,7 @@ def _predict(arguments) -> int:
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
-              f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+              f"({float(fitted.discrepancy_at(predicted.extrapolated)):.2%} of the loss)")
     return 0
 
 

@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from scaling.files import write_whole
 from scaling.laws import Law, laws
 from scaling.problem import constants
+from scaling.reach import extrapolation
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
@@ -119,8 +120,8 @@ class Fit:
         """Loss of one run at the law's inputs, with its interval at `level`.
 
         The variance of ln loss has three parts: of the law's value (linearised, or the bootstrap's if larger), of a run about
-        the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there: the largest excess
-        error of refits on the smaller runs that predict the larger ones, or of the held-out rows if that is larger.
+        the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there, which is calibrated
+        on refits to the smaller runs that predict the larger ones (`scaling.uncertainty.discrepancy`).
         ValueError when the design identifies nothing (condition number), or for inputs that the law does not take.
         """
         if self.metrics["condition_number"] > MAX_CONDITION:
@@ -133,12 +134,17 @@ class Fit:
                 logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
                 low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
                 mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
-        extrapolated = self._extrapolation(columns)
-        beyond = np.where(extrapolated > 1.0 + 1e-9, float(self.metrics["discrepancy"]), 0.0)
+        extrapolated = extrapolation(self.law, self.ranges, columns)
+        beyond = self.discrepancy_at(extrapolated)
         reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
         mean_reach = self.quantile * np.sqrt(mean_variance)
         return Prediction(loss, loss * np.exp(-reach), loss * np.exp(reach), loss * np.exp(-mean_reach), loss * np.exp(mean_reach),
                           extrapolated)
+
+    def discrepancy_at(self, extrapolated: np.ndarray) -> np.ndarray:
+        """Standard deviation of ln loss that the law's form adds at a factor `extrapolated` beyond the data: 0 inside, and growing
+        with the root of the factor's logarithm."""
+        return float(self.metrics["discrepancy"]) * np.sqrt(np.log(np.maximum(extrapolated, 1.0)))
 
     def at_width(self, bits: float) -> dict[str, float]:
         """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
@@ -207,19 +213,6 @@ class Fit:
         if low <= value <= high:
             return ""
         return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {answered} trained, {low:g} to {high:g})"
-
-    def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.
-
-        An operand beyond its neutral width counts as that width; one that was always neutral has no range.
-        """
-        factors = [np.ones(())]
-        neutral = {operand.input: operand.neutral for operand in self.law.operands}
-        for name, (low, high) in self.ranges.items():
-            values = np.minimum(math.prod(columns.get(part, math.inf) for part in name.split("*")), neutral.get(name, math.inf))
-            factors.append(np.maximum(np.maximum(values / high, low / values), 1.0))
-        factors = np.broadcast_arrays(*factors)
-        return np.max(factors, axis=0)
 
 
 def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
