@@ -97,7 +97,7 @@ class Fit:
         the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
         Chinchilla points it is 40 % too narrow for beta), the latter is too narrow with few cells (nine cells: 82 % for 95 %).
         """
-        function, unit_scale = self._function(name, columns)
+        function, unit_scale = self.quantity(name, columns)
         with np.errstate(all="ignore"):
             value = float(function(self.params))
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
@@ -131,7 +131,7 @@ class Fit:
         with np.errstate(all="ignore"):
             mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)
             if len(self.draws) > 20:
-                logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
+                logs = np.log([self.law.predict(self.constants_at(draw), **columns) for draw in self.draws])
                 low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
                 mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
         extrapolated = extrapolation(self.law, self.ranges, columns)
@@ -166,11 +166,13 @@ class Fit:
         text = json.dumps(_to_json(body), indent=1) + "\n"
         return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-    def _constants(self, coordinates: np.ndarray) -> dict[str, float]:
+    def constants_at(self, coordinates: np.ndarray) -> dict[str, float]:
+        """Named constants at plain coordinates [F], such as a row of `draws`."""
         return constants(self.law, self.free, self.ties, self.fixed, coordinates)
 
-    def _function(self, name: str, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
-        """(params -> number, scale of its standard error: None for relative to the value)."""
+    def quantity(self, name: str, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
+        """(params -> number, scale of its standard error: None for relative to the value), of a parameter or functional. ValueError for
+        a name that is neither."""
         if name in self.params:
             return (lambda p: p[name]), (1.0 if self.law.parameter(name).kind == "offset" else None)
         if name not in self.law.functionals:
@@ -182,13 +184,13 @@ class Fit:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
         step = 0.1
         with np.errstate(all="ignore"):
-            slopes = np.stack([(function(self._constants(self.coordinates + step * column))
-                                - function(self._constants(self.coordinates - step * column))) / (2 * step) for column in self.scatter.T])
+            slopes = np.stack([(function(self.constants_at(self.coordinates + step * column))
+                                - function(self.constants_at(self.coordinates - step * column))) / (2 * step) for column in self.scatter.T])
         return np.where(np.isfinite(slopes), slopes, np.inf)
 
     def _from_draws(self, function: Callable[[Mapping], float]) -> tuple[float, float, float]:
         with np.errstate(all="ignore"):
-            values = np.array([function(self._constants(draw)) for draw in self.draws], dtype=np.float64)
+            values = np.array([function(self.constants_at(draw)) for draw in self.draws], dtype=np.float64)
         tail = 0.5 * (1.0 - self.level)
         values = np.where(np.isnan(values), np.inf, values)
         low, left, right, high = np.quantile(values, [tail, 0.15865, 0.84135, 1.0 - tail], method="closest_observation")

@@ -64,6 +64,16 @@ def huber_price(delta: float, sd: float) -> float:
     return (inside - 2.0 * k * density + k * k * (1.0 - inside)) / inside ** 2
 
 
+def deviance_scale(delta: float, sd: float) -> float:
+    """What twice a rise of the objective is divided by to be chi-squared: E[psi^2] / E[psi'] under Gaussian residuals of deviation `sd`.
+
+    sd^2 for least squares; in general the scale of the robust likelihood-ratio (tau) test, Hampel et al. 1986, section 7.2.
+    """
+    if sd == 0.0 or np.isinf(delta):
+        return sd * sd
+    return huber_price(delta, sd) * math.erf(delta / sd / math.sqrt(2.0)) * sd * sd
+
+
 def bootstrap(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float, count: int, seed: int,
               progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """[count, F] plain coordinates of refits on resampled cells, each warm-started at the optimum.
