@@ -65,16 +65,20 @@ def _table(arguments) -> int:
 
 def _fit(arguments) -> int:
     from scaling.fit import fit as fit_law
+    from scaling.trust import check_trust, trusted
 
     if arguments.out:
         check_target(arguments.out)
+    check_trust(arguments)
     with _progress() as progress:
+        later = {"bootstrap": 0} if arguments.resample == "wild" else {}
         fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
-                         progress=progress, **_row_options(arguments))
-    if not fitted.converged:
-        return _not_converged(fitted)
+                         progress=progress, **_row_options(arguments) | later)
+        if not fitted.converged:
+            return _not_converged(fitted)
+        fitted, trust = trusted(fitted, arguments, progress)
     _console().print(_constants(fitted))
-    for line in _facts(fitted):
+    for line in _facts(fitted) + trust:
         print(line)
     if arguments.out:
         print(f"written: {fitted.save(arguments.out)}")

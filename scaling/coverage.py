@@ -67,7 +67,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
     """Coverage of the linearised intervals of `fit` by simulation on its own design. table: the one that it was fitted to.
 
     names: parameters and functionals; a mapping gives each its columns, {"bits_for_gap": {"N": 1e9, "gap": 0.01}}. By default the free
-    parameters, and those functionals that need no columns. Truth is the fitted law; the scatter is drawn from its residuals with random
+    parameters, and those functionals that need no columns and can vary. Truth is the fitted law; the scatter is drawn from its residuals with random
     signs, stretched by sqrt(rows / dof). So it tests the intervals where the law is right: what a law's discrepancy does beyond the data,
     `benchmarks.intervals` measures on real runs. Refits are warm. ValueError for fewer than 20 simulations, an unknown name, another table.
 
@@ -112,12 +112,13 @@ def _asked(fit: Fit, names) -> dict[str, dict]:
         asked = {name: dict(names[name]) if isinstance(names, Mapping) else {} for name in names}
     else:
         asked = {name: {} for name in fit.free}
-        for name, function in fit.law.functionals.items():
+        for name in fit.law.functionals:
             try:
-                function(fit.params)
-            except TypeError:  # it needs columns, which only the caller knows
+                estimate = fit.estimate(name)
+            except ValueError:  # it needs columns, which only the caller knows
                 continue
-            asked[name] = {}
+            if estimate.low < estimate.high:  # tied parameters leave some functionals nothing to vary
+                asked[name] = {}
     for name, columns in asked.items():
         fit.estimate(name, **columns)  # refuses unknown names
     return asked

@@ -16,9 +16,9 @@ from scaling.result import Estimate, Fit
 from scaling.table import Source
 from scaling.uncertainty import deviance_scale, spread
 
-STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0)  # in units of the linearised half-width, to either side
+STEPS = (0.5, 1.0, 1.5, 2.5, 8.0)  # in units of the linearised half-width, to either side
 STIFFNESS = 1e3  # of the pull, in units of the profile's own curvature; any will do, for the point reached is on the profile
-REFINEMENTS = 3
+REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Profile:
     cut: float
 
 
-def profile(fit: Fit, table: Source, name: str, **columns) -> Profile:
-    """Profile of a parameter or functional of `fit` (at `columns`). table: the one that it was fitted to.
+def profile(fit: Fit, table: Source, name: str | Callable, **columns) -> Profile:
+    """Profile of what `fit.estimate` takes: a parameter, a functional (at `columns`), or a function of the constants. table: the one that it was fitted to.
 
     Deviance: 2 (objective held to the value - objective) / scale, with the scale of the residuals (`deviance_scale`); below the square of
     Student's quantile lies the interval, which is exact where ln loss is linear in the coordinates and residuals are Gaussian. An end that
@@ -89,7 +89,7 @@ class _Quantity:
         return (plus - minus).reshape(len(z_SF), -1) / (2.0 * np.diag(steps))
 
 
-def _quantity(fit: Fit, problem: Problem, name: str, columns: dict) -> _Quantity:
+def _quantity(fit: Fit, problem: Problem, name: str | Callable, columns: dict) -> _Quantity:
     function, unit = fit.quantity(name, columns)
     with np.errstate(all="ignore"):
         value = float(function(fit.params))
@@ -121,7 +121,7 @@ class _Curve:
         move = self.covariance @ self.slope / self.error**2
         starts = self.z + (targets_S - self.along.value(self.z[None]))[:, None] * move
         pull = Pull(self.along.value, lambda z: self.along.slopes(z, self.covariance), targets_S, STIFFNESS * self.scale / self.error**2)
-        z_SF, objective_S = refit(self.problem, starts, self.delta, pull=pull)
+        z_SF, objective_S = refit(self.problem, starts, self.delta, pull=pull, tolerance=1e-8)
         return self.along.value(z_SF), np.sqrt(2.0 * np.maximum(objective_S - self.lowest, 0.0) / self.scale)
 
 

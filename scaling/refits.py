@@ -50,10 +50,10 @@ def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
 
 
 def refit(problem: Problem, starts_SF: np.ndarray, delta: float, log_loss_SR: np.ndarray | None = None,
-          pull: Pull | None = None) -> tuple[np.ndarray, np.ndarray]:
+          pull: Pull | None = None, tolerance: float = 1e-12) -> tuple[np.ndarray, np.ndarray]:
     """[S, F] optima near the starts, and their objectives [S] (without the pull). log_loss_SR: what each refit sees instead of the losses.
 
-    A coordinate that the step would carry over its bound stays on it. Starts are warm, so that a local search is enough.
+    Starts are warm, so that a local search is enough: it ends when three rounds in a row gain less than `tolerance` relative.
     """
     low, high = problem.bounds()
     z_SF = np.clip(starts_SF, low, high)
@@ -72,7 +72,7 @@ def refit(problem: Problem, starts_SF: np.ndarray, delta: float, log_loss_SR: np
         gain = np.where(better, (value[active] - new) / np.maximum(value[active], 1e-300), 0.0)
         z_SF[active[better]], value[active[better]] = trial[better], new[better]
         damping[active] = np.clip(np.where(better, 0.2, 5.0) * damping[active], 1e-12, 1e12)
-        stalled[active] = np.where(gain < 1e-12, stalled[active] + 1, 0)
+        stalled[active] = np.where(gain < tolerance, stalled[active] + 1, 0)
         active = active[stalled[active] < 3]
         if not active.size:
             break

@@ -1,6 +1,7 @@
 """`Fit`: constants with intervals, predictions with intervals, and the refusal to state what the design does not identify."""
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -90,8 +91,9 @@ class Fit:
         """Two-sided Student quantile at `level` with the residual degrees of freedom."""
         return float(stdtrit(max(self.metrics["dof"], 1), 0.5 + 0.5 * self.level))
 
-    def estimate(self, name: str, **columns) -> Estimate:
-        """A parameter or one of the law's functionals (at `columns`), with its interval, or why the design does not identify it.
+    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate:
+        """A parameter, one of the law's functionals (at `columns`), or a function of the constants and `columns` of one's own, with its
+        interval, or why the design does not identify it.
 
         The interval is that of the linearised covariance (symmetric in the logarithm of a positive value), or, when the fit has draws,
         the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
@@ -110,6 +112,7 @@ class Fit:
             draw_low, draw_high, draw_error = self._from_draws(function)
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
+        name = name if isinstance(name, str) else getattr(name, "__name__", "function")
         return Estimate(name, value, low, high, relative, self._reason(name, relative) or self._outside(name, value))
 
     def identified(self, name: str, **columns) -> bool:
@@ -170,15 +173,22 @@ class Fit:
         """Named constants at plain coordinates [F], such as a row of `draws`."""
         return constants(self.law, self.free, self.ties, self.fixed, coordinates)
 
-    def quantity(self, name: str, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
-        """(params -> number, scale of its standard error: None for relative to the value), of a parameter or functional. ValueError for
-        a name that is neither."""
+    def quantity(self, name: str | Callable, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
+        """(params -> number, scale of its standard error: None for relative to the value), of whatever `estimate` takes. ValueError for a
+        name that is neither a parameter nor a functional, and for columns that the functional lacks or does not know."""
+        if callable(name):
+            return (lambda p: name(p, **columns)), None
         if name in self.params:
             return (lambda p: p[name]), (1.0 if self.law.parameter(name).kind == "offset" else None)
         if name not in self.law.functionals:
             raise ValueError(f"{name!r}: law {self.law.name} has no such parameter or functional here; it has "
                              f"{', '.join((*self.params, *self.law.functionals))}")
-        return (lambda p: self.law.functionals[name](p, **columns)), None
+        function = self.law.functionals[name]
+        try:
+            inspect.signature(function).bind(self.params, **columns)
+        except TypeError as error:
+            raise ValueError(f"{name} of law {self.law.name}: {error}; given: {', '.join(columns) or 'nothing'}") from None
+        return (lambda p: function(p, **columns)), None
 
     def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
