@@ -21,7 +21,6 @@ import scaling
 from scaling.laws import Law, laws
 from scaling.laws.law import Operand, amplitude, exponent, namespace, scale
 from scaling.observations import observe
-from scaling.reach import extrapolation
 from scaling.refits import problem_of
 from scaling.uncertainty import held_out
 
@@ -85,7 +84,7 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     inner = held_out(problem, z, delta, required, fit.metrics["condition_number"])
     excess = [max(np.mean(errors**2) - noise, 0.0) for errors, _ in inner] or [0.0]
     rates = [max(np.mean(errors**2) - noise, 0.0) / np.mean(distance) for errors, distance in inner] or [0.0]
-    distance = np.log(extrapolation(fit.law, fit.ranges, columns))
+    distance = np.log(predicted.extrapolated)
     variances = {"mean": mean, "noise": mean + noise, "constant": mean + noise + max(excess),
                  "mean_rate": mean + noise + np.mean(rates) * distance}
     halves = {name: t * np.sqrt(variance) for name, variance in variances.items()}

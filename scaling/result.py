@@ -15,7 +15,6 @@ from scipy.special import stdtrit
 from scaling.files import write_whole
 from scaling.laws import Law, laws
 from scaling.problem import constants
-from scaling.reach import extrapolation
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
@@ -137,7 +136,7 @@ class Fit:
                 logs = np.log([self.law.predict(self.constants_at(draw), **columns) for draw in self.draws])
                 low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
                 mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
-        extrapolated = extrapolation(self.law, self.ranges, columns)
+        extrapolated = self._extrapolation(columns)
         beyond = self.discrepancy_at(extrapolated)
         reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
         mean_reach = self.quantile * np.sqrt(mean_variance)
@@ -225,6 +224,19 @@ class Fit:
         if low <= value <= high:
             return ""
         return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {answered} trained, {low:g} to {high:g})"
+
+    def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.
+
+        An operand beyond its neutral width counts as that width; one that was always neutral has no range.
+        """
+        factors = [np.ones(())]
+        neutral = {operand.input: operand.neutral for operand in self.law.operands}
+        for name, (low, high) in self.ranges.items():
+            values = np.minimum(math.prod(columns.get(part, math.inf) for part in name.split("*")), neutral.get(name, math.inf))
+            factors.append(np.maximum(np.maximum(values / high, low / values), 1.0))
+        factors = np.broadcast_arrays(*factors)
+        return np.max(factors, axis=0)
 
 
 def load(path: str | os.PathLike, law: Law | None = None) -> Fit:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.problem import LARGEST, Problem
-from scaling.reach import extrapolation, fitted_ranges
 from scaling.solve import minimise
 
 INNER_CUTS = (0.5, 0.65, 0.8)  # quantiles of scale below which an inner fit is trained
@@ -140,7 +139,14 @@ def held_out(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[st
         if spread(inner, z_inner, delta).condition > 100.0 * condition:
             continue
         errors = outer.residuals(outer.centred(inner.plain(z_inner[None])))[0]
-        distance = np.log(extrapolation(problem.law, fitted_ranges(problem.law, inner.columns, required), outer.columns))
+        distance = _beyond(inner, outer, required)
         if np.isfinite(errors).all():
             found.append((errors, distance))
     return found
+
+
+def _beyond(inner: Problem, outer: Problem, required: tuple[str, ...]) -> np.ndarray:
+    """[R] ln of the largest factor by which a required input, or their product, of `outer` lies outside its range in `inner`; at least 0."""
+    logs, reached = ([np.log(problem.columns[name]) for name in required] for problem in (inner, outer))
+    pairs = zip([*logs, sum(logs)], [*reached, sum(reached)], strict=True)
+    return np.max([np.maximum(np.maximum(there - here.max(), here.min() - there), 0.0) for here, there in pairs], axis=0)
