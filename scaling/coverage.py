@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from scaling.problem import Problem
-from scaling.refits import problem_of, refit
+from scaling.refits import observed_of, problem_of, refit
 from scaling.result import Fit
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, spread
@@ -78,6 +78,8 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
         raise ValueError(f"simulations={simulations}: need at least 20")
     asked = _asked(fit, names)
     problem, z_F, delta = problem_of(fit, table)
+    observed = observed_of(fit, table)
+    rows, _ = observed.rows(~observed.held)
     rng = np.random.default_rng(seed)
     law_R = problem.log_loss + problem.residuals(z_F[None])[0]
     scatter = (law_R - problem.log_loss) * math.sqrt(law_R.size / max(fit.metrics["dof"], 1))
@@ -96,7 +98,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
             for name, columns in asked.items():
                 estimate = again.estimate(name, **columns)
                 hits[name] += estimate.low <= truth[name] <= estimate.high
-            run = again.predict(**{name: values for name, values in problem.columns.items()})
+            run = again.predict(**rows)
             run_hits += float(np.mean((run.low <= np.exp(law_R + new)) & (np.exp(law_R + new) <= run.high)))
             ranks.append(_ranks(again, fit.coordinates))
             tarp.append(_tarp(again, fit.coordinates, rng))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.observations import observe
+from scaling.observations import Observations, observe
 from scaling.problem import Problem
 from scaling.result import Fit
 from scaling.solve import huber
@@ -29,22 +29,27 @@ class Pull:
     stiffness: float
 
 
+def observed_of(fit: Fit, table: Source) -> Observations:
+    """The rows that `fit` saw in the table that it was fitted to, by its own columns and filters."""
+    asked = fit.metrics
+    return observe(table, fit.law, dict(asked["columns"]), asked["where"], asked["holdout"])
+
+
 def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
     """(problem, z [F], delta) that `fit` solved, from the table it was fitted to: its columns, its filters, its held-out rows left out.
 
-    ValueError when the table is not the one: another number of rows is fitted, or the fit is not an optimum of it.
+    ValueError when the table is not the one: another number of rows is fitted, or the objective is another.
     """
-    asked = fit.metrics
-    observed = observe(table, fit.law, {name: sql for name, sql in asked["columns"].items()}, asked["where"], asked["holdout"])
+    observed = observed_of(fit, table)
     columns, loss = observed.rows(~observed.held)
-    problem = Problem(fit.law, columns, np.log(loss), fit.free, fit.ties, fit.fixed)
-    delta = float("inf") if asked["loss"] == "least_squares" else float(asked["delta"])
-    if loss.size != asked["rows"]:
-        raise ValueError(f"table: {loss.size} rows to fit, but {fit.label} was fitted to {asked['rows']}; give the table of the fit")
+    if loss.size != fit.metrics["rows"]:
+        raise ValueError(f"table: {loss.size} rows to fit, but {fit.label} was fitted to {fit.metrics['rows']}; give the table of the fit")
+    problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed)
+    delta = float("inf") if fit.metrics["loss"] == "least_squares" else float(fit.metrics["delta"])
     z_F = problem.centred(np.asarray(fit.coordinates)[None])[0]
     objective = float(huber(problem.residuals(z_F[None]), delta).sum())
-    if not abs(objective - asked["objective"]) <= 1e-6 * max(objective, 1e-12):
-        raise ValueError(f"table: {fit.label} has objective {asked['objective']:.6g} on its table and {objective:.6g} on this one; "
+    if not abs(objective - fit.metrics["objective"]) <= 1e-6 * max(objective, 1e-12):
+        raise ValueError(f"table: {fit.label} has objective {fit.metrics['objective']:.6g} on its table and {objective:.6g} on this one; "
                          "give the table of the fit")
     return problem, z_F, delta
 
