@@ -18,8 +18,7 @@ import json
 import numpy as np
 
 import scaling
-from scaling.laws import Law, laws
-from scaling.laws.law import Operand, amplitude, exponent, namespace, scale
+from scaling.laws import Law, Operand, amplitude, exponent, laws, namespace, scale
 from scaling.observations import observe
 from scaling.refits import problem_of
 from scaling.uncertainty import held_out
