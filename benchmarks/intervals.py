@@ -79,8 +79,7 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     t, noise = fit.quantile, fit.metrics["residual_sd"] ** 2
     mean = (np.log(predicted.mean_high / predicted.loss) / t) ** 2
     problem, z, delta = problem_of(fit, small)
-    required = tuple(name for name in fit.law.inputs if name not in {operand.input for operand in fit.law.operands})
-    inner = held_out(problem, z, delta, required, fit.metrics["condition_number"])
+    inner = held_out(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
     excess = [max(np.mean(errors**2) - noise, 0.0) for errors, _ in inner] or [0.0]
     rates = [max(np.mean(errors**2) - noise, 0.0) / np.mean(distance) for errors, distance in inner] or [0.0]
     distance = np.log(predicted.extrapolated)
