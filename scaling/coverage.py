@@ -146,7 +146,8 @@ def _ranks(again: Fit, truth_F: np.ndarray) -> np.ndarray:
 def _tarp(again: Fit, truth_F: np.ndarray, rng: np.random.Generator) -> float:
     """Distances are Euclidean in the coordinates that the fit's own covariance makes round."""
     rank = again.scatter.shape[1]
-    draws = rng.standard_normal((TARP_DRAWS, rank)) * np.sqrt(again.metrics["dof"] / rng.chisquare(max(again.metrics["dof"], 1), (TARP_DRAWS, 1)))
+    dof = max(again.metrics["dof"], 1)
+    draws = rng.standard_normal((TARP_DRAWS, rank)) * np.sqrt(dof / rng.chisquare(dof, (TARP_DRAWS, 1)))
     truth = np.linalg.pinv(again.scatter) @ (truth_F - again.coordinates)
     reference = TARP_REACH * rng.standard_normal(rank)
     nearer = np.linalg.norm(draws - reference, axis=1) < np.linalg.norm(truth - reference)

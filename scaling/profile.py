@@ -33,7 +33,9 @@ class Profile:
 
 
 def profile(fit: Fit, table: Source, name: str | Callable, **columns) -> Profile:
-    """Profile of what `fit.estimate` takes: a parameter, a functional (at `columns`), or a function of the constants. table: the one that it was fitted to.
+    """Profile of what `fit.estimate` takes: a parameter, a functional (at `columns`), or a function of the constants.
+
+    table: the one that `fit` was fitted to; ValueError for another.
 
     Deviance: 2 (objective held to the value - objective) / scale, with the scale of the residuals (`deviance_scale`); below the square of
     Student's quantile lies the interval, which is exact where ln loss is linear in the coordinates and residuals are Gaussian. An end that
@@ -47,7 +49,8 @@ def profile(fit: Fit, table: Source, name: str | Callable, **columns) -> Profile
     slope = along.slopes(z_F[None], covariance)[0]
     error = math.sqrt(max(float(slope @ covariance @ slope), 0.0))
     if not (0.0 < error < math.inf and math.isfinite(start)):
-        return Profile(replace(estimate, reason=estimate.reason or "does not vary within this design"), np.zeros(0), np.zeros(0), fit.quantile**2)
+        flat = replace(estimate, reason=estimate.reason or "does not vary within this design")
+        return Profile(flat, np.zeros(0), np.zeros(0), fit.quantile**2)
     curve = _Curve(problem, along, z_F, delta, covariance, slope, error, deviance_scale(delta, noise), fit.metrics["objective"])
     values, roots = curve.at(start + fit.quantile * error * np.array([sign * step for sign in (-1, 1) for step in STEPS]))
     ends = []
@@ -65,8 +68,10 @@ def profile(fit: Fit, table: Source, name: str | Callable, **columns) -> Profile
         low, high = (float(back(end)) for end in ends)
     width = 0.5 * (ends[1] - ends[0]) / fit.quantile
     relative = width if along.logarithmic else width / (1.0 if along.absolute else abs(start) or 1.0)
-    reason = estimate.reason if closed else f"not identified by this design (its profile does not close {'below' if math.isfinite(ends[1]) else 'above'})"
-    return Profile(replace(estimate, low=low, high=high, relative_se=relative, reason=reason), back(values[order]), roots[order] ** 2, fit.quantile**2)
+    open_side = "below" if math.isfinite(ends[1]) else "above"
+    reason = estimate.reason if closed else f"not identified by this design (its profile does not close {open_side})"
+    stated = replace(estimate, low=low, high=high, relative_se=relative, reason=reason)
+    return Profile(stated, back(values[order]), roots[order] ** 2, fit.quantile**2)
 
 
 @dataclass(frozen=True)
