@@ -5,6 +5,7 @@
     fit.estimate("bits_for_gap", N=25_000, gap=0.01)   a number with its interval, or why the design does not identify it
     fit.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4)
     scaling.plan(fit, compute=1e14)                    the best N, D and width for a budget, with intervals
+    scaling.profile(fit, runs, "alpha")                profile likelihood; scaling.resample: wild bootstrap; scaling.coverage: does it cover?
     scaling.report("runs/demo", "report.html")         analyse() first when the sentences of summary() are wanted too
 
 Names are imported when first used: `bitlaw table` needs neither SciPy nor matplotlib.
@@ -16,19 +17,22 @@ import types
 _HOMES = {
     "scaling.analysis": ("Analysis", "analyse"),
     "scaling.compare": ("Comparison", "compare"),
+    "scaling.coverage": ("Coverage", "coverage"),
     "scaling.design": ("next_runs",),
     "scaling.fit": ("fit",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
+    "scaling.profile": ("Profile", "profile"),
     "scaling.report": ("report",),
+    "scaling.resample": ("resample",),
     "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
     "scaling.summary": ("summary",),
     "scaling.table": ("curves", "table", "telemetry", "write_table"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load",
-           "next_runs", "plan", "report", "summary", "table", "telemetry", "write_table"]
+__all__ = ["Analysis", "Comparison", "Coverage", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "analyse", "compare", "coverage", "curves",
+           "fit", "laws", "load", "next_runs", "plan", "profile", "report", "resample", "summary", "table", "telemetry", "write_table"]
 
 
 def __getattr__(name: str):

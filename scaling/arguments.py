@@ -39,7 +39,7 @@ def _rows(p: Parser) -> None:
     p.add_argument("--loss", default="huber", help="huber (default) or least_squares")
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap and of --coverage")
 
 
 def _fit(p: Parser) -> None:
@@ -48,6 +48,9 @@ def _fit(p: Parser) -> None:
     p.add_argument("--tie", type=assignments, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
     p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help="hold parameters at values")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
+    p.add_argument("--resample", default="cells", metavar="KIND", help="of --bootstrap: cells (default) or wild")
+    p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
+    p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
 
 
@@ -95,6 +98,11 @@ _BUILDERS = {
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.", _plan),
     "report": ("Writes one self-contained HTML page about a folder of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
+
+
+def names(text: str) -> list[str]:
+    """'alpha, beta' -> ["alpha", "beta"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def assignments(text: str) -> dict[str, str]:

@@ -66,16 +66,20 @@ def _table(arguments) -> int:
 
 def _fit(arguments) -> int:
     from scaling.fit import fit as fit_law
+    from scaling.trust import check_trust, trusted
 
     if arguments.out:
         check_target(arguments.out)
+    check_trust(arguments)
     with _progress() as progress:
+        later = {"bootstrap": 0} if arguments.resample == "wild" else {}
         fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
-                         progress=progress, **_row_options(arguments))
-    if not fitted.converged:
-        return _not_converged(fitted)
+                         progress=progress, **_row_options(arguments) | later)
+        if not fitted.converged:
+            return _not_converged(fitted)
+        fitted, trust = trusted(fitted, arguments, progress)
     _console().print(_constants(fitted))
-    for line in _facts(fitted):
+    for line in _facts(fitted) + trust:
         print(line)
     if arguments.out:
         print(f"written: {fitted.save(arguments.out)}")
@@ -118,7 +122,7 @@ def _predict(arguments) -> int:
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
-              f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+              f"({float(fitted.discrepancy_at(predicted.extrapolated)):.2%} of the loss)")
         for _, sentence in reaches(fitted.ranges, inputs).values():
             print(f"extrapolated: {sentence}")
     return 0
