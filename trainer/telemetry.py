@@ -20,7 +20,6 @@ from trainer.precision import ATTENTION_ROLES
 from trainer.propagation import ScaledArray, pow2, scale_rule, unscaled
 
 FIELDS = ("rms", "amax", "underflow", "overflow", "exponent")
-UNDERFLOW = FIELDS.index("underflow")
 LOSSES = FIELDS[2:4]  # of quantized tensors only; the exponent also of data that carries one
 RAW = (*FIELDS, "carried")  # as they leave a layer: RMS and amax are those of the data, whose exponent is `carried`
 SLACK = np.float32(1 + 2.0**-20)  # amax divided by a scale that was rounded may lie an ulp beyond the largest value: that is not clipped
@@ -108,14 +107,14 @@ def combine(parts: jax.Array, data_axis: str | None = None) -> jax.Array:
 
 def rows(step: int, measured: Mapping[str, np.ndarray], sites: Mapping[str, Sequence[str]], quantized: Mapping[str, bool]) -> Iterator[dict]:
     """The rows of telemetry.jsonl for one update: a row for every layer, site and role. measured: role -> [L, S, F]; sites: role -> names
-    of its sites; quantized: whether the role's tensors are, in some layer: elsewhere they have RMS and amax only, and the exponent of data that
-    carries one. Attention has no row in layers that do not quantize the role: there its tensors are not looked at."""
+    of its sites; quantized: whether the role's tensors are, in some layer (a width of 32 is a rounding that changes nothing): others have RMS and
+    amax only, and the exponent of data that carries one. Attention has no row in layers that do not quantize the role: there its tensors are not looked at."""
     for role, values_LSF in measured.items():
         for layer, values_SF in enumerate(values_LSF):
             for site, values_F in zip(sites[role], values_SF, strict=True):
-                here = not np.isnan(values_F[UNDERFLOW])  # a share, never NaN where something is quantized, whatever the tensor holds
-                if role in ATTENTION_ROLES and not here:
+                found = dict(zip(FIELDS, values_F, strict=True))
+                rounded = not np.isnan(found["underflow"])  # a share: of what was rounded never NaN, whatever the tensor holds
+                if role in ATTENTION_ROLES and not rounded:
                     continue
-                numbers = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(FIELDS, values_F)
-                           if (quantized[role] and here) or not (name in LOSSES or (name == "exponent" and np.isnan(value)))}
-                yield {"step": step, "layer": layer, "site": site, "role": role, **numbers}
+                told = FIELDS if rounded and quantized[role] else FIELDS[:2] if rounded or np.isnan(found["exponent"]) else (*FIELDS[:2], "exponent")
+                yield {"step": step, "layer": layer, "site": site, "role": role, **{name: float(f"{found[name]:.{DIGITS}g}") for name in told}}
