@@ -1,8 +1,9 @@
 """What low precision does to a tensor, measured now and then: size, what is lost at both ends of the range, and the scale.
 
 Every `telemetry_every` steps each linear layer reports, for its weights, activations and output gradients, the `statistics` of the tensor and
-of how its role's first product quantizes it; attention does for keys and values, scores and probabilities, those that are quantized. They leave the step as `delayed` amax do (see `trainer.scales`), and the run folder holds
-them in `telemetry.jsonl`. Steps in between run a program that has no trace of it.
+of how its role's first product quantizes it; attention reports those of keys and values, scores and probabilities, where they are quantized.
+They leave the step as `delayed` amax do (see `trainer.scales`), and the run folder holds them in `telemetry.jsonl`. Steps in between run a
+program that has no trace of it.
 
 Shapes: P parts (micro-batches, devices), L layers, S linear sites of a layer, F the fields.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import formats
 from formats import bits as fb
 from trainer.precision import ATTENTION_ROLES
 from trainer.propagation import ScaledArray, pow2, scale_rule, unscaled
@@ -31,11 +33,12 @@ def due(step, every: int):
     return ((step + 1) % every == 0) | (step == 0)
 
 
-def statistics(x: jax.Array, values: jax.Array | None = None, scale: jax.Array | None = None, element=None, where: jax.Array | None = None) -> jax.Array:
+def statistics(x: jax.Array, values: jax.Array | None = None, scale: jax.Array | None = None, fmt=None, where: jax.Array | None = None) -> jax.Array:
     """float32 [F] of a float32 tensor x: its RMS and amax; the share of its values that were not zero and became zero; the share that
-    lay beyond the largest value of the element at its scale; the mean of log2 of the scales.
+    lay beyond the largest value of the element at its scale (with a zero point, which moves the range: that rounding moved by more than a
+    step); the mean of log2 of the scales.
 
-    values: x as numbers of the element, None where x is not quantized (the last three are then NaN). scale: what multiplies them,
+    values: x as numbers of fmt's element (fmt is one, or a format with scales), None where x is not quantized (the last three are then NaN). scale: what multiplies them,
     broadcasting against x, None for 1. where: bool, of x's rank and broadcasting against it: which values count, in all of these, and a scale
     if one of its values does; None for all. The others have to be finite. Sizes down to 2**-100 and up to 2**100 do not lose their squares.
     """
@@ -47,11 +50,19 @@ def statistics(x: jax.Array, values: jax.Array | None = None, scale: jax.Array |
         return jnp.stack([rms, amax, *(jnp.float32(jnp.nan),) * 3])
     underflow = _mean((x != 0) & (values == 0), where)
     factor = jnp.float32(1.0) if scale is None else scale
-    low, high = (jnp.asarray(limit, jnp.float32) * (factor * SLACK) for limit in element.limits)
-    overflow = _mean((x < low) | (x > high), where)
+    overflow = _mean(_beyond(x, values, factor * SLACK, fmt), where)
     if where is not None:
         where = jnp.any(where, axis=tuple(dim for dim in range(x.ndim) if factor.shape[dim] == 1), keepdims=True) if factor.ndim else None
     return jnp.stack([rms, amax, underflow, overflow, _mean(_log2(factor), where)])
+
+
+def _beyond(x, values, factor, fmt):
+    """bool like x: what the range does not hold. factor: the scale, a hair larger."""
+    element = fmt.element if isinstance(fmt, formats.Scaled) else fmt
+    if isinstance(fmt, formats.Scaled) and fmt.zero_point:
+        return jnp.abs(x - values * factor) > pow2(jnp.asarray(element.quantum_exp, jnp.int32)) * factor
+    low, high = (jnp.asarray(limit, jnp.float32) * factor for limit in element.limits)
+    return (x < low) | (x > high)
 
 
 def _mean(y, where):
@@ -61,21 +72,21 @@ def _mean(y, where):
     return jnp.mean(jnp.where(where, y.astype(jnp.float32), 0.0)) / jnp.mean(where, dtype=jnp.float32)
 
 
-def raw(x: jax.Array, values=None, scale=None, element=None, where=None) -> jax.Array:
+def raw(x: jax.Array, values=None, scale=None, fmt=None, where=None) -> jax.Array:
     """The RAW statistics: of data that is the tensor itself."""
-    return jnp.concatenate([statistics(x, values, scale, element, where), jnp.zeros((1,), jnp.float32)])
+    return jnp.concatenate([statistics(x, values, scale, fmt, where), jnp.zeros((1,), jnp.float32)])
 
 
 carried = scale_rule(raw)
 
 
 @carried.defrule
-def _(x: ScaledArray, values=None, scale=None, element=None):
+def _(x: ScaledArray, values=None, scale=None, fmt=None):
     """Of the data, at its own exponent, so that float16 holds them; the scale of quantized values is relative to that exponent."""
     data, exponent = x.data.astype(jnp.float32), jnp.asarray(x.exponent, jnp.int32)
     if values is not None:
         values = values.data.astype(jnp.float32) * pow2(values.exponent - exponent)
-    found = statistics(data, values, unscaled(scale), unscaled(element))
+    found = statistics(data, values, unscaled(scale), unscaled(fmt))
     own = exponent.astype(jnp.float32)
     scale_used = jnp.where(jnp.isnan(found[4]), own, found[4] + own)
     return jnp.concatenate([found[:4], jnp.stack([scale_used, own])])

@@ -46,7 +46,7 @@ def attention(policy, key=None, axis_name: str | None = None, meter: dict[str, j
         if quantizer is None:
             return _reported(x, NOT_QUANTIZED, meter[name]) if name in meter else x
         y, found = _quantized(x, quantizer, SALTS[name], (token, channel), key, axis_name)
-        return _reported(y, telemetry.raw(lax.stop_gradient(x), *found, quantizer.element, counts), meter[name]) if name in meter else y
+        return _reported(y, telemetry.raw(lax.stop_gradient(x), *found, quantizer.format, counts), meter[name]) if name in meter else y
 
     def run(q_BHTK, k_BHKT, v_BHKT):
         k = narrow(k_BHKT, "keys", 2, 3)

@@ -130,6 +130,19 @@ def test_statistics_equal_a_count(name):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * np.max(np.abs(other)))
 
 
+@pytest.mark.parametrize("granularity, axis", [("token", 2), ("channel", 3)])
+def test_nothing_is_beyond_a_range_with_a_zero_point(granularity, axis):
+    """Keys and values from their smallest to their largest (KIVI, Liu et al. 2024): what is below zero is not beyond the range, and what is
+    next to it is lost."""
+    policy = trainer.policy("float32", *_int("kv", 4, granularity), "precision.kv.zero_point=true")
+    found, _ = _found(policy, *_tensors(), _meter(policy))
+    for name in ("keys", "values"):
+        x, _ = _captured()[name]
+        scale = (np.maximum(np.max(x, axis=axis, keepdims=True), 0) - np.minimum(np.min(x, axis=axis, keepdims=True), 0)) / 15
+        assert found[name][3] == 0 and found[name][2] == pytest.approx(np.mean((x != 0) & (np.abs(x) < scale / 2)), abs=1.1 / x.size)
+        assert found[name][4] == pytest.approx(np.mean(np.log2(scale)), rel=1e-5)
+
+
 def test_a_tensor_that_is_left_as_it_is_has_no_share():
     """NaN in every field, beside roles that are quantized and where none is: not the zeros of a meter that nobody read."""
     both, scores = (trainer.policy("float32", *(o for name in names for o in CASES[name][0])) for names in (("kv per token", "scores per query"), ("scores per query",)))
