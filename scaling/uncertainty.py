@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.problem import LARGEST, Problem
+from scaling.problem import Problem
 from scaling.solve import minimise
 
 INNER_CUTS = (0.5, 0.65, 0.8)  # quantiles of scale below which an inner fit is trained
-DEAD = -12.0  # ln of a term's mean share of the loss below which the term is dead
 CHUNK = 128  # bootstrap resamples per batch
 
 
@@ -39,8 +38,7 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     low, high = problem.bounds()
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
     inside = (z_F > low + 1e-6) & (z_F < high - 1e-6)
-    dead = np.array([name in problem.amplitudes for name in problem.free]) & (z_F < high - LARGEST + DEAD)
-    moving = inside & ~dead
+    moving = inside & ~problem.dead(z_F)
     dof = len(residuals) - int(moving.sum())
     sd = math.sqrt(float(residuals @ residuals) / max(dof, 1))
     _, singular, right = np.linalg.svd(jacobian[:, moving], full_matrices=False)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 
-from scaling.laws.law import Law, amplitude, exponent, namespace
+from scaling.laws.law import Law, namespace
+from scaling.laws.parameters import amplitude, exponent
 
 
 def log_terms(p, x):

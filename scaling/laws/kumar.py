@@ -14,7 +14,8 @@ import math
 import numpy as np
 
 from scaling.laws import chinchilla
-from scaling.laws.law import Law, Operand, amplitude, exponent, namespace, offset, scale
+from scaling.laws.law import Law, namespace
+from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
 
 FULL_BITS = 32.0
 OPERANDS = {"weights_bits": ("gamma_w", "n_w"), "activations_bits": ("gamma_a", "n_a"), "kv_bits": ("gamma_kv", "n_kv")}

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from scaling.laws.busbridge import busbridge
 from scaling.laws.chinchilla import chinchilla
+from scaling.laws.free_efficiency import free_efficiency
 from scaling.laws.kumar import kumar
 from scaling.laws.law import Law
+from scaling.laws.quartet import quartet
 
 
 class Registry(Mapping[str, Law]):
@@ -39,10 +42,10 @@ class Registry(Mapping[str, Law]):
         return len({law.name for law in self._laws.values()})
 
 
-laws = Registry(chinchilla, kumar)
+laws = Registry(chinchilla, busbridge, kumar, quartet, free_efficiency)
 
 
-def resolve(spec: str | Law) -> tuple[Law, dict[str, str], dict[str, float], str]:
+def resolve(spec: str | Law, inputs: tuple[str, ...] = ()) -> tuple[Law, dict[str, str], dict[str, float], str]:
     """"kumar:tied+plain" -> (law, ties, fixed, label). ValueError for a law or variant that does not exist."""
     if isinstance(spec, Law):
         return spec, {}, {}, spec.name
