@@ -46,7 +46,7 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
     if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r}: unknown; use {' or '.join(LOSSES)}")
+        raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
     if not delta > 0 or not 0 < level < 1 or bootstrap < 0:
         raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}: need delta > 0, 0 < level < 1, bootstrap >= 0")
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))

@@ -16,6 +16,7 @@ from scaling.problem import Problem
 from scaling.starts import candidates
 
 MAX_ROUNDS = 400
+SCIPY_ROUNDS = 2000
 CONVERGED = 1e-7  # expected relative decrease of the objective by one more step, below which a fit has converged
 
 
@@ -77,7 +78,7 @@ def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarra
     start = 1.0
     start = max(float(value_and_slope(z_F)[0]), 1e-300)  # scaled: an objective of 1e-3 would meet the default tolerances at once
     found = scipy.optimize.minimize(value_and_slope, z_F, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
-                                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxcor": 30})
+                                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": SCIPY_ROUNDS, "maxcor": 30})
     return (found.x, float(found.fun) * start) if found.fun < 1.0 else (z_F, start)
 
 

@@ -163,12 +163,12 @@ class Law:
             values = np.asarray(columns[operand.input], dtype=np.float64)
             active = values[operand.touched(values)]
             if active.size == 0:
-                absent += operand.parameters
+                absent += operand.parameters + operand.also
                 continue
             twin = next((name for name, other in kept.items() if np.array_equal(other[0], values)), None)
             if twin is not None:
-                pairs = zip(operand.parameters, kept[twin][1].parameters, strict=True)
-                ties |= {mine: theirs for mine, theirs in pairs if mine != theirs}
+                other = kept[twin][1]
+                ties |= dict(zip(operand.parameters + operand.also, other.parameters + other.also, strict=True))
                 notes.append(f"{operand.input} equals {twin} in every row: they share {', '.join(kept[twin][1].parameters)}")
                 continue
             kept[operand.input] = (values, operand)
@@ -179,10 +179,10 @@ class Law:
                 side = "above" if operand.below else "below"
                 notes.append(f"{operand.input} has {levels.size} level(s) {side} {operand.neutral:g}: {', '.join(given_up)} "
                              f"cannot be told from {operand.parameters[0]} and is held at {self.parameter(given_up[0]).held:g}")
-        used = {name for _, operand in kept.values() for name in operand.parameters}
         fixed |= {tied: fixed[source] for tied, source in ties.items() if source in fixed}
         ties = {tied: source for tied, source in ties.items() if source not in fixed}
-        return Reduction(tuple(dict.fromkeys(n for n in absent if n not in used)), ties, fixed, tuple(notes))
+        ties = {tied: source for tied, source in ties.items() if tied not in absent}
+        return Reduction(tuple(dict.fromkeys(absent)), ties, fixed, tuple(notes))
 
     def predict(self, params: Params, **columns):
         """Loss in nats per token at `columns` (scalars or arrays that broadcast). Shape of the broadcast columns.
@@ -195,7 +195,7 @@ class Law:
         absent = law.reduce(x).absent if law.operands else ()
         missing = [name for name in law.names if name not in absent and name not in params]
         if missing:
-            users = [o for o in law.operands if set(o.parameters) & set(missing)]
+            users = [o for o in law.operands if set(o.parameters + o.also) & set(missing)]
             side = "above" if users and users[0].below else "below"
             why = f" for {users[0].input} {side} {users[0].neutral:g}" if users else ""
             raise ValueError(f"law {law.name} needs {', '.join(missing)}{why}; these constants have {', '.join(params)}")

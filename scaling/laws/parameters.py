@@ -66,8 +66,8 @@ def exponent(name: str, low: float = 0.01, high: float = 2.5, held: float = 0.0)
     return Parameter(name, "exponent", low, high, held=held)
 
 
-def scale(name: str, low: float, high: float, unit: str = "") -> Parameter:
-    return Parameter(name, "scale", low, high, unit)
+def scale(name: str, low: float, high: float, unit: str = "", held: float = 1.0) -> Parameter:
+    return Parameter(name, "scale", low, high, unit, held=held)
 
 
 def offset(name: str, low: float, high: float, unit: str = "") -> Parameter:
@@ -80,7 +80,8 @@ class Operand:
 
     `input` is the column; at `neutral` and above (bits >= 32; with `below`, at it and below: an error of 0) the law does not depend on
     it; `parameters` are ordered from the one to keep to the one to give up first when the design has too few levels. Two operands
-    whose columns are identical in every row share their parameters pairwise, but for those that both name.
+    whose columns are identical in every row share their parameters pairwise.
+    also: parameters that no row identifies either when none is touched, but that need no further level.
     from_name: turns a name in that column (a format's) into its number.
     """
 
@@ -89,6 +90,7 @@ class Operand:
     neutral: float
     below: bool = False
     from_name: Callable[[str], float] | None = None
+    also: tuple[str, ...] = ()
 
     def touched(self, values) -> np.ndarray:
         """Where the law depends on this operand."""
