@@ -62,6 +62,8 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     problem, more = pose(resolved, observed, ties, fixed)
     reach = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
     problem, solution = with_priors(problem, reach, priors) if priors else (problem, solve(problem, reach))
+    if solution.agree == 1:
+        more.append(f"only one of {solution.starts} starts ended at this optimum: a lower one may exist")
     return _assemble(problem, solution, observed, label, notes + more, level, bootstrap, seed, progress,
                      {"loss": loss, "delta": reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})

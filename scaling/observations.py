@@ -62,8 +62,10 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
     weighed = _project(stages[-1], f"*, {counts_as} AS weight_", f"weights {weights}")
     last = _project(weighed, f"{', '.join(map(quote, mapping))}, weight_, {held} AS held_out_", f"holdout {holdout}")
+    texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
+             for name, kind in zip(last.columns, last.types, strict=True)]
     with _one_line("columns"):
-        final = last.fetchnumpy()
+        final = last.project(", ".join(texts)).fetchnumpy()
     return _checked(law, final, mapping, dropped, holdout, weights)
 
 
@@ -131,7 +133,8 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
             continue
         operand = operands.get(name)
         values = np.ma.filled(_numeric(arrays[name], operand), operand.untouched if operand else np.nan)
-        _refuse(values, name, mapping[name], law, infinite_allowed=operand is not None, zero_allowed=name in law.zero_allowed or (operand is not None and operand.below))
+        _refuse(values, name, mapping[name], law, infinite_allowed=operand is not None,
+                zero_allowed=name in law.zero_allowed or (operand is not None and operand.below))
         columns[name] = values
     loss = np.ma.filled(np.ma.asarray(arrays["loss"], dtype=np.float64), np.nan)
     _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)

@@ -67,13 +67,13 @@ def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray
     if loss.size < len(free):
         raise ValueError(f"{loss.size} {rows} cannot fit the {len(free)} free parameters of law {law.name} ({', '.join(free)})")
     operands = {operand.input: operand for operand in law.operands}
-    factors = {factor.input for factor in law.factors}
     efficiencies = {name for name in free if any(factor.level(name) for factor in law.factors)}
     for name, values in columns.items():
         operand = operands.get(name)
         neutral = operand is not None and (not operand.touched(values[0]) or set(operand.parameters) <= set(fixed))
         held = set(free) <= efficiencies  # a second stage: its one size or width says what the first stage left to say
-        if np.all(values == values[0]) and not (neutral or held or name in factors):
+        needed = name in law.measures or operand is not None  # what else a law takes may be constant: B of one block size
+        if np.all(values == values[0]) and needed and not (neutral or held):
             others = [law_name for law_name in ("chinchilla",) if operand is not None and law_name != law.name]
             raise ValueError(f"{name} is {values[0]:g} in every fitted row, so law {law.name} cannot be fitted: vary it"
                              + (f", or fit {others[0]}" if others else ""))

@@ -70,11 +70,13 @@ class Problem:
         return np.array(low, dtype=np.float64), np.array(high, dtype=np.float64)
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where starts are drawn: the bounds, and for amplitudes their span. [F], [F]"""
+        """Where starts are drawn: the bounds or the smaller box of a parameter's `start`, and for amplitudes their span. [F], [F]"""
         low, high = self.bounds()
         for i, parameter in enumerate(map(self.law.parameter, self.free)):
             if parameter.multiplies:
                 low[i], high[i] = parameter.span
+            elif parameter.start:
+                low[i], high[i] = map(parameter.coordinate, parameter.start)
         return low, high
 
     def dead(self, z_F: np.ndarray) -> np.ndarray:
@@ -179,6 +181,13 @@ class Problem:
             i = self.free.index(name)
             first[:, i], second[i] = precision * (z_SF[:, i] - mean), precision
         return first, second
+
+    def prior_rows(self, inside: float) -> np.ndarray:
+        """[number of priors, F]: the priors as rows of the Jacobian, where the objective's curvature is `inside` times J'J."""
+        rows = np.zeros((len(self.priors), len(self.free)))
+        for row, (name, (_, precision)) in zip(rows, self.priors.items(), strict=True):
+            row[self.free.index(name)] = np.sqrt(precision / inside)
+        return rows
 
     def slopes_of_centre(self, z_F: np.ndarray) -> np.ndarray:
         """[F, F]: d(plain coordinates)/d(z), plain coordinates having the log of the amplitude itself. Identity but for that."""

@@ -13,10 +13,11 @@ import scipy.optimize
 
 from scaling.objective import huber, objective_of
 from scaling.problem import Problem
-from scaling.starts import candidates
+from scaling.starts import POLISHED, candidates
 
 MAX_ROUNDS = 400
 SCIPY_ROUNDS = 2000
+FEW, MORE = 3, 4  # where fewer starts than FEW agree, MORE times as many are polished
 CONVERGED = 1e-7  # expected relative decrease of the objective by one more step, below which a fit has converged
 
 
@@ -46,8 +47,12 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     if not len(starts):
         raise ValueError(f"law {problem.law.name}: no start gives a finite loss in all {problem.log_loss.size} rows; check the inputs' units")
     z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
+    agree = _agreeing(objective)
+    if agree < FEW and len(problem.nonlinear) > 2 and problem.law.combine is None:  # a rugged design: look further before believing it
+        starts = np.concatenate([z_SF[[np.argmin(objective)]], candidates(problem, delta, MORE * POLISHED)])
+        z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
+        agree = _agreeing(objective)
     best = int(np.argmin(objective))
-    agree = int(np.sum(objective <= objective[best] * (1.0 + 1e-6) + 1e-300))
     z, lowest = z_SF[best], float(objective[best])
     if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
         ones = np.ones((1, problem.log_loss.size))
@@ -58,6 +63,11 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
         z, lowest = by_scipy(problem, z, delta)
         gradient, decrease = stationarity(problem, z, delta)
     return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree)
+
+
+def _agreeing(objective: np.ndarray) -> int:
+    """How many starts ended within 1e-6 of the best."""
+    return int(np.sum(objective <= objective.min() * (1.0 + 1e-6) + 1e-300))
 
 
 def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarray, float]:

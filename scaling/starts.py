@@ -28,8 +28,8 @@ def low_discrepancy(count: int, dims: int) -> np.ndarray:
     return (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
 
 
-def candidates(problem: Problem, delta: float) -> np.ndarray:
-    """[<= POLISHED or BOX_POLISHED, F]: the best half by objective, the rest spread over the ranks, so that agreement means something."""
+def candidates(problem: Problem, delta: float, polished: int = POLISHED) -> np.ndarray:
+    """[<= polished or BOX_POLISHED, F]: the best half by objective, the rest spread over the ranks, so that agreement means something."""
     if problem.law.combine is not None:
         return _in_a_box(problem, delta)
     low, high = problem.bounds()
@@ -38,11 +38,12 @@ def candidates(problem: Problem, delta: float) -> np.ndarray:
     z_SF = np.zeros((count, len(problem.free)))
     if dims:
         index = [problem.free.index(name) for name in problem.nonlinear]
-        z_SF[:, index] = low[index] + (high - low)[index] * low_discrepancy(count, dims)
+        box_low, box_high = problem.box()
+        z_SF[:, index] = box_low[index] + (box_high - box_low)[index] * low_discrepancy(count, dims)
     size = max(1, CHUNK // (problem.log_loss.size * len(problem.law.amplitudes)))
     scored = [_project(problem, z_SF[at:at + size], delta, low, high) for at in range(0, count, size)]
     z_SF, objective = (np.concatenate(parts) for parts in zip(*scored, strict=True))
-    return _best_and_spread(z_SF, objective, POLISHED)
+    return _best_and_spread(z_SF, objective, polished)
 
 
 def _best_and_spread(z_SF: np.ndarray, objective: np.ndarray, count: int) -> np.ndarray:

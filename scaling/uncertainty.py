@@ -41,6 +41,7 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     moving = inside & ~problem.dead(z_F)
     dof = len(residuals) - int(moving.sum())
     sd = math.sqrt(float(residuals @ residuals) / max(dof, 1))
+    jacobian = np.concatenate([jacobian, problem.prior_rows(share_inside(delta, sd))])
     _, singular, right = np.linalg.svd(jacobian[:, moving], full_matrices=False)
     condition = float((singular[0] / singular[-1]) ** 2) if singular[-1] > 0 else math.inf
     scatter = np.zeros((len(problem.free), len(problem.free)))
@@ -49,6 +50,11 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     scatter[np.ix_(moving, np.flatnonzero(moving))] = np.where(np.isfinite(columns), columns, np.inf)
     return Spread(problem.slopes_of_centre(z_F) @ scatter, sd, dof, condition,
                   tuple(name for name, free in zip(problem.free, moving, strict=True) if not free))
+
+
+def share_inside(delta: float, sd: float) -> float:
+    """Share of Gaussian residuals of deviation `sd` that are within `delta`: E[psi'] of the Huber loss."""
+    return 1.0 if sd == 0.0 or np.isinf(delta) else math.erf(delta / sd / math.sqrt(2.0))
 
 
 def huber_price(delta: float, sd: float) -> float:

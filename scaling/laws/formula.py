@@ -1,6 +1,6 @@
 """A law from its formula: law("E + A/N^alpha + B/D^beta") fits, predicts and reports like one that is built in.
 
-Inputs are N, D, P, k, names that end in _bits or _mse, unique_tokens, block, and whatever else is named as one; every other name is a
+Inputs are N, D, P, names that end in _bits or _mse, unique_tokens, block, and whatever else is named as one; every other name is a
 constant. What kind follows from its place:
   amplitude  a name that occurs once and multiplies (or, a divisor, divides) a summand: "A" in A/N^alpha; solved linearly in a plain sum;
   exponent   a name in an exponent, 0.01 to 2.5;
@@ -17,7 +17,7 @@ from scaling.laws.grammar import FUNCTIONS, Node, parse
 from scaling.laws.law import Law, namespace
 from scaling.laws.parameters import Parameter, amplitude, divisor, exponent, offset, scale
 
-KNOWN_INPUTS = ("N", "D", "P", "k", "unique_tokens", "block")
+KNOWN_INPUTS = ("N", "D", "P", "unique_tokens", "block")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def law(text: str, inputs: tuple[str, ...] = ()) -> Law:
         raise ValueError(f"formula {text!r}: {unused[0]} is set after ';' but does not occur before it")
     constants = [name for name in names if name not in columns]
     if not columns or not constants:
-        raise ValueError(f"formula {text!r}: needs an input ({', '.join(KNOWN_INPUTS[:4])}, or one named after ';') and a constant; it has inputs "
+        raise ValueError(f"formula {text!r}: needs an input ({', '.join(KNOWN_INPUTS[:3])}, or one named after ';') and a constant; it has inputs "
                          f"{', '.join(columns) or 'none'} and constants {', '.join(constants) or 'none'}")
     plain, terms = _find_terms(tree, [name for name in constants if name not in boxes and tree.names().count(name) == 1])
     parameters = _parameters(tree, [term for term in terms.values()], constants, boxes)
@@ -82,7 +82,7 @@ def _settings(parts: list[str], text: str) -> tuple[tuple[str, ...], dict[str, t
 def _find_terms(tree: Node, free: list[str]) -> tuple[bool, dict[Node, _Term]]:
     """(whether the formula is a plain sum of terms, node -> term). Below the top, terms are looked for in sums and bases of powers."""
     def term_of(node: Node) -> _Term | None:
-        parts = tuple(zip(node.signs, node.parts, strict=True)) if node.kind == "product" else ((1, node),)
+        parts = _factors(node, 1)
         for wanted in (1, -1):
             for sign, part in parts:
                 if sign == wanted and part.kind == "name" and part.value in free:
@@ -107,6 +107,13 @@ def _find_terms(tree: Node, free: list[str]) -> tuple[bool, dict[Node, _Term]]:
 
     look(tree)
     return False, found
+
+
+def _factors(node: Node, sign: int) -> tuple[tuple[int, Node], ...]:
+    """(+1 or -1, factor) of a product, brackets opened: a/(g*x) is a, 1/g, 1/x."""
+    if node.kind != "product":
+        return ((sign, node),)
+    return tuple(factor for own, part in zip(node.signs, node.parts, strict=True) for factor in _factors(part, sign * own))
 
 
 def _parameters(tree: Node, terms: list[_Term], constants: list[str], boxes: dict) -> tuple[Parameter, ...]:

@@ -165,7 +165,8 @@ class Law:
             if active.size == 0:
                 absent += operand.parameters + operand.also
                 continue
-            twin = next((name for name, other in kept.items() if np.array_equal(other[0], values)), None)
+            twin = next((name for name, (others, other) in kept.items() if np.array_equal(others, values)
+                         and (len(other.parameters), len(other.also)) == (len(operand.parameters), len(operand.also))), None)
             if twin is not None:
                 other = kept[twin][1]
                 ties |= dict(zip(operand.parameters + operand.also, other.parameters + other.also, strict=True))

@@ -4,8 +4,8 @@
     mse_efficiency        rho = exp(-c mse^kappa)
     mse_efficiency_tanh   rho = tanh(F (log_{1/4} mse)^C)          (after Panferov et al. 2025, arXiv 2506.01863, from memory)
 
-mse is relative, E (q(x) - x)^2 / E x^2: `formats.gaussian_mse`. A format's name in the column stands for that number, and 0 (or no
-value) for an operand that is not quantized, whose factor is exactly 1.
+mse is relative, E (q(x) - x)^2 / E x^2: `formats.gaussian_mse`. A format's name in the column stands for that number (`error_of`), and 0
+(or no value) for an operand that is not quantized, whose factor is exactly 1.
 """
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ TANH = {"weights_mse": ("F_w", "C_w"), "activations_mse": ("F_a", "C_a")}
 
 @functools.cache
 def error_of(name: str) -> float:
-    """The relative Gaussian error of the format called `name`. ValueError, one line, for an unknown one."""
-    from formats import gaussian_mse  # needs JAX, which a column of numbers does not
+    """The relative Gaussian error of the format called `name`. ValueError, one line, for an unknown one.
 
-    return float(gaussian_mse(name))
+    An element format has no scale of its own ("int4" rounds to whole numbers), so it gets an exact one per channel, a row of 1024 values:
+    another granularity has another error, which the caller then gives as a number.
+    """
+    import formats  # needs JAX, which a column of numbers does not
+
+    fmt = formats.get(name)
+    if isinstance(fmt, formats.Scaled) or formats.gaussian_mse(fmt) == 0.0:
+        return float(formats.gaussian_mse(fmt))
+    return float(formats.gaussian_mse(formats.scaled(fmt, "channel", axis=0)))
 
 
 def _log_exp(p, mse, names):

@@ -19,7 +19,7 @@ class Parameter:
     logs) or "offset" (any sign).
     low, high: the box in which starts are drawn and the solution must stay; amplitudes and divisors need none.
     span: for an amplitude of a law that is no plain sum, the box of starts of the log of its term's geometric mean over the rows.
-    held: the value to hold it at when the design cannot tell it from the constant it belongs to. unit: for tables and axes.
+    start: the box of starts, where it is smaller than the bounds. held: the value to hold it at when the design cannot tell it from the constant it belongs to. unit: for tables and axes.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Parameter:
     unit: str = ""
     span: tuple[float, float] = SPAN
     held: float = 0.0
+    start: tuple[float, float] | None = None
 
     @property
     def multiplies(self) -> bool:
@@ -66,12 +67,12 @@ def exponent(name: str, low: float = 0.01, high: float = 2.5, held: float = 0.0)
     return Parameter(name, "exponent", low, high, held=held)
 
 
-def scale(name: str, low: float, high: float, unit: str = "", held: float = 1.0) -> Parameter:
-    return Parameter(name, "scale", low, high, unit, held=held)
+def scale(name: str, low: float, high: float, unit: str = "", held: float = 1.0, start: tuple[float, float] | None = None) -> Parameter:
+    return Parameter(name, "scale", low, high, unit, held=held, start=start)
 
 
-def offset(name: str, low: float, high: float, unit: str = "") -> Parameter:
-    return Parameter(name, "offset", low, high, unit)
+def offset(name: str, low: float, high: float, unit: str = "", start: tuple[float, float] | None = None) -> Parameter:
+    return Parameter(name, "offset", low, high, unit, start=start)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Operand:
 
     `input` is the column; at `neutral` and above (bits >= 32; with `below`, at it and below: an error of 0) the law does not depend on
     it; `parameters` are ordered from the one to keep to the one to give up first when the design has too few levels. Two operands
-    whose columns are identical in every row share their parameters pairwise.
+    with as many parameters whose columns are identical in every row share them pairwise.
     also: parameters that no row identifies either when none is touched, but that need no further level.
     from_name: turns a name in that column (a format's) into its number.
     """

@@ -88,7 +88,7 @@ kumar_ptq = Law(
                "kumar_no_offset": {name: kumar.published["kumar"][name] for name in ("A", "B", "E", "alpha", "beta")} | _KUMAR_GAP},
     sources={"kumar": "Table 2 with its offset b = 1.1277, whose sign is not printed: + as in the training law, a reading",
              "kumar_no_offset": "Table 2 without the offset"},
-    validity={name: _TRAINED | {"ptq_bits": (3.0, 12.0)} for name in ("kumar", "kumar_no_offset")},
+    validity={name: _TRAINED for name in ("kumar", "kumar_no_offset")},
     functionals=chinchilla.chinchilla.functionals | {"loss_gap": loss_gap, "critical_tokens": critical_tokens},
     variants={"tied": {"ties": {"beta": "alpha"}}},
 )
@@ -106,7 +106,7 @@ kumar_unified = Law(
     published={"kumar": dict(kumar.published["kumar"]) | _KUMAR_GAP},
     sources={"kumar": "Table 2. The three C_x were fitted but never printed, so only unquantized training can be predicted with a gap; the sign "
                       "of the post-training offset is not printed and it is left out"},
-    validity={"kumar": _TRAINED | {name: (3.0, 12.0) for name in (*OPERANDS, "ptq_bits")}},
+    validity={"kumar": _TRAINED | {name: (3.0, 12.0) for name in OPERANDS}},
     functionals=kumar.functionals | {"ptq_gap": loss_gap},
     answers=kumar.answers,
     variants={"tied": {"ties": {"beta": "alpha"}}, "plain": {"fixed": {"n_w": 0.0, "n_a": 0.0, "n_kv": 0.0}}},

@@ -31,7 +31,7 @@ def test_a_formula_is_the_law_that_is_built_in(epoch, tmp_path):
 def test_formulas_have_the_value_of_arithmetic(text, value):
     p = {"A": 3.0, "B": 4.0, "E": 1.5, "alpha": 0.5, "beta": 0.3, "gamma": 0.7}
     if value is None:
-        with pytest.raises(ValueError, match="expected a number, a name or '\\(' at character 18, found '-'"):
+        with pytest.raises(ValueError, match="expected a number, a name or '\\(' at character 17, found '-'"):
             resolve(text)
         return
     law = resolve(text)[0]
@@ -40,12 +40,15 @@ def test_formulas_have_the_value_of_arithmetic(text, value):
 
 
 def test_kinds_follow_from_places():
-    law = resolve("n/N^a + E + D^b/N^a/(g*1) + k*z^kappa; z; kappa=-1:3")[0]
+    law = resolve("n/N^a + E + D^b/N^a/g + k*z^kappa; z; kappa=-1:3")[0]
     assert law.inputs == ("N", "D", "z")
-    assert {p.name: p.kind for p in law.parameters} == {"n": "amplitude", "E": "amplitude", "k": "amplitude", "g": "scale", "a": "exponent",
+    assert {p.name: p.kind for p in law.parameters} == {"n": "amplitude", "E": "amplitude", "k": "amplitude", "g": "divisor", "a": "exponent",
                                                         "b": "exponent", "kappa": "exponent"}
     assert (law.parameter("kappa").low, law.parameter("kappa").high) == (-1.0, 3.0)
-    assert {p.name: p.kind for p in resolve("B/D^beta + N/(A*D) + E")[0].parameters}["A"] == "scale"
+    assert {p.name: p.kind for p in resolve("B/D^beta + N/(A*D) + E")[0].parameters}["A"] == "divisor"
+    sun = resolve("n/N^a + d/D^b + e + D^b/N^a*log2(block)/(g*(exp_bits + 0.5)^delta*(man_bits + 0.5)^nu)")[0]
+    assert sun.combine is None and sun.parameter("g").kind == "divisor" and sun.parameter("nu").kind == "exponent"
+    assert resolve("E + A/N^alpha*exp(-gamma/D)")[0].parameter("gamma").kind == "scale"
 
 
 def test_a_formula_on_columns_of_its_own_through_the_command_line(tmp_path, capsys):
