@@ -38,6 +38,9 @@ def _rows(p: Parser) -> None:
     p.add_argument("--holdout", metavar="SQL", help='rows to predict and not to fit, e.g. "N = max(N) OVER ()"')
     p.add_argument("--loss", default="huber", help="huber (default), least_squares or lad (least absolute deviations)")
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
+    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
+    p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
+    p.add_argument("--weights", metavar="SQL", help="how much each row counts")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
 
@@ -47,10 +50,7 @@ def _fit(p: Parser) -> None:
     p.add_argument("--law", required=True, metavar="NAME|FORMULA", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain; or a "
                    'formula, "E + A/N^alpha + B/D^beta", with further inputs and boxes after semicolons: "...; width; alpha=0:1"')
     p.add_argument("--tie", type=assignments, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
-    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
-    p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
     p.add_argument("--prior", type=assignments, default={}, metavar="alpha=0.35:0.05,...", help="Gaussian priors, mean:deviation (relative for E)")
-    p.add_argument("--weights", metavar="SQL", help="how much each row counts")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
 

@@ -69,8 +69,7 @@ def _fit(arguments) -> int:
     if arguments.out:
         check_target(arguments.out)
     with _progress() as progress:
-        fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
-                         base=arguments.base, priors=priors(arguments.prior), weights=arguments.weights, progress=progress, **_row_options(arguments))
+        fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, level=arguments.level, priors=priors(arguments.prior), progress=progress, **_row_options(arguments))
     if not fitted.converged:
         return _not_converged(fitted)
     _console().print(_constants(fitted))
@@ -181,7 +180,8 @@ def _not_converged(fitted: Fit) -> int:
 
 
 def _row_options(arguments) -> dict:
-    return {name: getattr(arguments, name) for name in ("columns", "where", "holdout", "loss", "delta", "bootstrap", "seed")}
+    names = ("columns", "where", "holdout", "loss", "delta", "base", "weights", "bootstrap", "seed")
+    return {name: getattr(arguments, name) for name in names} | {"fixed": numbers(arguments.fix, "--fix")}
 
 
 def _constants(fitted: Fit) -> Table:

@@ -65,7 +65,7 @@ quartet = Law(
                                           "effD[baseline]": 1.0, "effD[SR]": 0.88, "effD[RTN]": 0.93, "effD[QuEST]": 0.83}},
     sources={"quartet": "v4, MXFP4 schemes: SR and RTN with absmax scales, QuEST with the RMSE-optimal clip. Earlier versions recommended SR for "
                         "the backward pass: an implementation bug had hurt RTN"},
-    validity={"quartet": {"N": (30.48e6, 203.19e6), "D": (0.75e9, 24e9)}},
+    validity={"quartet": {"N": (30.48e6, 203.19e6), "D": (0.75e9, 80e9)}},
     functionals=CHINCHILLA_FUNCTIONALS | {"loss_gap": loss_gap, "preferred_tokens_per_param": preferred_tokens_per_param},
     variants={"chinchilla": {"fixed": {"gamma": 1.0}}, "tied": {"ties": {"beta": "alpha"}}},
 )

@@ -90,3 +90,15 @@ def test_formula_of_a_published_law_is_that_law():
     law = resolve("E + B/D^beta + A/(N*(1 - exp(-P/gamma_w + n_w)))^alpha; n_w=0:8")[0]
     ours = law.predict({name: p[name] for name in law.names}, N=1e8, D=1e10, P=np.array([4.0, 8.0]))
     np.testing.assert_allclose(ours, laws["kumar"].predict(p, N=1e8, D=1e10, weights_bits=np.array([4.0, 8.0])), rtol=1e-14)
+
+
+def test_laws_with_different_inputs_are_compared_side_by_side():
+    n, d, k = (x.ravel() for x in np.meshgrid([1e7, 3e7, 1e8, 3e8], [1e9, 4e9, 2e10], [0, 1]))
+    eff = np.where(k == 1, 0.6, 1.0)
+    loss = (400 / (n * eff) ** 0.34 + 400 / d**0.28 + 1.7) * np.exp(1e-4 * np.random.default_rng(0).standard_normal(n.size))
+    table = {"n": n, "d": d, "kind": np.where(k == 1, "low", "full"), "loss": loss}
+    columns = {"N": "n", "D": "d", "scheme": "kind"}
+    compared = scaling.compare(table, ["free_efficiency", "E + A/N^alpha + B/D^beta"], columns=columns, fixed={"eff[full]": 1.0}, holdout="N = 3e8")
+    assert compared.best.law.name == "free_efficiency" and compared.best.params["eff[low]"] == pytest.approx(0.6, abs=0.01) and len(compared.fits) == 2
+    with pytest.raises(ValueError, match="columns: 'scheme' is known to none of the laws chinchilla"):
+        scaling.compare(table, ["chinchilla"], columns=columns)
