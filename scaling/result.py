@@ -202,6 +202,10 @@ class Fit:
             return f"not identified by this design ({why}; {name} ended on its bound)"
         if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
             return f"not identified by this design ({why})"
+        flat = self.metrics.get("undetermined", {})
+        apart = flat.get(name) or flat.get(self.ties.get(name))
+        if apart:
+            return f"not identified by this design (the objective is flat: starts that reach it end {apart:.0%} apart)"
         amplitude = name in self.law.amplitudes
         if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"

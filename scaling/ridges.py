@@ -7,6 +7,7 @@ from scaling.laws import Law
 
 OPEN = 0.5  # relative standard deviation along a direction, above which it is a ridge
 MINOR = 0.2  # loadings of a unit direction that are not told
+PLATEAU = 0.05  # relative distance between ends of equal objective, above which the objective is flat
 TOGETHER = 0.95  # correlation above which two constants are not separately known
 
 
@@ -25,6 +26,16 @@ def ridges(law: Law, free: tuple[str, ...], coordinates_F: np.ndarray, scatter_F
     directions, spread, _ = np.linalg.svd(relative, full_matrices=False)
     return [{"sd": float(sd), "direction": {name: float(load) for name, load in zip(free, direction, strict=True) if abs(load) >= MINOR}}
             for sd, direction in zip(spread, directions.T, strict=True) if sd > OPEN]
+
+
+def undetermined(law: Law, free: tuple[str, ...], ends_SF: np.ndarray) -> dict[str, float]:
+    """{name: relative range} of constants in which starts of one objective end more than 5 % apart. ends_SF: plain coordinates.
+
+    Least absolute deviations have such plateaus: with four runs in each cell, every curve between the middle two is a median.
+    """
+    apart = np.ptp(ends_SF, axis=0)
+    sizes = [1.0 if law.parameter(name).logarithmic else abs(value) or 1.0 for name, value in zip(free, ends_SF[0], strict=True)]
+    return {name: float(width / size) for name, width, size in zip(free, apart, sizes, strict=True) if width / size > PLATEAU}
 
 
 def confounded(free: tuple[str, ...], scatter_FC: np.ndarray) -> list[tuple[str, str, float]]:
@@ -49,4 +60,8 @@ def told(metrics: dict) -> list[str]:
     pairs = metrics.get("confounded", ())
     if pairs:
         lines.append("not separately known: " + "; ".join(f"{a} and {b} (correlation {c:+.3f})" for a, b, c in pairs))
+    flat = metrics.get("undetermined")
+    if flat:
+        lines.append("the objective is flat: starts that reach it end apart in " + ", ".join(f"{name} ({width:.0%})" for name, width in flat.items())
+                     + "; use a larger delta, or a law that tells the rows of a cell apart")
     return lines

@@ -24,7 +24,8 @@ CONVERGED = 1e-7  # expected relative decrease of the objective by one more step
 @dataclass(frozen=True)
 class Solution:
     """z: [F] coordinates; objective; gradient: largest |projected gradient| over the coordinates; decrease: expected relative
-    decrease of the objective by one more full step (0 at the optimum); rounds; starts: polished; agree: of these, within 1e-6."""
+    decrease of the objective by one more full step (0 at the optimum); rounds; starts: polished; agree: of these, within 1e-6;
+    ends: [agree, F] where they ended: a flat objective (an even number of runs per cell under a tiny delta) has many ends."""
 
     z: np.ndarray
     objective: float
@@ -33,6 +34,7 @@ class Solution:
     rounds: int
     starts: int
     agree: int
+    ends: np.ndarray
 
     @property
     def converged(self) -> bool:
@@ -53,6 +55,7 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
         z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
         agree = _agreeing(objective)
     best = int(np.argmin(objective))
+    ends = z_SF[objective <= objective[best] * (1.0 + 1e-6) + 1e-300]
     z, lowest = z_SF[best], float(objective[best])
     if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
         ones = np.ones((1, problem.log_loss.size))
@@ -62,7 +65,7 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     if decrease >= CONVERGED:
         z, lowest = by_scipy(problem, z, delta)
         gradient, decrease = stationarity(problem, z, delta)
-    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree)
+    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree, ends)
 
 
 def _agreeing(objective: np.ndarray) -> int:

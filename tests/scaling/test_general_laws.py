@@ -192,3 +192,12 @@ def test_refusals_are_one_line(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_flat_objective_states_no_constants():
+    """Four precisions in each cell and a law that cannot tell them apart: every curve between the middle two is least absolute."""
+    p, gaps = laws["chinchilla"].published["hoffmann"], np.array([0.97, 0.99, 1.01, 1.03])
+    n, d, gap = (part.ravel() for part in np.meshgrid([3e7, 1e8, 3e8, 1e9], [1e9, 4e9, 2e10], gaps))
+    fit = scaling.fit({"N": n, "D": d, "loss": gap * laws["chinchilla"].predict(p, N=n, D=d)}, "chinchilla", loss="lad")
+    assert fit.metrics["undetermined"] and not fit.identified(next(iter(fit.metrics["undetermined"])))
+    assert "the objective is flat" in str(fit.estimate(next(iter(fit.metrics["undetermined"]))))
