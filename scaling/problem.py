@@ -105,10 +105,10 @@ class Problem:
 
     def centre(self, log_terms_SKR: np.ndarray) -> np.ndarray:
         """[S, K]: what is subtracted from a term's logs: their mean over the rows it touches, 0 for a term with a fixed amplitude."""
-        touched = log_terms_SKR.real != -np.inf
-        if touched.all():
+        with np.errstate(invalid="ignore"):
             means = log_terms_SKR.mean(axis=-1)
-        else:
+        if not np.isfinite(means).all():
+            touched = log_terms_SKR.real != -np.inf
             means = np.where(touched, log_terms_SKR, 0.0).sum(axis=-1) / np.maximum(touched.sum(axis=-1), 1)
         return np.where(self._free_terms, means, 0.0)
 
@@ -153,12 +153,12 @@ class Problem:
             for name in self.nonlinear:
                 moved = self.theta(z_SF, name)
                 logs_SKR = self.log_terms(moved)
-                logs_SKR = logs_SKR - self.centre(logs_SKR)[:, :, None]
+                centre_SK1 = self.centre(logs_SKR)[:, :, None]
                 if self.law.combine is None:
-                    slope_SR = (parts_SKR * (logs_SKR.imag / STEP)).sum(axis=1)
+                    slope_SR = np.einsum("skr,skr->sr", parts_SKR, logs_SKR.imag - centre_SK1.imag)
                 else:
-                    slope_SR = self._loss(moved, np.exp(amplitudes_SK1 + logs_SKR)).imag / STEP
-                jacobian[:, :, self.free.index(name)] = slope_SR / total_SR
+                    slope_SR = self._loss(moved, np.exp(amplitudes_SK1 + logs_SKR - centre_SK1)).imag
+                jacobian[:, :, self.free.index(name)] = slope_SR / (STEP * total_SR)
         return np.log(total_SR) - self.log_loss, jacobian
 
     def _share(self, theta: Mapping, parts_SKR: np.ndarray, k: int) -> np.ndarray:
