@@ -22,6 +22,7 @@ USAGE = """usage: bitlaw VERB ...
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
+  plan FIT.json --compute 1e21         the best N, D and precision for a budget
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
   wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
@@ -65,7 +66,7 @@ def _formats(argv: list[str]) -> int:
 def _dispatch(verb: str, argv: list[str]) -> int:
     if verb == "formats":
         return _formats(argv)
-    if verb in ("table", "fit", "compare", "predict", "report"):
+    if verb in ("table", "fit", "compare", "predict", "plan", "report"):
         _part("scaling")
         return importlib.import_module("scaling.cli").run(verb, argv)
     _part("trainer")
@@ -96,10 +97,10 @@ class LiveReport:
         busy = self._process is not None and self._process.poll() is None
         if not busy and time.monotonic() - self._last >= self.EVERY_S:
             self._last, self._root = time.monotonic(), root
-            self._process = self._start()
+            self._process = self._start("--refresh", "60")
 
-    def _start(self) -> subprocess.Popen:
-        command = [sys.executable, str(Path(__file__).resolve()), "report", str(self._root), "--out", str(self._root / "report.html"), "--bootstrap", "20"]
+    def _start(self, *more: str) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).resolve()), "report", str(self._root), "--out", str(self._root / "report.html"), "--bootstrap", "20", *more]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def finish(self) -> None:
@@ -129,7 +130,7 @@ def _demo(argv: list[str]) -> int:
 
 
 PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "report", "data", "wandb-sync", "formats")
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:

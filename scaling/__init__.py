@@ -4,6 +4,7 @@
     fit = scaling.fit(runs, "kumar:tied", holdout="N = max(N) OVER ()", bootstrap=200)
     fit.estimate("bits_for_gap", N=25_000, gap=0.01)   a number with its interval, or why the design does not identify it
     fit.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4)
+    scaling.plan(fit, compute=1e14)                    the best N, D and width for a budget, with intervals
     scaling.report("runs/demo", "report.html")         analyse() first when the sentences of summary() are wanted too
 
 Names are imported when first used: `bitlaw table` needs neither SciPy nor matplotlib.
@@ -15,8 +16,10 @@ import types
 _HOMES = {
     "scaling.analysis": ("Analysis", "analyse"),
     "scaling.compare": ("Comparison", "compare"),
+    "scaling.design": ("next_runs",),
     "scaling.fit": ("fit",),
     "scaling.laws": ("Law", "laws"),
+    "scaling.plan": ("Plan", "plan"),
     "scaling.report": ("report",),
     "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
     "scaling.summary": ("summary",),
@@ -24,8 +27,8 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load", "report",
-           "summary", "table", "telemetry", "write_table"]
+__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load",
+           "next_runs", "plan", "report", "summary", "table", "telemetry", "write_table"]
 
 
 def __getattr__(name: str):

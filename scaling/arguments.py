@@ -1,4 +1,4 @@
-"""Command lines of `bitlaw table|fit|compare|predict|report`: parsers that refuse in one line, and the name=value lists they take."""
+"""Command lines of `bitlaw table|fit|compare|predict|plan|report`: parsers that refuse in one line, and the name=value lists they take."""
 from __future__ import annotations
 
 import argparse
@@ -63,12 +63,32 @@ def _compare(p: Parser) -> None:
 def _predict(p: Parser) -> None:
     p.add_argument("fit", metavar="FIT.json")
     p.add_argument("inputs", nargs="+", metavar="NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4")
+    _extrapolate(p)
+
+
+def _plan(p: Parser) -> None:
+    p.add_argument("fit", metavar="FIT.json")
+    p.add_argument("--compute", type=float, metavar="FLOP", help="budget of training and inference, in FLOP of 16 bits: 1e21")
+    p.add_argument("--cost-model", default="bits", metavar="NAME", help="bits (default: 6 N D bits/16), bit_operations, flops, a100, h100, h200, "
+                   "b200, v5p, v6e (each also :int or :float), or your own speed-ups: speedups:4=2,8=1.6")
+    p.add_argument("--fix", type=assignments, default={}, metavar="N=1e9,...", help="hold N, D, or inputs of the law: weights_bits=4")
+    p.add_argument("--bits", type=widths, metavar="4,8,16", help="widths to choose from (default: any within those trained)")
+    p.add_argument("--precision", action="append", default=[], metavar="NAME:INPUT=VALUE,...", help="a precision to choose from, by law inputs "
+                   "and widths of costs: w4a8:weights_bits=4,activations_bits=8; give it again for each")
+    p.add_argument("--inference-tokens", type=float, default=0.0, metavar="D", help="tokens to be served, at 2 N FLOP each, from the same budget")
+    p.add_argument("--memory", type=float, metavar="BYTES", help="of the weights: N weights_bits/8 at most")
+    _extrapolate(p)
+
+
+def _extrapolate(p: Parser) -> None:
+    p.add_argument("--extrapolate", action="store_true", help="answer more than 30 times outside of the fitted range of N, D or compute")
 
 
 def _report(p: Parser) -> None:
     p.add_argument("table", metavar="DIR", help="folder of runs, or a run table")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
+    p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while a sweep goes on")
 
 
 _BUILDERS = {
@@ -76,6 +96,7 @@ _BUILDERS = {
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
     "predict": ("Predicts the loss of a run, with its interval.", _predict),
+    "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.", _plan),
     "report": ("Writes one self-contained HTML page about a folder of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
 
@@ -126,3 +147,22 @@ def numbers(pairs: dict[str, str], what: str) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"{what} {name}={value}: not a number") from None
     return result
+
+
+def mixed(pairs: dict[str, str]) -> dict[str, float | str]:
+    """Values of NAME=VALUE pairs as floats where they are numbers, as they are where not (the name of a scheme)."""
+    result: dict[str, float | str] = {}
+    for name, value in pairs.items():
+        try:
+            result[name] = float(value)
+        except ValueError:
+            result[name] = value
+    return result
+
+
+def widths(text: str) -> list[float]:
+    """"4,8,16" -> [4.0, 8.0, 16.0], as an argparse type."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of bits; give 4,8,16") from None

@@ -16,6 +16,7 @@ from rich.table import Table
 from scaling.arguments import numbers, parser, priors
 from scaling.files import check_target
 from scaling.plugins import load_plugins
+from scaling.reach import reaches
 from scaling.table import TABLE_SUFFIXES, table, write_table
 
 if TYPE_CHECKING:
@@ -114,12 +115,14 @@ def _predict(arguments) -> int:
     if bad:
         raise ValueError(f"input {bad}={pairs[bad]}: must be positive")
     inputs |= named
-    predicted = fitted.predict(**inputs)
+    predicted = fitted.predict(**inputs, extrapolate=arguments.extrapolate)
     print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
               f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+        for _, sentence in reaches(fitted.ranges, inputs).values():
+            print(f"extrapolated: {sentence}")
     return 0
 
 
@@ -131,12 +134,18 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _plan(arguments) -> int:
+    from scaling.plan_text import run_plan
+
+    return run_plan(arguments, _console())
+
+
 def _report(arguments) -> int:
     from scaling.report import report as write_report
 
     check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap)
-    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis)])
+    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
 
 
 def _analyse(source, bootstrap: int) -> Analysis:
@@ -266,4 +275,4 @@ def _progress():
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "report": _report}
+VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "report": _report}

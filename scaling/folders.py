@@ -77,6 +77,17 @@ def runs(folders: list[Path], columns: Mapping[str, str], name: str = "record.js
     return [run for _, run in best.values()]
 
 
+def unfinished(folder: Path) -> int:
+    """How many runs below a folder have no record yet: those that were begun, and those that the plan of a sweep there names."""
+    found = runs([folder], {}, tell=False)
+    over = {run.run_id for run in found if run.record is not None}
+    try:
+        planned = json.loads((folder / "plan.json").read_bytes())["run_ids"]
+    except (OSError, ValueError, KeyError, TypeError):
+        planned = []
+    return len({run.run_id for run in found}.union(planned) - over)
+
+
 def _record(path: Path, columns: Mapping[str, str]) -> dict | None:
     try:
         record = json.loads(path.read_bytes())

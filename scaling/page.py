@@ -54,10 +54,11 @@ def escape(text: object) -> str:
     return re.sub(r"(?<![\w-])-(?=[\d.])", "\u2212", html.escape(str(text)))
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A complete document."""
+def page(title: str, body: Iterable[str], refresh: int | None = None) -> str:
+    """A complete document. refresh: after how many seconds a browser loads it anew."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light">\n' + again +
             f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body)
             + "\n</main>\n</body>\n</html>\n")
 

@@ -114,6 +114,12 @@ def _curve(fit: Fit | None, n_params: float, tokens, bits):
         return fit.law.predict(fit.params, N=np.asarray(n_params, float), D=np.asarray(tokens, float), **fit.at_width(np.asarray(bits, float)))
 
 
+def _mean_line(runs: Sequence[Run], x) -> tuple[list[float], list[float]]:
+    """x, and the mean loss there, in the order of x: seeds share a place."""
+    places = sorted({x(run) for run in runs})
+    return places, [float(np.mean([run.loss for run in runs if x(run) == place])) for place in places]
+
+
 def _scatter(axis, runs: Sequence[Run], x, y, held: set[str], marker: str, colour) -> None:
     """One mark per run at (x(run), y(run)); hollow for those in `held`. Two artists at most: drawing time goes by artists."""
     for chosen, face in (([r for r in runs if r.run_id not in held], colour), ([r for r in runs if r.run_id in held], "white")):
@@ -133,8 +139,7 @@ def loss_against_bits(runs: Sequence[Run], fit: Fit | None, held: set[str]) -> F
             chosen = [run for run in runs if run.tokens == budget and run.n_params == n]
             curve = _curve(fit, n, budget, scale.grid()) if scale.finite else None
             if curve is None:
-                joined = sorted((run.bits, run.loss) for run in chosen if math.isfinite(run.bits))
-                axis.plot(*zip(*joined, strict=True), color=colour, lw=0.9) if joined else None
+                axis.plot(*_mean_line([run for run in chosen if math.isfinite(run.bits)], lambda run: run.bits), color=colour, lw=0.9)
             else:
                 axis.plot(scale.grid(), curve, color=colour, lw=1.1)
                 axis.plot([scale.end - 0.3, scale.end + 0.3], [_curve(fit, n, budget, np.inf)] * 2, color=colour, lw=1.1)
@@ -190,7 +195,7 @@ def loss_against_tokens(runs: Sequence[Run], fit: Fit | None, held: set[str]) ->
                 continue
             grid = np.geomspace(chosen[0].tokens, chosen[-1].tokens, 40)
             curve = _curve(fit, n, grid, chosen[0].bits)
-            x, y = (grid, curve) if curve is not None else ([run.tokens for run in chosen], [run.loss for run in chosen])
+            x, y = (grid, curve) if curve is not None else _mean_line(chosen, lambda run: run.tokens)
             axis.plot(x, y, color=colour, lw=1.1)
             _scatter(axis, chosen, lambda run: run.tokens, lambda run: run.loss, held, marker, colour)
         _log_tokens(axis, [run.tokens for run in runs if run.n_params == n])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from scaling import page
+from scaling import folders, page
 from scaling.analysis import Analysis, analyse
 from scaling.files import check_target, write_whole
 from scaling.gallery import exhibits, table
@@ -21,15 +21,15 @@ from scaling.table import Source
 MAX_LISTED = 60  # runs shown before the list is folded
 
 
-def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None) -> Path:
+def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None, refresh: int | None = None) -> Path:
     """Writes the report of `source` (a run folder or table) to the HTML file `out` and returns its path.
 
-    fits: an `analyse(source)` that has been made already. ValueError, one line, when the source is no run table or `out` cannot be.
+    fits: an `analyse(source)` that has been made already. refresh: seconds after which the page loads itself anew. ValueError, one line, when the source is no run table or `out` cannot be.
     """
     check_target(out)
     analysis = fits or analyse(source)
-    body = [*_head(analysis), *figures(analysis, source), *_tables(analysis)]
-    text = page.page(_title(analysis), body)
+    body = [*_head(analysis, _unfinished(source)), *figures(analysis, source), *_tables(analysis)]
+    text = page.page(_title(analysis), body, refresh)
     return write_whole(out, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -38,7 +38,11 @@ def _title(analysis: Analysis) -> str:
     return "Loss and precision" + (f": {', '.join(sweeps[:3])}" + (" and others" if len(sweeps) > 3 else "") if sweeps else "")
 
 
-def _head(analysis: Analysis) -> list[str]:
+def _unfinished(source: Source) -> int:
+    return folders.unfinished(Path(source)) if isinstance(source, (str, os.PathLike)) and Path(source).is_dir() else 0
+
+
+def _head(analysis: Analysis, left: int) -> list[str]:
     """Title, provenance, the three sentences, key figures, and whatever a reader must know before trusting them."""
     records = columns_of(analysis.whole)
     states = records["status"]
@@ -61,6 +65,8 @@ def _head(analysis: Analysis) -> list[str]:
             shown = ", ".join(named[:8]) + (f" and {count - 8} more" if count > 8 else "")
             parts.append(f'<p class="note alert">{count} run{"s" * (count > 1)} {state}: {page.escape(shown)}. '
                          "They are in no fit and in no figure of final losses.</p>")
+    if left:
+        parts.append(page.paragraph(f"{left} run{'s' * (left > 1)} of {left + len(states)} {'are' if left > 1 else 'is'} not over yet.", "note alert"))
     parts += [page.paragraph(f"No {name} fit: {why}.", "note") for name, why in analysis.why.items()]
     parts += [page.paragraph(f"Note: {note}.", "note") for note in analysis.notes]
     return parts

@@ -65,7 +65,7 @@ def held_out(analysis: Analysis) -> set[str]:
 def _of_losses(analysis: Analysis, add, plots) -> None:
     """Loss against bits, the gaps, loss against tokens, fit against data."""
     runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out(analysis)
-    lines = "Lines: the fitted precision law." if fit else "Points are joined: no law over one width is identified here."
+    lines = "Lines: the fitted precision law." if fit else "Lines join the means over seeds: no law over one width is identified here."
     hollow = " Hollow points were held out of the fit." if held else ""
     add("Loss against bits", plots.loss_against_bits(runs, fit, held), "Loss against bits, per size.",
         f"{MADE_OF}, one panel per token budget, against the width of the quantized operands; unquantized runs stand apart. {lines}{hollow}")

@@ -58,7 +58,7 @@ def held_out_table(fit: Fit, analysis: Analysis) -> list[str]:
     inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}
     inputs |= {name: np.array([run.widths[name] for run in runs]) for name in fit.law.inputs if name not in inputs}
     losses = np.array([run.loss for run in runs])
-    predicted = fit.predict(**inputs)
+    predicted = fit.predict(**inputs, extrapolate=True)
     rows, classes = [], []
     for i, run in enumerate(runs):
         inside = predicted.low[i] <= losses[i] <= predicted.high[i]

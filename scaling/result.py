@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from scaling.files import write_whole
 from scaling.laws import Law, resolve
 from scaling.problem import constants
+from scaling.reach import refuse_far
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
@@ -115,17 +116,20 @@ class Fit:
         """Whether the design identifies a parameter or functional: `estimate(...).identified`."""
         return self.estimate(name, **columns).identified
 
-    def predict(self, **columns) -> Prediction:
+    def predict(self, *, extrapolate: bool = False, **columns) -> Prediction:
         """Loss of one run at the law's inputs, with its interval at `level`.
 
         The variance of ln loss has three parts: of the law's value (linearised, or the bootstrap's if larger), of a run about
         the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there: the largest excess
         error of refits on the smaller runs that predict the larger ones, or of the held-out rows if that is larger.
-        ValueError when the design identifies nothing (condition number), or for inputs that the law does not take.
+        ValueError when the design identifies nothing (condition number), for inputs that the law does not take, or, without
+        `extrapolate`, when N, D or compute lies more than 30 times outside of its fitted range.
         """
         if self.metrics["condition_number"] > MAX_CONDITION:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
         columns = self._arrays(columns)
+        if self.intervals and not extrapolate:  # without intervals the fit is being made: its held-out rows are scored wherever they lie
+            refuse_far(self.ranges, columns, "predict")
         loss = np.asarray(self.law.predict(self.params, **columns))
         with np.errstate(all="ignore"):
             mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)

@@ -273,3 +273,21 @@ def test_a_shadowing_package_is_refused(tmp_path):
     refused = subprocess.run(command, env=_environment(PYTHONPATH=paths), capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert str(tmp_path / "trainer") in refused.stderr and str(ROOT / "trainer") in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_report_beside_a_long_sweep(tmp_path, monkeypatch, capfd):
+    """Made anew while the sweep goes on, as a page that loads itself again; the last one, made when it is over, does not."""
+    live, pages = bitlaw.LiveReport(), []
+    monkeypatch.setattr(bitlaw.LiveReport, "EVERY_S", 0.0)
+
+    def told(root):
+        live(root)
+        live._process.wait()
+        pages.append((root / "report.html").read_text(encoding="utf-8"))
+
+    assert importlib.import_module("trainer.cli").run("sweep", [*TINY, "steps=6", "seed=0,1", f"runs_dir={tmp_path}"], told) == 0
+    live.finish()
+    assert pages and all('http-equiv="refresh"' in page and "are not over yet" in page for page in pages[:1])
+    last = (tmp_path / "adhoc" / "report.html").read_text(encoding="utf-8")
+    assert "2 runs" in last and "refresh" not in last and "not over" not in last

@@ -26,9 +26,9 @@ def test_table_fit_predict(tmp_path, demo_runs, capsys):
     out = capsys.readouterr().out
     loaded = scaling.load(fit)
     assert f"{loaded.params['gamma_w']:.6g}" in out and "= gamma_w" in out and "condition number" in out and "2 dropped (status" in out
-    assert run("predict", [str(fit), "N=1e5", "D=2e7", "weights_bits=4", "activations_bits=4"]) == 0
+    assert run("predict", [str(fit), "N=1e5", "D=1e7", "weights_bits=4", "activations_bits=4"]) == 0
     out = capsys.readouterr().out
-    loss = float(loaded.predict(N=1e5, D=2e7, weights_bits=4, activations_bits=4).loss)
+    loss = float(loaded.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4).loss)
     assert out.startswith(f"loss {loss:.6g} nats/token, 95% interval") and "times beyond the fitted range" in out
 
 
@@ -122,7 +122,7 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitt
     ("report", ["none", "--out", "x.html", "--plugins", "json,no.such"], "--plugins no.such: cannot be imported"),
     ("table", ["RUNS", "--out", "x.csv", "--plugins", "a,,b"], "argument --plugins: '' is not the name of a module"),
     ("predict", ["FIT.json", "N=1", "--plugins", "../mine.py"], "argument --plugins: '../mine.py' is not the name of a module"),
-    ("plan", [], "plan: unknown; scaling has table, fit, compare, predict, report"),
+    ("explain", [], "explain: unknown; scaling has table, fit, compare, predict, plan, report"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

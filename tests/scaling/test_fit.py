@@ -103,7 +103,7 @@ def test_row_order_does_not_matter():
 def test_prediction_intervals_widen_with_distance_and_refuse_the_unknown():
     fit = scaling.fit(fake_runs.rows(), "kumar:tied+plain", holdout=LARGEST)
     near = fit.predict(N=5_120, D=1.5e6, weights_bits=4, activations_bits=4)
-    far = fit.predict(N=1e6, D=1e9, weights_bits=4, activations_bits=4)
+    far = fit.predict(N=1e6, D=1e9, weights_bits=4, activations_bits=4, extrapolate=True)
     assert near.extrapolated == 1.0 and far.extrapolated > 100
     assert near.low < near.mean_low < near.loss < near.mean_high < near.high
     assert (far.high - far.low) / far.loss > 2 * (near.high - near.low) / near.loss

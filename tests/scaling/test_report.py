@@ -10,7 +10,7 @@ import pytest
 
 import scaling
 from scaling import report_figures
-from scaling.statistics import columns_of
+from scaling.statistics import Run, columns_of
 from tests.scaling import fake_runs
 
 
@@ -141,3 +141,29 @@ def test_impossible_files_are_refused(tmp_path, demo_runs):
         scaling.report(demo_runs, tmp_path / "no" / "r.html")
     with pytest.raises(ValueError, match="is a folder"):
         scaling.report(demo_runs, tmp_path)
+
+
+def test_a_sweep_that_goes_on_says_how_much_is_left(tmp_path):
+    """Runs that are begun, and those that only the plan names, are counted once; the page loads itself anew if asked to."""
+    folder = fake_runs.write_runs(tmp_path / "runs", sizes={"2k": 2_304})
+    begun, *_ = sorted(path.name for path in folder.iterdir())
+    (folder / begun / "record.json").unlink()
+    planned = [path.name for path in folder.iterdir()] + ["one", "two"]
+    (folder / "plan.json").write_text(json.dumps({"run_ids": planned}))
+    analysis = scaling.analyse(folder, bootstrap=0)
+    text = scaling.report(folder, tmp_path / "report.html", analysis, refresh=60).read_text(encoding="utf-8")
+    assert f"3 runs of {len(planned)} are not over yet." in text and '<meta http-equiv="refresh" content="60">' in text
+    (folder / "plan.json").write_text("[]")
+    text = scaling.report(folder, tmp_path / "report.html", analysis).read_text(encoding="utf-8")
+    assert "1 run of 12 is not over yet." in text and "refresh" not in text
+
+
+def test_lines_go_through_the_means_of_seeds():
+    """Without a law: two budgets, two seeds each, given in no order."""
+    from scaling import plots
+
+    losses = {(2e6, 0): 3.0, (1e6, 1): 4.5, (1e6, 0): 4.0, (2e6, 1): 3.2}
+    runs = [Run(f"{d}-{s}", 1e3, d, 4.0, {}, "int4", s, loss, None, None, ()) for (d, s), loss in losses.items()]
+    figure = plots.loss_against_tokens(runs, None, set())
+    line = next(line for line in figure.axes[0].lines if line.get_linestyle() == "-")
+    assert list(line.get_xdata()) == [1e6, 2e6] and list(line.get_ydata()) == [4.25, 3.1]

@@ -56,6 +56,7 @@ def test_folders_of_two_machines_come_together(tmp_path, shared_programs):
     assert plan.num_done == 4 and outcome.tokens == 0
 
 
+@pytest.mark.slow
 def test_a_cohort_that_does_not_fit_is_split(tmp_path, monkeypatch):
     """By what the compiled program takes, not by a guess; and by an allocation that fails. A run that does not fit alone is a failure."""
     monkeypatch.setattr(conftest.plan, "choose_layout", lambda *_: cohort.Layout(1, 1, "map"))

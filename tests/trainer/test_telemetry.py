@@ -186,6 +186,7 @@ def test_a_step_reports_every_place_when_it_is_due():
         np.testing.assert_allclose(found[:, 3], np.mean(np.abs(w) > 31 * scale, axis=(1, 2)), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing():
     """Losses, norms and parameters are those of a program without telemetry, which reports nothing."""
     (watched, seen), (plain, metrics) = _run(ONE), _run(ONE, dataclasses.replace(STRUCTURE, telemetry_every=0))
@@ -206,6 +207,7 @@ def test_statistics_are_the_same_however_the_step_is_cut(change):
         np.testing.assert_allclose(found.sites[role], expected.sites[role], rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_members_at_different_steps_under_vmap():
     """Each is measured when it is due, whatever the others do; a member that is not due may be measured beside one that is."""
     _, metrics = _run(WIDE, begun=1)  # 1, 2, 3, 4 and 2, 3, 4, 5

@@ -200,7 +200,7 @@ def _one_update(*overrides):
     return tuple(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (jax.tree.map(lambda u: u / -1e-3, updates), v))
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_small_second_moments_survive_stochastic_rounding(name):
     """v of gradients of 1e-5 is 1e-11 (1 - 0.95**2): below float16's smallest number, 6e-8. Adam's update stays the learning rate."""
     updates, v = _one_update(f"precision.adam_v={name}", "precision.adam_rounding=stochastic")

@@ -78,6 +78,7 @@ def test_training_with_carried_scales_runs_beside_the_plain_one():
     np.testing.assert_allclose(losses["float32"], losses[None], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_powers_of_two_move_freely_between_the_data_and_the_scale_of_parameters():
     structure, _, _, tokens = _setting("precision=float32", *STRUCTURED)
     carried = _carried()

@@ -1,0 +1,153 @@
+"""Which runs to train next: how much a candidate is expected to shrink the interval of one quantity, per unit of what it costs.
+
+In the coordinates of a fit, scatter W W' is the covariance s^2 (J'J)^-1 of its constants (times the price of a Huber loss, see
+`scaling.uncertainty`). A further run at x adds the row g = d ln L(x)/d coordinates, and a scalar quantity q with gradient h has then the
+variance of the linearised normal model (Fedorov 1972, "Theory of Optimal Experiments"; MacKay 1992, "Information-based objective
+functions", section 4):
+
+    var = |W'h|^2   becomes   |W'h|^2 - (W'h . W'g)^2 / (s^2 + |W'g|^2)
+
+The loss that the run will have does not enter: only where it lies does. Both W'h and W'g are central differences along the columns of W,
+one tenth of a standard deviation to each side, so the law and the quantity may be any functions.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.costs import cost_model
+from scaling.problem import constants
+from scaling.result import Fit
+from scaling.uncertainty import huber_price
+
+STEP = 0.1  # standard deviations
+
+Quantity = str | Callable[[Mapping[str, float]], float]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One run to train. columns: N (parameters), D (tokens), bits. cost: in the caller's unit (seconds or FLOP). half_width: of the
+    quantity's interval, in its own unit, expected once this run and those suggested before it are there; before: without this one.
+    gain: (before - half_width)/cost, the quantity's unit per unit of cost."""
+
+    columns: Mapping[str, float]
+    cost: float
+    before: float
+    half_width: float
+
+    @property
+    def gain(self) -> float:
+        return (self.before - self.half_width) / self.cost
+
+
+def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Quantity, *, at: Mapping[str, float] | None = None,
+              cost: Sequence[float] | Callable[[Mapping], float] | None = None, count: int | None = None) -> list[Suggestion]:
+    """Candidates by the expected reduction of the interval of `quantity` per unit of cost, the best first.
+
+    candidates: law inputs of each run that could be trained: {"N": 1e6, "D": 2e7, "weights_bits": 4}. quantity: a constant or
+    functional of the law at `at` ("optimal_bits", "optimal_params" at {"compute": 1e21}), "loss" (nats per token, predicted at `at`), or
+    a function of the constants. cost: one number for each candidate, or a function of its inputs, in seconds or FLOP; 6 N D FLOP when
+    not given. count: None ranks each candidate by itself; a number chooses that many one after the other, each given those before it
+    (a candidate may be chosen again: another seed).
+
+    ValueError, one line: no candidates, a cost that is not positive, a quantity that the fit does not have, that is not finite, or of
+    which no candidate can tell anything, or a fit whose design leaves a direction without any variance estimate.
+    """
+    if not candidates:
+        raise ValueError("next_runs: candidates is empty; give at least one run that could be trained, as a mapping of inputs")
+    if count is not None and not count >= 1:
+        raise ValueError(f"next_runs: count={count}: need at least 1, or None to rank every candidate")
+    if not np.isfinite(fit.scatter).all():
+        raise ValueError(f"next_runs: {fit.label} has constants without a finite standard error (condition number "
+                         f"{fit.metrics['condition_number']:.1e}): its rows must first identify every constant at all")
+    costs = _costs(candidates, cost)
+    target_K = _slopes(fit, _function(fit, quantity, dict(at or {})), f"quantity {quantity}")
+    rows_CK = np.stack([_slopes(fit, _log_loss(fit, candidate), f"candidate {dict(candidate)}") for candidate in candidates])
+    noise = _run_variance(fit)
+    covariance_KK = np.eye(len(target_K))  # in units of the fit's standard deviations: before any new run
+    if count is None:
+        before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
+        order = np.argsort(-(before - after_C) / costs, kind="stable")
+        return [Suggestion(dict(candidates[i]), float(costs[i]), before, float(after_C[i])) for i in order]
+    chosen = []
+    for _ in range(count):
+        before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
+        best = int(np.argmax((before - after_C) / costs))
+        chosen.append(Suggestion(dict(candidates[best]), float(costs[best]), before, float(after_C[best])))
+        towards_K = covariance_KK @ rows_CK[best]
+        covariance_KK = covariance_KK - np.outer(towards_K, towards_K) / (noise + rows_CK[best] @ towards_K)
+    return chosen
+
+
+def _expected(fit: Fit, target_K: np.ndarray, rows_CK: np.ndarray, covariance_KK: np.ndarray, noise: float) -> tuple[float, np.ndarray]:
+    """Half-width of the quantity's interval now, and [C] after each candidate alone."""
+    towards_CK = rows_CK @ covariance_KK
+    now = float(target_K @ covariance_KK @ target_K)
+    shrunk_C = (towards_CK @ target_K) ** 2 / (noise + np.einsum("ck,ck->c", towards_CK, rows_CK))
+    return fit.quantile * math.sqrt(now), fit.quantile * np.sqrt(np.maximum(now - shrunk_C, 0.0))
+
+
+def _run_variance(fit: Fit) -> float:
+    """Variance of ln loss of one further run about the law, as the fit weighs it: s^2 times the price of its Huber loss."""
+    delta = math.inf if fit.metrics["loss"] == "least_squares" else float(fit.metrics["delta"])
+    deviation = float(fit.metrics["residual_sd"])
+    return deviation**2 * huber_price(delta, deviation)
+
+
+def _costs(candidates: Sequence[Mapping], cost) -> np.ndarray:
+    """[C], positive and finite."""
+    if cost is None:
+        short = next((candidate for candidate in candidates if not {"N", "D"} <= set(candidate)), None)
+        if short is not None:
+            raise ValueError(f"next_runs: candidate {dict(short)}: needs N and D for a cost of 6 N D FLOP; or give cost")
+        model = cost_model("flops")
+        costs = [model.training(candidate["N"], candidate["D"]) for candidate in candidates]
+    else:
+        costs = [cost(candidate) for candidate in candidates] if callable(cost) else list(cost)
+    costs = np.asarray(costs, dtype=np.float64)
+    if costs.shape != (len(candidates),):
+        raise ValueError(f"next_runs: {costs.size} costs for {len(candidates)} candidates: give one for each")
+    bad = np.flatnonzero(~((costs > 0) & np.isfinite(costs)))
+    if bad.size:
+        raise ValueError(f"next_runs: the cost of candidate {dict(candidates[bad[0]])} is {costs[bad[0]]:g}: need a positive finite number")
+    return costs
+
+
+def _function(fit: Fit, quantity: Quantity, at: dict) -> Callable[[Mapping], float]:
+    """params -> the quantity."""
+    if callable(quantity):
+        return quantity
+    if quantity == "loss":
+        return lambda p: float(fit.law.predict(p, **at))
+    if quantity in fit.params:
+        return lambda p: p[quantity]
+    if quantity not in fit.law.functionals:
+        raise ValueError(f"quantity {quantity!r}: law {fit.law.name} has no such constant or functional here; it has loss, "
+                         f"{', '.join((*fit.params, *fit.law.functionals))}")
+    functional = fit.law.functionals[quantity]
+    try:
+        inspect.signature(functional).bind(fit.params, **at)
+    except TypeError as error:
+        raise ValueError(f"quantity {quantity!r} at {at}: {error}; give what it takes, and no more, in `at`") from None
+    return lambda p: float(functional(p, **at))
+
+
+def _log_loss(fit: Fit, candidate: Mapping) -> Callable[[Mapping], float]:
+    return lambda p: float(np.log(fit.law.predict(p, **candidate)))
+
+
+def _slopes(fit: Fit, function: Callable[[Mapping], float], what: str) -> np.ndarray:
+    """[K]: change of `function` per standard deviation along each column of the scatter. ValueError when it is not finite."""
+    def value(coordinates: np.ndarray) -> float:
+        return function(constants(fit.law, fit.free, fit.ties, fit.fixed, coordinates))
+
+    with np.errstate(all="ignore"):
+        slopes = np.array([value(fit.coordinates + STEP * column) - value(fit.coordinates - STEP * column) for column in fit.scatter.T]) / (2 * STEP)
+    if not np.isfinite(slopes).all():
+        raise ValueError(f"next_runs: {what} is not finite near the fitted constants: the law diverges there")
+    return slopes

@@ -1,0 +1,119 @@
+"""The next runs to train: expected intervals against those of refits with the run added, and against repeated simulation."""
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import scaling
+from tests.scaling import fake_runs
+
+NOISE = 0.004
+STRAIGHT = {"bits": {"float32": 32.0}, "noise": NOISE}
+CANDIDATES = [{"N": n, "D": d} for n in (2_304, 24_576, 200_000) for d in (600_000, 3_800_000, 30_000_000)]
+QUANTITIES = [("alpha", {}), ("E", {}), ("optimal_exponent", {}), ("optimal_params", {"compute": 1e13}), ("loss", {"N": 1e5, "D": 1e7})]
+
+
+def with_runs(table, runs, loss):
+    """The table with a row for each of `runs` added, of the given losses."""
+    more = {"n_params": [r["N"] for r in runs], "tokens": [r["D"] for r in runs], "loss": loss}
+    more |= {name: [r.get(name, 32.0) for r in runs] for name in ("weights_bits", "activations_bits")}
+    return {name: np.concatenate([table[name], values]) for name, values in more.items()}
+
+
+def standard_error(fit, name, at):
+    """Linearised, per unit of the residual deviation."""
+    if name == "loss":
+        predicted = fit.predict(**at, extrapolate=True)
+        return float(np.log(predicted.mean_high / predicted.loss)) * float(predicted.loss) / fit.quantile / fit.metrics["residual_sd"]
+    estimate = fit.estimate(name, **at)
+    return estimate.relative_se * abs(estimate.value) / fit.metrics["residual_sd"]
+
+
+@pytest.mark.parametrize(("loss", "tolerance"), [("least_squares", 2e-4), ("huber", 4e-3)])
+def test_expected_intervals_are_those_of_refits(loss, tolerance):
+    """A run added at its predicted loss leaves the constants where they are; the refit's own covariance then has the row that was
+    expected. Huber: the price follows the residual deviation, which a run without error lowers."""
+    table = fake_runs.rows(**STRAIGHT, seeds=2)
+    fit = scaling.fit(table, "chinchilla", loss=loss)
+    for name, at in QUANTITIES:
+        before = standard_error(fit, name, at)
+        for suggestion in scaling.next_runs(fit, CANDIDATES, name, at=at):
+            run = suggestion.columns
+            again = scaling.fit(with_runs(table, [run], [float(fit.law.predict(fit.params, **run))]), "chinchilla", loss=loss)
+            assert suggestion.before == pytest.approx(before * fit.metrics["residual_sd"] * fit.quantile, rel=1e-3)
+            assert suggestion.half_width / suggestion.before == pytest.approx(standard_error(again, name, at) / before, abs=tolerance), (name, run)
+
+
+def test_a_batch_is_what_a_refit_with_all_of_it_has():
+    table = fake_runs.rows(**STRAIGHT, seeds=2)
+    fit = scaling.fit(table, "chinchilla", loss="least_squares")
+    batch = scaling.next_runs(fit, CANDIDATES, "optimal_exponent", count=4, cost=[1.0] * len(CANDIDATES))
+    assert all(later.before == pytest.approx(earlier.half_width) for earlier, later in zip(batch, batch[1:], strict=False))
+    runs = [suggestion.columns for suggestion in batch]
+    again = scaling.fit(with_runs(table, runs, [float(fit.law.predict(fit.params, **r)) for r in runs]), "chinchilla", loss="least_squares")
+    expected = standard_error(again, "optimal_exponent", {}) / standard_error(fit, "optimal_exponent", {})
+    assert batch[-1].half_width / batch[0].before == pytest.approx(expected, abs=1e-3)
+    alone = scaling.next_runs(fit, CANDIDATES, "optimal_exponent", cost=[1.0] * len(CANDIDATES))
+    assert alone[0] == batch[0] and len({tuple(run.items()) for run in runs}) > 1  # the same run again soon tells less than another
+
+
+def test_expected_intervals_are_those_of_simulation():
+    """40 worlds with other noise: the spread of ln N_opt falls, when the three best runs or the worst one are trained in each, in the
+    expected ratios, within what 40 worlds can tell of a ratio of deviations (15 %)."""
+    at, cost = {"compute": 1e13}, [1.0] * len(CANDIDATES)
+    fit = scaling.fit(fake_runs.rows(**STRAIGHT, seeds=2), "chinchilla", loss="least_squares")
+    best = scaling.next_runs(fit, CANDIDATES, "optimal_params", at=at, cost=cost, count=3)
+    worst = scaling.next_runs(fit, CANDIDATES, "optimal_params", at=at, cost=cost)[-1]
+    expected = [best[-1].half_width / best[0].before, worst.half_width / worst.before]
+    assert expected[0] < 0.6 and expected[1] > 0.9  # so that the comparison tells something
+    worlds = np.array([_world(seed, [s.columns for s in best], worst.columns, at) for seed in range(40)])
+    spread = worlds.std(axis=0)
+    assert spread[1:] / spread[0] == pytest.approx(expected, abs=0.15)
+
+
+def _world(seed, best, worst, at):
+    """ln N_opt of a simulated table, of the same with the runs `best`, and of the same with the run `worst`."""
+    table, rng = fake_runs.rows(**STRAIGHT, seeds=2, rng_seed=seed), np.random.default_rng([7, seed])
+    found = []
+    for runs in ([], best, [worst]):
+        losses = [fake_runs.true_loss(r["N"], r["D"], 32.0) * np.exp(NOISE * rng.standard_normal()) for r in runs]
+        fit = scaling.fit(with_runs(table, runs, losses), "chinchilla", loss="least_squares")
+        found.append(np.log(fit.law.functionals["optimal_params"](fit.params, **at)))
+    return found
+
+
+def test_cost_decides_between_equals():
+    fit = scaling.fit(fake_runs.rows(noise=NOISE), "kumar:tied+plain")
+    candidates = [{"N": 5_120, "D": 1e6, "weights_bits": bits, "activations_bits": bits} for bits in (2.5, 3.0, 4.0, 32.0)]
+    by_width = scaling.next_runs(fit, candidates, "gamma_w", cost=lambda run: 10.0)
+    assert [s.columns["weights_bits"] for s in by_width[:2]] == [2.5, 3.0]  # where the efficiency is steepest
+    assert all(s.half_width > 0.97 * s.before for s in by_width[2:])
+    dear = scaling.next_runs(fit, candidates, "gamma_w", cost=[1e6, 1.0, 1.0, 1.0])
+    assert dear[0].columns["weights_bits"] == 3.0 and dear[-1].columns["weights_bits"] == 2.5
+    assert dear[0].gain == pytest.approx((dear[0].before - dear[0].half_width) / 1.0)
+    flop = {s.columns["weights_bits"]: s.cost for s in scaling.next_runs(fit, candidates, "gamma_w")}
+    assert set(flop.values()) == {6 * 5_120 * 1e6}
+
+
+def test_any_function_of_the_constants_is_a_quantity():
+    fit = scaling.fit(fake_runs.rows(**STRAIGHT), "chinchilla")
+    named = scaling.next_runs(fit, CANDIDATES, "optimal_exponent")
+    by_hand = scaling.next_runs(fit, CANDIDATES, lambda p: p["beta"] / (p["alpha"] + p["beta"]))
+    assert [s.columns for s in named] == [s.columns for s in by_hand]
+    assert [s.gain for s in named] == pytest.approx([s.gain for s in by_hand])
+
+
+@pytest.mark.parametrize(("candidates", "quantity", "options", "message"), [
+    ([], "alpha", {}, "candidates is empty"), (CANDIDATES, "gamma_w", {}, "quantity 'gamma_w': law chinchilla has no such constant"),
+    (CANDIDATES, "alpha", {"cost": [1.0]}, "1 costs for 9 candidates"), (CANDIDATES, "alpha", {"cost": lambda run: 0.0}, "need a positive finite number"),
+    (CANDIDATES, "alpha", {"count": 0}, "count=0: need at least 1"), ([{"N": 1e4}], "alpha", {"cost": [1.0]}, "law chinchilla needs D"),
+    (CANDIDATES, lambda p: np.nan, {}, "is not finite near the fitted constants"),
+    (CANDIDATES, "optimal_params", {}, "quantity 'optimal_params' at {}: missing a required argument: 'compute'"),
+    ([{"N": 1e4}], "alpha", {}, "candidate {'N': 10000.0}: needs N and D for a cost of 6 N D FLOP"),
+])
+def test_refusals(candidates, quantity, options, message):
+    fit = scaling.fit(fake_runs.rows(**STRAIGHT), "chinchilla")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scaling.next_runs(fit, candidates, quantity, **options)
