@@ -142,14 +142,21 @@ class Law:
         return np.array([order[name] for name in names.ravel().tolist()], dtype=np.intp).reshape(names.shape)
 
     def per_row(self, params: Params, columns: Columns) -> Params:
-        """`params` with, for every factor, the value of each row's level under the factor's name: [S, 1] each become [S, R]."""
+        """`params` with, for every factor, the value of each row's level under the factor's name: [S, 1] each become [S, R], other
+        shapes broadcast."""
         if not self.factors:
             return params
         rows = {}
         for factor in self.factors:
             values = [np.asarray(params.get(factor.name(level), np.nan)) for level in self.levels[factor.input]]
-            stacked = np.concatenate(np.broadcast_arrays(*values), axis=-1) if values[0].ndim else np.stack(values)
-            rows[factor.parameter] = np.take(stacked, columns[factor.input], axis=-1)
+            codes = np.asarray(columns[factor.input])
+            if codes.ndim == 1 and all(value.ndim == 2 for value in values):  # the solver's own shapes: one gather
+                rows[factor.parameter] = np.concatenate(np.broadcast_arrays(*values), axis=-1)[:, codes]
+                continue
+            chosen = values[0]
+            for position, value in enumerate(values[1:], 1):
+                chosen = np.where(codes == position, value, chosen)
+            rows[factor.parameter] = chosen
         return dict(params) | rows
 
     def total(self, params: Params, terms: tuple, columns: Columns):

@@ -201,3 +201,13 @@ def test_a_flat_objective_states_no_constants():
     fit = scaling.fit({"N": n, "D": d, "loss": gap * laws["chinchilla"].predict(p, N=n, D=d)}, "chinchilla", loss="lad")
     assert fit.metrics["undetermined"] and not fit.identified(next(iter(fit.metrics["undetermined"])))
     assert "the objective is flat" in str(fit.estimate(next(iter(fit.metrics["undetermined"]))))
+
+
+def test_levels_broadcast_against_sizes_and_resamples():
+    p = laws["free_efficiency"].published["quest"]
+    n = np.array([1e8, 1e9, 1e10])[:, None]
+    both = laws["free_efficiency"].predict(p, N=n, D=1e10, scheme=np.array(["int4", "baseline"]))
+    assert both.shape == (3, 2)
+    for column, scheme in enumerate(("int4", "baseline")):
+        one = laws["free_efficiency"].predict({name: np.full((4, 1), value) for name, value in p.items()}, N=n[:, 0], D=1e10, scheme=scheme)
+        np.testing.assert_allclose(one, np.tile(both[:, column], (4, 1)), rtol=1e-14)
