@@ -75,7 +75,7 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     small = {name: values[below] for name, values in table.items()}
     fit = scaling.fit(small, law, bootstrap=bootstrap)
     columns = {name: table[name][~below] for name in fit.law.inputs if name in table}
-    predicted = fit.predict(**columns)
+    predicted = fit.predict(**columns, extrapolate=True)
     t, noise = fit.quantile, fit.metrics["residual_sd"] ** 2
     mean = (np.log(predicted.mean_high / predicted.loss) / t) ** 2
     problem, z, delta = problem_of(fit, small)

@@ -68,18 +68,31 @@ def _determined(fitted: Fit, name: str) -> bool:
     return name not in fitted.metrics["at_bound"] and fitted.estimate(name).relative_se < 1.0
 
 
+def _takes(law: Law, name: str) -> bool:
+    return name in (*law.inputs, "loss")
+
+
+def _has(law: Law, name: str) -> bool:
+    return name in law.names or any(factor.level(name) for factor in law.factors)
+
+
 def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
     """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
 
-    A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
+    Of `columns` and `fixed` each law gets what it knows; what no law knows is an error. A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
     """
     fits, refused = [], {}
     laws = list(laws)
-    for law in laws:
-        resolve(law)  # a misspelt name is an error, not a law that these rows cannot fit
-    for law in laws:
+    columns, fixed = options.pop("columns", None) or {}, options.pop("fixed", None) or {}
+    resolved = [resolve(law, tuple(columns))[0] for law in laws]  # a misspelt name is an error, not a law that these rows cannot fit
+    for what, given, knows in (("columns", columns, _takes), ("fixed", fixed, _has)):
+        unknown = next((name for name in given if not any(knows(law, name) for law in resolved)), None)
+        if unknown and laws:
+            raise ValueError(f"{what}: {unknown!r} is known to none of the laws {', '.join(law.name for law in resolved)}")
+    for law, known in zip(laws, resolved, strict=True):
         try:
-            fits.append(fit(table, law, **options))
+            fits.append(fit(table, law, columns={name: sql for name, sql in columns.items() if _takes(known, name)},
+                            fixed={name: value for name, value in fixed.items() if _has(known, name)}, **options))
         except ValueError as error:
             refused[law if isinstance(law, str) else law.name] = str(error)
     if not fits:

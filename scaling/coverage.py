@@ -98,7 +98,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
             for name, columns in asked.items():
                 estimate = again.estimate(name, **columns)
                 hits[name] += estimate.low <= truth[name] <= estimate.high
-            run = again.predict(**rows)
+            run = again.predict(**rows, extrapolate=True)
             run_hits += float(np.mean((run.low <= np.exp(law_R + new)) & (np.exp(law_R + new) <= run.high)))
             ranks.append(_ranks(again, fit.coordinates))
             tarp.append(_tarp(again, fit.coordinates, rng))

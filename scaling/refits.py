@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.observations import Observations, observe
+from scaling.objective import huber
 from scaling.problem import Problem
 from scaling.result import Fit
-from scaling.solve import huber
 from scaling.table import Source
 
 ROUNDS = 200
@@ -32,7 +32,7 @@ class Pull:
 def observed_of(fit: Fit, table: Source) -> Observations:
     """The rows that `fit` saw in the table that it was fitted to, by its own columns and filters."""
     asked = fit.metrics
-    return observe(table, fit.law, dict(asked["columns"]), asked["where"], asked["holdout"])
+    return observe(table, fit.law, dict(asked["columns"]), asked["where"], asked["holdout"], asked["weights"])
 
 
 def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
@@ -44,10 +44,13 @@ def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
     columns, loss = observed.rows(~observed.held)
     if loss.size != fit.metrics["rows"]:
         raise ValueError(f"table: {loss.size} rows to fit, but {fit.label} was fitted to {fit.metrics['rows']}; give the table of the fit")
-    problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed)
+    if fit.metrics["priors"]:
+        raise ValueError(f"{fit.label} was fitted with priors on {', '.join(fit.metrics['priors'])}: refits would need them too; fit without")
+    weights = None if observed.weights is None else observed.weights[~observed.held]
+    problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed, weights)
     delta = float("inf") if fit.metrics["loss"] == "least_squares" else float(fit.metrics["delta"])
     z_F = problem.centred(np.asarray(fit.coordinates)[None])[0]
-    objective = float(huber(problem.residuals(z_F[None]), delta).sum())
+    objective = float(_objective(problem, z_F[None], delta, 0.0)[0])
     if not abs(objective - fit.metrics["objective"]) <= 1e-6 * max(objective, 1e-12):
         raise ValueError(f"table: {fit.label} has objective {fit.metrics['objective']:.6g} on its table and {objective:.6g} on this one; "
                          "give the table of the fit")
@@ -85,7 +88,11 @@ def refit(problem: Problem, starts_SF: np.ndarray, delta: float, log_loss_SR: np
 
 
 def _objective(problem: Problem, z_SF, delta, shift_SR) -> np.ndarray:
-    return huber(problem.residuals(z_SF) - shift_SR, delta).sum(axis=1)
+    return (_weights(problem) * huber(problem.residuals(z_SF) - shift_SR, delta)).sum(axis=1)
+
+
+def _weights(problem: Problem) -> np.ndarray | float:
+    return 1.0 if problem.weights is None else problem.weights
 
 
 def _pulled(pull: Pull, z_SF, rows) -> np.ndarray:
@@ -96,7 +103,7 @@ def _step(problem: Problem, z_SF, delta, shift_SR, damping_S, pull, rows, bounds
     """[S, F] damped Gauss-Newton step on the reweighted squares."""
     residuals_SR, jacobian_SRF = problem.jacobian(z_SF)
     residuals_SR = residuals_SR - shift_SR
-    weights_SR = np.minimum(1.0, delta / np.maximum(np.abs(residuals_SR), 1e-300))
+    weights_SR = _weights(problem) * np.minimum(1.0, delta / np.maximum(np.abs(residuals_SR), 1e-300))
     weighted = weights_SR[:, :, None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessian = np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)

@@ -27,8 +27,7 @@ def resample(fit: Fit, table: Source, count: int = 200, kind: str = "wild", seed
     if count < 1:
         raise ValueError(f"count={count}: need at least 1")
     problem, z_F, delta = problem_of(fit, table)
-    operands = {operand.input for operand in fit.law.operands}
-    cells = cell_index(problem.columns, tuple(name for name in fit.law.inputs if name not in operands))
+    cells = cell_index(problem.columns, fit.law.measures)
     draws = {"cells": bootstrap, "wild": wild}[kind](problem, z_F, cells, delta, count, seed, progress)
     fresh = replace(fit, draws=draws, metrics={**fit.metrics, "bootstrap": count, "resampled": kind})
     estimates = {name: fresh.estimate(name) for name in fit.intervals}
@@ -46,7 +45,8 @@ def wild(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float, cou
     """
     rng = np.random.default_rng(seed)
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
-    orthogonal = np.linalg.svd(jacobian, full_matrices=False)[0]
+    own = 1.0 if problem.weights is None else np.sqrt(problem.weights)[:, None]
+    orthogonal = np.linalg.svd(own * jacobian, full_matrices=False)[0]
     leverage = np.minimum((orthogonal**2).sum(axis=1), 1.0 - 1e-6)
     fitted_R, scatter_R = problem.log_loss + residuals, residuals / np.sqrt(1.0 - leverage)
     draws = []

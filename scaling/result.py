@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling.files import write_whole
-from scaling.laws import Law, laws
+from scaling.laws import Law, resolve
 from scaling.problem import constants
 from scaling.reach import refuse_far
 
@@ -130,9 +130,9 @@ class Fit:
         """
         if self.metrics["condition_number"] > MAX_CONDITION:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
-        if self.intervals and not extrapolate:  # without intervals the fit is being made: its held-out rows are scored wherever they lie
+        columns = self._arrays(columns)
+        if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
-        columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         loss = np.asarray(self.law.predict(self.params, **columns))
         with np.errstate(all="ignore"):
             mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)
@@ -152,6 +152,13 @@ class Fit:
         with the root of the factor's logarithm."""
         return float(self.metrics["discrepancy"]) * np.sqrt(np.log(np.maximum(extrapolated, 1.0)))
 
+    def _arrays(self, columns: Mapping) -> dict[str, np.ndarray]:
+        """Columns as arrays: names of levels as they are, names of formats as their numbers, the rest float64."""
+        operands = {operand.input: operand for operand in self.law.operands}
+        factors = {factor.input for factor in self.law.factors}
+        return {name: np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands
+                else np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+
     def at_width(self, bits: float) -> dict[str, float]:
         """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
         return {operand.input: bits for operand in self.law.operands if operand.parameters[0] in self.params}
@@ -168,7 +175,7 @@ class Fit:
                 "params": dict(self.params), "intervals": {k: list(v) for k, v in self.intervals.items()}, "level": self.level,
                 "metrics": dict(self.metrics), "free": list(self.free), "ties": dict(self.ties), "fixed": dict(self.fixed),
                 "coordinates": self.coordinates.tolist(), "scatter": self.scatter.tolist(), "draws": self.draws.tolist(),
-                "ranges": {k: list(v) for k, v in self.ranges.items()}}
+                "ranges": {k: list(v) for k, v in self.ranges.items()}, "levels": {k: list(v) for k, v in self.law.levels.items()}}
         text = json.dumps(_to_json(body), indent=1) + "\n"
         return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -216,6 +223,10 @@ class Fit:
             return f"not identified by this design ({why}; {name} ended on its bound)"
         if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
             return f"not identified by this design ({why})"
+        flat = self.metrics.get("undetermined", {})
+        apart = flat.get(name) or flat.get(self.ties.get(name))
+        if apart:
+            return f"not identified by this design (the objective is flat: starts that reach it end {apart:.0%} apart)"
         amplitude = name in self.law.amplitudes
         if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
@@ -235,10 +246,14 @@ class Fit:
         An operand beyond its neutral width counts as that width; one that was always neutral has no range.
         """
         factors = [np.ones(())]
-        neutral = {operand.input: operand.neutral for operand in self.law.operands}
+        operands = {operand.input: operand for operand in self.law.operands}
         for name, (low, high) in self.ranges.items():
-            values = np.minimum(math.prod(columns.get(part, math.inf) for part in name.split("*")), neutral.get(name, math.inf))
-            factors.append(np.maximum(np.maximum(values / high, low / values), 1.0))
+            operand = operands.get(name)
+            values = (operand.clip(columns.get(name, operand.untouched)) if operand else
+                      math.prod(columns.get(part, math.inf) for part in name.split("*")))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = np.maximum(values / high, low / np.asarray(values, dtype=np.float64))
+            factors.append(np.where(np.isfinite(factor), np.maximum(factor, 1.0), 1.0))  # 0 bits, an error of 0: the edge of the scale, not beyond it
         factors = np.broadcast_arrays(*factors)
         return np.max(factors, axis=0)
 
@@ -256,7 +271,9 @@ def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
     pairs = {name: {k: tuple(_number(x) for x in v) for k, v in body[name].items()} for name in ("intervals", "ranges")}
     metrics = {name: _number(value) for name, value in body["metrics"].items()}
     size = len(body["free"])
-    return Fit(law or laws[body["law"]], body["label"], body["params"], pairs["intervals"], metrics, body["level"],
+    made = law or resolve(body["law"])[0]
+    made = made.at_levels({name: tuple(levels) for name, levels in body.get("levels", {}).items()}) if made.factors else made
+    return Fit(made, body["label"], body["params"], pairs["intervals"], metrics, body["level"],
                tuple(body["free"]), body["ties"], body["fixed"], np.array(body["coordinates"], dtype=np.float64),
                _matrix(body["scatter"], size), _matrix(body["draws"], size), pairs["ranges"])
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.problem import LARGEST, Problem
+from scaling.problem import Problem
 from scaling.solve import minimise
 
 INNER_CUTS = (0.5, 0.65, 0.8)  # quantiles of scale below which an inner fit is trained
-DEAD = -12.0  # ln of a term's mean share of the loss below which the term is dead
 CHUNK = 128  # bootstrap resamples per batch
 
 
@@ -39,10 +38,10 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     low, high = problem.bounds()
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
     inside = (z_F > low + 1e-6) & (z_F < high - 1e-6)
-    dead = np.array([name in problem.amplitudes for name in problem.free]) & (z_F < high - LARGEST + DEAD)
-    moving = inside & ~dead
+    moving = inside & ~problem.dead(z_F)
     dof = len(residuals) - int(moving.sum())
     sd = math.sqrt(float(residuals @ residuals) / max(dof, 1))
+    jacobian = np.concatenate([jacobian, problem.prior_rows(share_inside(delta, sd))])
     _, singular, right = np.linalg.svd(jacobian[:, moving], full_matrices=False)
     condition = float((singular[0] / singular[-1]) ** 2) if singular[-1] > 0 else math.inf
     scatter = np.zeros((len(problem.free), len(problem.free)))
@@ -51,6 +50,11 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     scatter[np.ix_(moving, np.flatnonzero(moving))] = np.where(np.isfinite(columns), columns, np.inf)
     return Spread(problem.slopes_of_centre(z_F) @ scatter, sd, dof, condition,
                   tuple(name for name, free in zip(problem.free, moving, strict=True) if not free))
+
+
+def share_inside(delta: float, sd: float) -> float:
+    """Share of Gaussian residuals of deviation `sd` that are within `delta`: E[psi'] of the Huber loss."""
+    return 1.0 if sd == 0.0 or np.isinf(delta) else math.erf(delta / sd / math.sqrt(2.0))
 
 
 def huber_price(delta: float, sd: float) -> float:

@@ -92,6 +92,7 @@ def test_conclude_writes_all_runs_and_speaks_of_one_data_set(tmp_path, capsys):
 
 def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_runs, tmp_path, capsys):
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", 1)
+    monkeypatch.setattr("scaling.solve.SCIPY_ROUNDS", 1)
     arguments = [str(demo_runs), "--law", "kumar", "--out", str(tmp_path / "FIT.json")]
     assert run("fit", arguments) == 1
     captured = capsys.readouterr()
@@ -102,6 +103,7 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
 def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitted, tmp_path, capsys):
     """After two rounds the straight law is done and the other is not: one of two is enough for the exit code."""
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", rounds)
+    monkeypatch.setattr("scaling.solve.SCIPY_ROUNDS", 1)
     folder = fake_runs.write_runs(tmp_path / "demo")
     assert conclude(folder) == 1
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"runs.parquet", "runs.csv", "report.html"} | fitted

@@ -44,7 +44,7 @@ def test_the_variance_grows_with_the_logarithm_of_the_distance():
     table = straight.runs(rows=40, noise=_bent)
     fit = scaling.fit(table, straight.power)
     n = table["N"].max() * np.exp([-3.0, 0.0, 1.0, 4.0])
-    predicted = fit.predict(N=n)
+    predicted = fit.predict(N=n, extrapolate=True)
     mean, whole = (np.log(high / predicted.loss) / fit.quantile for high in (predicted.mean_high, predicted.high))
     np.testing.assert_allclose(whole**2 - mean**2 - fit.metrics["residual_sd"] ** 2, fit.metrics["discrepancy"] ** 2 * np.array([0, 0, 1, 4]),
                                rtol=1e-9, atol=1e-15)
@@ -61,7 +61,7 @@ def _share_covered(drift) -> tuple[float, float]:
         y = np.log(30.0) - 0.3 * x + drift(rng) + 0.005 * rng.standard_normal(36)
         known, new = x < 11.0, np.flatnonzero(x >= 11.0)[::3]
         fit = scaling.fit({"N": np.exp(x[known]), "loss": np.exp(y[known])}, straight.power)
-        predicted = fit.predict(N=np.exp(x[new]))
+        predicted = fit.predict(N=np.exp(x[new]), extrapolate=True)
         mean, whole = (np.log(high / predicted.loss) for high in (predicted.mean_high, predicted.high))
         errors = np.abs(y[new] - np.log(predicted.loss))
         shares.append([np.mean(errors <= whole), np.mean(errors <= np.hypot(mean, fit.quantile * fit.metrics["residual_sd"]))])
