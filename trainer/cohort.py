@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -167,7 +167,8 @@ class Program:
         self.compile_seconds = 0.0
         self._cache: dict[tuple, Future] = {}  # what was compiled, by what it is called with
         self._lock = threading.Lock()  # of the cache: of several threads that want a function one compiles it
-        self._used: dict = {}  # of each name what was called last
+        self._trains = None  # what was dispatched last
+        self._peak: int | None = None  # of that
         self._shards = 1 if layout.sharding else layout.data_devices  # of a batch that the program itself tells apart
         self._data_axis = DATA if self._shards > 1 else None
 
@@ -196,10 +197,9 @@ class Program:
         began = time.perf_counter()
         executable = self._executable(call, out_shardings)
         self.compile_seconds += time.perf_counter() - began
-        if self._used.get(call.name) is not executable:
-            self._used[call.name] = executable
-            if call.name == "run":
-                self._check_memory(self.peak_bytes())
+        if call.name == "run" and self._trains is not executable:
+            self._trains, self._peak = executable, _peak_bytes(executable)
+            self._check_memory(self._peak)
         return executable(*call.args)
 
     def _executable(self, call: Call, out_shardings=None):
@@ -234,10 +234,7 @@ class Program:
     def peak_bytes(self) -> int | None:
         """What the training that was last dispatched takes at once on a device, as the compiler laid it out: arguments, results and
         intermediate values. None before the first dispatch, and where the backend does not tell."""
-        stats = self._used["run"].memory_analysis() if "run" in self._used else None
-        if stats is None:
-            return None
-        return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+        return self._peak
 
     def init(self, hyper):
         """Fresh states [M, ...] from stacked hyper-parameters. MemoryError where they, or later a step, do not fit (as does a device that
@@ -280,9 +277,13 @@ class Program:
 
     def _probing(self, states, hyper, windows_BT1, slot: int) -> Call:
         state, hyper = self._alone((states, hyper), slot)
-        graphdef, _ = decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))
-        measure = partial(steps.probe, self.structure, graphdef)
+        measure = partial(steps.probe, self.structure, self._scanned)
         return self._single("probe", measure, (state, windows_BT1.astype(np.int32), hyper))
+
+    @cached_property
+    def _scanned(self):
+        """The static half of the model with its layers scanned."""
+        return decoder.blueprint(dataclasses.replace(self.structure.model, scan_layers=True))[0]
 
     def _single(self, name, function, args) -> Call:
         """function(*args), of one member alone, on the first device."""
@@ -315,6 +316,11 @@ class Program:
         specs = (P(MEMBER), P(MEMBER), P(MEMBER), P(DATA), P(MEMBER))
         spread = _spread(windows_WT1, 0, steps.eval_groups(len(windows_WT1), self._shards), self._shards)
         return self._sharded("evaluate", local, specs, P(MEMBER, DATA), (states.params, states.histories, hyper, spread, wanted_M))
+
+
+def _peak_bytes(executable) -> int | None:
+    stats = executable.memory_analysis()
+    return None if stats is None else stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
 
 
 def _quietly(function, *args) -> None:
