@@ -1,10 +1,11 @@
 """Several laws, or variants of one, on the same rows with the same runs held out: a table to choose by, and the choice."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from scaling.fit import fit
+from scaling.held_out import LeftOut, eligible, pose_splits, score, verdict
 from scaling.laws import Law, resolve
 from scaling.result import Fit
 from scaling.table import Source
@@ -15,10 +16,12 @@ DECISIVE = 2.0  # difference of BIC that counts as evidence
 
 @dataclass(frozen=True)
 class Comparison:
-    """fits: one per law that could be fitted, in the order asked for; refused: law -> why it could not."""
+    """fits: one per law that could be fitted, in the order asked for; refused: law -> why it could not; left_out: their errors on the
+    splits asked for (see `scaling.held_out`)."""
 
     fits: tuple[Fit, ...]
     refused: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def best(self) -> Fit:
@@ -63,25 +66,41 @@ class Comparison:
                 f"{best.metrics['held_out']['rmse']:.2%})")
         return text + passed_over
 
+    def verdict(self) -> str:
+        """One sentence: whether the errors on the left-out splits choose the law that BIC chooses. "" when none were asked for."""
+        return verdict(self.best.label, self.left_out) if self.left_out else ""
+
 
 def _determined(fitted: Fit, name: str) -> bool:
     return name not in fitted.metrics["at_bound"] and fitted.estimate(name).relative_se < 1.0
 
 
-def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
+def compare(table: Source, laws: Iterable[str | Law], leave: Iterable[str] = (), **options) -> Comparison:
     """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
 
-    A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
+    leave: splits ("largest-N", "largest-D", "each-precision", see `scaling.held_out`) on which every law is scored as well; rows in
+    `holdout` take no part in them. A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
     """
     fits, refused = [], {}
     laws = list(laws)
-    for law in laws:
-        resolve(law)  # a misspelt name is an error, not a law that these rows cannot fit
+    taken = {name for law in laws for name in resolve(law)[0].inputs}  # a misspelt law is an error, not one that these rows cannot fit
+    rows = eligible(table, options.get("columns"), options.get("where"), options.get("holdout")) if (leave := tuple(leave)) else None
+    splits = pose_splits(rows, leave) if leave else []
+    left_out = []
     for law in laws:
         try:
-            fits.append(fit(table, law, **options))
+            fits.append(fit(table, law, **_for_law(law, options, taken)))
         except ValueError as error:
             refused[law if isinstance(law, str) else law.name] = str(error)
+            continue
+        left_out += score(rows, law, splits, _for_law(law, options, taken)) if splits else []
     if not fits:
         raise ValueError(next(iter(refused.values())) if refused else "laws: none given; name at least one")
-    return Comparison(tuple(fits), refused)
+    return Comparison(tuple(fits), refused, tuple(left_out))
+
+
+def _for_law(law: str | Law, options: Mapping, taken: set[str]) -> dict:
+    """`options` without the columns that this law does not take and another of the comparison does."""
+    inputs = resolve(law)[0].inputs
+    columns = {name: sql for name, sql in (options.get("columns") or {}).items() if name in inputs or name not in taken}
+    return dict(options) | {"columns": columns}
