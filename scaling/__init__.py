@@ -15,20 +15,28 @@ import types
 
 _HOMES = {
     "scaling.analysis": ("Analysis", "analyse"),
+    "scaling.best_of": ("best_of", "best_of_curve", "pass_at", "worst_of"),
     "scaling.compare": ("Comparison", "compare"),
+    "scaling.checklist": ("checklist",),
     "scaling.design": ("next_runs",),
+    "scaling.design_checks": ("design_checks",),
     "scaling.fit": ("fit",),
+    "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
+    "scaling.proportions": ("paired", "proportion"),
     "scaling.report": ("report",),
     "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
+    "scaling.seed_variance": ("seed_variance", "variance_parts"),
     "scaling.summary": ("summary",),
     "scaling.table": ("curves", "table", "telemetry", "write_table"),
+    "scaling.thresholdout": ("Thresholdout",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "analyse", "compare", "curves", "fit", "laws", "load",
-           "next_runs", "plan", "report", "summary", "table", "telemetry", "write_table"]
+__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "Thresholdout", "analyse", "best_of", "best_of_curve",
+           "checklist", "compare", "curves", "design_checks", "fit", "laws", "leave_out", "load", "next_runs", "paired", "pass_at", "plan", "proportion",
+           "report", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of", "write_table"]
 
 
 def __getattr__(name: str):

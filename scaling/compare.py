@@ -1,6 +1,7 @@
 """Several laws, or variants of one, on the same rows with the same runs held out: a table to choose by, and the choice."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ class Comparison:
         text = (f"{best.label} has the lowest BIC of {len(others) + 1} supported candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
                 f"{best.label} is the simplest of {len(others) + 1} supported candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
         scored = [fitted for fitted in (best, *others) if fitted.metrics["held_out"]]
-        if scored:
+        if scored and all(math.isfinite(fitted.metrics["held_out"]["rmse"]) for fitted in scored):
             kindest = min(scored, key=lambda fitted: fitted.metrics["held_out"]["rmse"])
             text += "; the held-out error agrees" if kindest is best else (
                 f"; the held-out error would choose {kindest.label} ({kindest.metrics['held_out']['rmse']:.2%} against "

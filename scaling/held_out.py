@@ -244,5 +244,5 @@ def verdict(chosen: str, scores: Iterable[LeftOut]) -> str:
     parts = [f"BIC chooses {chosen}"]
     parts += [f"{', '.join(agree)} agree{'s' * (len(agree) == 1)}"] if agree else []
     parts += [f"held-out errors disagree: {'; '.join(against)}. BIC weighs the fit to these runs, left-out rows what lies beyond them: for a prediction "
-              "trust the split that is like it."] if against else []
-    return "; ".join([parts[0], *silent, *parts[1:]])
+              "trust the split that is like it"] if against else []
+    return "; ".join([parts[0], *silent, *parts[1:]]) + "."
