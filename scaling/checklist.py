@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from scaling import page
+from scaling.held_out import eligible
 from scaling.result import Fit
 from scaling.statistics import columns_of
-from scaling.table import Source, table
+from scaling.table import Source
 
 UNKNOWN = "unknown"
 PARTS = {"form": "a. Form", "models": "b. Models and training", "measurement": "c. Measurement", "fitting": "d. Fitting",
@@ -39,8 +40,9 @@ class Item:
 
 def checklist(fitted: Fit, source: Source | None = None) -> list[Item]:
     """The checklist. source: the table that was fitted, for what the fit does not keep (sizes, data, seeds, schedules); without it these are
-    unknown. All rows that were not dropped for their status count, held-out ones too."""
-    records = {} if source is None else _rows(source)
+    unknown. Held-out rows count too."""
+    m = fitted.metrics
+    records = {} if source is None else columns_of(eligible(source, m["columns"], m["where"], None))
     parts = {"form": _form(fitted), "models": _models(fitted, records), "measurement": _measurement(fitted, records), "fitting": _fitting(fitted),
              "validation": _validation(fitted), "release": _release(records, source)}
     return [Item(part, question, answer or UNKNOWN) for part, answers in parts.items() for question, answer in answers.items()]
@@ -67,12 +69,6 @@ def as_html(items: Iterable[Item]) -> str:
     rows = [(PARTS[item.part], item.question, item.answer) for item in items]
     return page.details("The checklist of (Mis)Fitting (arXiv 2502.18969), as far as the fit and the run table know",
                         page.table(("", "question", "answer"), rows, (), ["" if row[2] != UNKNOWN else "bad" for row in rows]))
-
-
-def _rows(source: Source) -> dict[str, list]:
-    relation = table(source)
-    done = relation.filter("status IS NULL OR status = 'done'") if "status" in relation.columns else relation
-    return columns_of(done)
 
 
 def _form(fitted: Fit) -> dict[str, str | None]:
@@ -128,7 +124,7 @@ def _validation(fitted: Fit) -> dict[str, str | None]:
     tested = score and (f"{score['rows']} rows held out ({m['holdout']}): rms error {score['rmse']:.3%}, mean {score['bias']:+.3%} of the loss")
     return {"intervals": intervals, "constants that the design does not identify": ", ".join(unknown) or "none",
             "conditioning": f"condition number {m['condition_number']:.2e} (J'J in centred logs)", "goodness of fit": f"rms residual {m['rmse']:.3%} of "
-            f"the loss, BIC {m['bic']:.1f}", "test on rows not fitted": tested, "sensitivity to delta, filters and starts": None}
+            f"the loss, BIC {m['bic']:.1f}", "test on rows not fitted": tested or "none: no rows were held out", "sensitivity to delta, filters and starts": None}
 
 
 def _release(records: dict[str, list], source: Source | None) -> dict[str, str | None]:

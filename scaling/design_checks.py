@@ -68,8 +68,8 @@ def _ties(fitted: Fit) -> list[str]:
     exponents = {name: source for name, source in fitted.ties.items() if fitted.law.parameter(name).kind == "exponent"}
     remarks = [f"{name} is tied to {source}: no datum says so" for name, source in exponents.items()]
     if exponents.get("beta") == "alpha":
-        remarks[list(exponents).index("beta")] += ("; the compute-optimal exponent is then 1/2 and the optimal precision the same at every budget, by "
-                                                   "assumption. Give the untied fit as well")
+        precision = " and the optimal precision the same at every budget" if fitted.law.operands else ""
+        remarks[list(exponents).index("beta")] += f"; the compute-optimal exponent is then 1/2{precision}, by assumption. Give the untied fit as well"
     return remarks
 
 
@@ -107,7 +107,7 @@ def _dropped(fitted: Fit) -> list[str]:
         return []
     total = fitted.metrics["rows"] + sum(dropped.values()) + (fitted.metrics["held_out"] or {"rows": 0})["rows"]
     reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
-    return [f"{sum(dropped.values())} of {total} rows are not in this fit: {reasons}; where that was a choice, report the fit with them too"]
+    return [f"left out of this fit, of {total} rows: {reasons}; where that was a choice, report the fit with them too"]
 
 
 def _listed(levels: np.ndarray) -> str:

@@ -119,7 +119,8 @@ def _largest(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> Split:
     what, colon, share = what.partition(":")
     expression = "N * D" if what == "compute" else what
     cast = f"CAST(({expression}) AS DOUBLE)"
-    found = sorted(row[0] for row in _one_line(f"leave {name}", lambda: rows.project(f"{cast} AS value_")).fetchall() if row[0] is not None)
+    values = _one_line(f"leave {name}", lambda: rows.project(f"{cast} AS value_").fetchall())
+    found = sorted(value for value, in values if value is not None)
     if not found or not found[0] > 0:
         raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is {f'{found[0]:g} in a row' if found else 'missing everywhere'}")
     if colon:
@@ -182,12 +183,12 @@ def _order(value) -> tuple:
         return 1, 0.0, str(value or "")
 
 
-def _one_line(what: str, project) -> duckdb.DuckDBPyRelation:
-    """Relations are lazy: `project()` is run once here, so that DuckDB's error is told in one line beside the name that caused it."""
+def _one_line(what: str, run):
+    """What `run()` returns. Relations are lazy: its length is taken here, so that DuckDB's error is told in one line beside what caused it."""
     try:
-        relation = project()
-        len(relation)
-        return relation
+        result = run()
+        len(result)
+        return result
     except duckdb.Error as error:
         raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
 
