@@ -16,10 +16,10 @@ import types
 _HOMES = {
     "scaling.analysis": ("Analysis", "analyse"),
     "scaling.best_of": ("best_of", "best_of_curve", "pass_at", "worst_of"),
-    "scaling.compare": ("Comparison", "compare"),
     "scaling.checklist": ("checklist",),
+    "scaling.compare": ("Comparison", "compare"),
     "scaling.design": ("next_runs",),
-    "scaling.design_checks": ("design_checks",),
+    "scaling.design_checks": ("check_table", "design_checks"),
     "scaling.fit": ("fit",),
     "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
@@ -35,8 +35,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "Thresholdout", "analyse", "best_of", "best_of_curve",
-           "checklist", "compare", "curves", "design_checks", "fit", "laws", "leave_out", "load", "next_runs", "paired", "pass_at", "plan", "proportion",
-           "report", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of", "write_table"]
+           "check_table", "checklist", "compare", "curves", "design_checks", "fit", "laws", "leave_out", "load", "next_runs", "paired",
+           "pass_at", "plan", "proportion", "report", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of",
+           "write_table"]
 
 
 def __getattr__(name: str):

@@ -129,7 +129,8 @@ def _validation(fitted: Fit) -> dict[str, str | None]:
 
 def _release(records: dict[str, list], source: Source | None) -> dict[str, str | None]:
     path = os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) else None
-    return {"table of runs": f"{path} (whether it is public is not known here)" if path else None, "code of the runs": _values(records, "code_version")}
+    table = f"{path} (whether it is public is not known here)" if path else None
+    return {"table of runs": table, "code of the runs": _values(records, "code_version")}
 
 
 def _values(records: dict[str, list], *names: str) -> str | None:

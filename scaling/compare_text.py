@@ -9,7 +9,7 @@ from rich.table import Table
 
 from scaling.compare import Comparison
 from scaling.files import check_target
-from scaling.held_out import LeftOut, pool
+from scaling.held_out import LeftOut, Pooled, pool
 from scaling.observations import observe
 from scaling.thresholdout import SPENT, Thresholdout, guarded, load_guard
 
@@ -18,7 +18,7 @@ def left_out_table(scores: tuple[LeftOut, ...]) -> Table:
     """A row per law and split; the levels of an each-split follow their pooled row."""
     made = Table(title="errors of ln loss on rows left out of the fit", title_justify="left")
     for name, justify in (("split", "left"), ("left out", "left"), ("law", "left"), ("fitted", "right"), ("rows", "right"), ("rms", "right"),
-                          ("bias", "right"), ("worst", "right")):
+                          ("bias", "right"), ("worst", "right"), ("rms, nats/token", "right")):
         made.add_column(name, justify=justify, overflow="fold")
     pooled = pool(scores)
     for split in dict.fromkeys(one.name for one in pooled):
@@ -26,12 +26,12 @@ def left_out_table(scores: tuple[LeftOut, ...]) -> Table:
         if len(levels) > 1:
             for one in pooled:
                 if one.name == split:
-                    made.add_row(split, f"all {len(levels)} in turn", one.label, "", f"{one.rows}", *_errors(one.rmse, one.bias, one.worst),
+                    made.add_row(split, f"all {len(levels)} in turn", one.label, "", f"{one.rows}", *_errors(one),
                                  style="bold" if not one.unscored else None)
         for level in levels:
             for one in scores:
                 if one.split.name == split and one.split.level == level:
-                    cells = _errors(one.rmse, one.bias, one.worst) if not one.why else ("none", "", "")
+                    cells = _errors(one) if not one.why else ("none", "", "", "")
                     made.add_row(split, level, one.label, f"{one.fitted or ''}", f"{one.rows or ''}", *cells)
         made.add_section()
     return made
@@ -46,8 +46,9 @@ def reasons(scores: tuple[LeftOut, ...]) -> list[str]:
     return [f"{label}: no score where {', '.join(levels)}: {why}" for (label, why), levels in found.items()]
 
 
-def _errors(rmse: float, bias: float, worst: float) -> tuple[str, str, str]:
-    return tuple("none" if math.isnan(value) else format(value, spec) for value, spec in ((rmse, ".3%"), (bias, "+.3%"), (worst, "+.3%")))
+def _errors(one: LeftOut | Pooled) -> tuple[str, ...]:
+    numbers = ((one.rmse, ".3%"), (one.bias, "+.3%"), (one.worst, "+.3%"), (one.rmse_nats, ".4f"))
+    return tuple("none" if math.isnan(value) else format(value, spec) for value, spec in numbers)
 
 
 def with_guard(comparison: Comparison, arguments) -> tuple[Comparison, list[str]]:

@@ -17,6 +17,7 @@ from scaling.table import Source
 CORRELATED = 0.8  # |correlation of ln N and ln D| from which the variance of an exponent is inflated by 1/(1 - r^2) = 2.8 or more
 FIXED = 1.05      # D/N within this factor is one ratio
 MIN_LEVELS = 3    # a power law with a floor has three constants per direction
+FULL_BITS = 32.0  # from here on laws of widths see no quantization
 DEAD = 1e-4       # share of the loss, below what seeds or evaluation ever resolve
 FLAT = 1e-3       # relative variation of a term below which it is a constant
 
@@ -57,7 +58,11 @@ def _levels(columns: Mapping[str, np.ndarray], fitted: Fit) -> list[str]:
             if 1 < levels.size < MIN_LEVELS and not said:
                 found.append(f"{name} has {levels.size} levels ({_listed(levels)}): a power law with a floor needs {MIN_LEVELS}")
         elif name.endswith("_bits"):
-            levels = np.unique(values[np.asarray(values, dtype=np.float64) < UNQUANTIZED_BITS])
+            wide = (values >= UNQUANTIZED_BITS) & (values < FULL_BITS)
+            if wide.any():
+                found.append(f"{name} is {_listed(np.unique(values[wide]))} in {int(wide.sum())} rows, which the law takes for quantized to that width: where "
+                             "it stands for an unquantized baseline (BF16), leave it empty")
+            levels = np.unique(values[values < UNQUANTIZED_BITS])
             if 0 < levels.size < MIN_LEVELS:
                 found.append(f"{name} has {levels.size} level{'s' * (levels.size > 1)} below {UNQUANTIZED_BITS:g} ({_listed(levels)}): between and "
                              "beyond them the curve over bits is the law's, not the data's")

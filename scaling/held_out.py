@@ -40,7 +40,7 @@ class Split:
 @dataclass(frozen=True)
 class LeftOut:
     """How a law predicts the rows of one split from the others. fitted, rows: numbers of rows fitted and predicted; rmse, bias, worst: of
-    ln predicted - ln observed, so relative errors of the loss; why: why there is no score, else "" (the numbers are then NaN)."""
+    ln predicted - ln observed, so relative errors of the loss; rmse_nats: of predicted - observed, in the loss's unit; why: why there is no score, else "" (the numbers are then NaN)."""
 
     label: str
     split: Split
@@ -49,6 +49,7 @@ class LeftOut:
     rmse: float
     bias: float
     worst: float
+    rmse_nats: float
     why: str = ""
 
 
@@ -76,13 +77,13 @@ def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns
         with np.errstate(all="ignore"):  # a law may have no finite value where it was not fitted
             fitted = fit(rows, law, columns=columns, holdout=split.holdout, **options)
     except ValueError as error:
-        return LeftOut(label, split, 0, 0, nan, nan, nan, str(error))
+        return LeftOut(label, split, 0, 0, nan, nan, nan, nan, str(error))
     m = fitted.metrics["held_out"]
     if not fitted.converged:
-        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, "did not converge")
+        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, nan, "did not converge")
     if not math.isfinite(m["rmse"]):
-        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, "no finite prediction for some of these rows")
-    return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], m["rmse"], m["bias"], m["worst"])
+        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, nan, "no finite prediction for some of these rows")
+    return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], m["rmse"], m["bias"], m["worst"], m["rmse_nats"])
 
 
 def eligible(source: Source, columns: Mapping[str, str] | None, where: str | None, holdout: str | None) -> duckdb.DuckDBPyRelation:
@@ -152,7 +153,8 @@ def _each(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> list[Split]:
     numeric = [str(kind).split("(")[0] in NUMERIC for kind in found.types]  # fits cast numbers: 4 and 4.0 are one level
     levels = sorted(found.fetchall(), key=lambda level: [_order(value) for value in level])
     if not 1 < len(levels) <= MAX_LEVELS:
-        raise ValueError(f"leave {name!r}: {what} has {len(levels)} level{'s' * (len(levels) != 1)} here; leaving one out after the other takes 2 to {MAX_LEVELS}")
+        raise ValueError(f"leave {name!r}: {what} has {len(levels)} level{'s' * (len(levels) != 1)} here; leaving out one after the other takes 2 to "
+                         f"{MAX_LEVELS}")
     return [Split(name, f"{what} = {'/'.join(map(_told, level))}", " AND ".join(map(_equal, parts, level, numeric))) for level in levels]
 
 
@@ -172,7 +174,8 @@ def _widths(rows: duckdb.DuckDBPyRelation, name: str) -> list[str]:
     """What tells precisions apart where no column is called so."""
     widths = [quote(width) for width in WIDTHS if width in rows.columns]
     if not widths:
-        raise ValueError(f"leave {name!r}: the table has neither a column precision nor {', '.join(WIDTHS)}; give each-COLUMN; it has {', '.join(rows.columns)}")
+        raise ValueError(f"leave {name!r}: the table has neither a column precision nor {', '.join(WIDTHS)}; give each-COLUMN; "
+                         f"it has {', '.join(rows.columns)}")
     return widths
 
 
@@ -203,6 +206,7 @@ class Pooled:
     rmse: float
     bias: float
     worst: float
+    rmse_nats: float
     unscored: dict[str, str]
 
 
@@ -215,10 +219,11 @@ def pool(scores: Iterable[LeftOut]) -> list[Pooled]:
     for (label, name), group in groups.items():
         scored = [one for one in group if not one.why]
         rows = sum(one.rows for one in scored)
-        rmse = math.sqrt(sum(one.rows * one.rmse**2 for one in scored) / rows) if rows else math.nan
+        rmse, nats = (math.sqrt(sum(one.rows * error(one) ** 2 for one in scored) / rows) if rows else math.nan
+                      for error in (lambda one: one.rmse, lambda one: one.rmse_nats))
         bias = sum(one.rows * one.bias for one in scored) / rows if rows else math.nan
         worst = max((one.worst for one in scored), key=abs, default=math.nan)
-        pooled.append(Pooled(label, name, rows, rmse, bias, worst, {one.split.level: one.why for one in group if one.why}))
+        pooled.append(Pooled(label, name, rows, rmse, bias, worst, nats, {one.split.level: one.why for one in group if one.why}))
     return pooled
 
 

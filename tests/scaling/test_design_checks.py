@@ -79,6 +79,12 @@ def test_few_levels_of_bits_and_sizes():
     assert not any("levels" in text for text in _remarks(fake_runs.rows(), "kumar:plain"))
 
 
+def test_a_baseline_at_16_bits_is_asked_about():
+    rows = fake_runs.rows(bits={"int3": 3.0, "int4": 4.0, "int6": 6.0, "bf16": 16.0})
+    found = [text for text in _remarks(rows, "kumar:plain") if "leave it empty" in text]
+    assert len(found) == 2 and found[0].startswith("weights_bits is 16 in 12 rows")
+
+
 def test_dropped_rows_are_counted_with_their_reason(demo_runs):
     text = next(text for text in _remarks(demo_runs, "kumar:tied+plain", where="tokens > 600000", holdout="N = max(N) OVER ()") if "left out" in text)
     assert "of 48 rows" in text and "2 (status is not done)" in text and "(where tokens > 600000)" in text

@@ -9,7 +9,7 @@ import pytest
 import scaling
 from scaling.held_out import LeftOut, Split, pool, verdict
 from tests.scaling import fake_runs
-from tests.scaling.conftest import EPOCH_COLUMNS
+from tests.scaling.conftest import EPOCH, EPOCH_COLUMNS
 
 
 def _by_hand(rows, law, held):
@@ -49,6 +49,21 @@ def test_chinchilla_points_by_share_of_compute(epoch):
     assert found.fitted == 177 and found.rows == 63 and found.rmse == pytest.approx(by_cut["rmse"], rel=1e-9)
 
 
+def test_leave_one_precision_out_of_the_quest_runs():
+    """Against fits made elsewhere, with other code: rms errors in nats of Kumar's form without offsets at 1, 2, 3, 4, 8 bits, each
+    predicted from runs at the other widths and at BF16, which counts as unquantized."""
+    path = EPOCH.parents[1] / "quest-runs" / "runs.csv"
+    if not path.is_file():
+        pytest.skip("the runs of ../shared/data/quest-runs are not here")
+    bits = "CASE WHEN w_bits < 16 THEN w_bits END"
+    columns = {"N": "N_nonemb", "D": "D_tokens", "weights_bits": bits, "activations_bits": bits}
+    found = scaling.leave_out(path, "kumar:plain", ("each-weights_bits",), columns=columns, where="family IN ('bf16', 'quest_int')")
+    told = {one.split.level: one.rmse_nats for one in found}
+    for level, nats in {"1": 0.200, "2": 0.060, "3": 0.057, "4": 0.064, "8": 0.029}.items():
+        assert told[f"weights_bits = {level}"] == pytest.approx(nats, abs=6e-4)
+    assert found[-1].split.level == "weights_bits = none" and sum(one.rows for one in found) == 54
+
+
 def test_rows_of_the_holdout_take_no_part():
     rows = fake_runs.rows()
     found = scaling.leave_out(rows, "chinchilla", ("largest-N",), holdout="N = max(N) OVER ()", where="weights_bits >= 32")
@@ -84,7 +99,7 @@ def test_compare_scores_every_law_and_says_whether_bic_agrees():
 
 
 def _score(label, name, level, rmse, why=""):
-    return LeftOut(label, Split(name, level, ""), 10, 0 if why else 4, math.nan if why else rmse, 0.0, rmse, why)
+    return LeftOut(label, Split(name, level, ""), 10, 0 if why else 4, math.nan if why else rmse, 0.0, rmse, rmse, why)
 
 
 def test_verdict_names_who_disagrees_and_who_cannot_predict():
