@@ -5,6 +5,7 @@
     fit.estimate("bits_for_gap", N=25_000, gap=0.01)   a number with its interval, or why the design does not identify it
     fit.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4)
     scaling.plan(fit, compute=1e14)                    the best N, D and width for a budget, with intervals
+    scaling.profile(fit, runs, "alpha")                profile likelihood; scaling.resample: wild bootstrap; scaling.coverage: does it cover?
     scaling.report("runs/demo", "report.html")         analyse() first when the sentences of summary() are wanted too
 
 Names are imported when first used: `bitlaw table` needs neither SciPy nor matplotlib.
@@ -18,14 +19,17 @@ _HOMES = {
     "scaling.best_of": ("best_of", "best_of_curve", "pass_at", "worst_of"),
     "scaling.checklist": ("checklist",),
     "scaling.compare": ("Comparison", "compare"),
+    "scaling.coverage": ("Coverage", "coverage"),
     "scaling.design": ("next_runs",),
     "scaling.design_checks": ("check_table", "design_checks"),
     "scaling.fit": ("fit",),
     "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
+    "scaling.profile": ("Profile", "profile"),
     "scaling.proportions": ("paired", "proportion"),
     "scaling.report": ("report",),
+    "scaling.resample": ("resample",),
     "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
     "scaling.seed_variance": ("seed_variance", "variance_parts"),
     "scaling.summary": ("summary",),
@@ -34,10 +38,10 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Estimate", "Fit", "Law", "Plan", "Prediction", "Thresholdout", "analyse", "best_of", "best_of_curve",
-           "check_table", "checklist", "compare", "curves", "design_checks", "fit", "laws", "leave_out", "load", "next_runs", "paired",
-           "pass_at", "plan", "proportion", "report", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of",
-           "write_table"]
+__all__ = ["Analysis", "Comparison", "Coverage", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
+           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "design_checks", "fit", "laws", "leave_out", "load",
+           "next_runs", "paired", "pass_at", "plan", "profile", "proportion", "report", "resample", "seed_variance", "summary", "table",
+           "telemetry", "variance_parts", "worst_of", "write_table"]
 
 
 def __getattr__(name: str):

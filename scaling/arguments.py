@@ -36,18 +36,25 @@ def _rows(p: Parser) -> None:
                    help='SQL expression of each input, e.g. N=n_params,D=\'"Training FLOP"/6/"Model Size"\'')
     p.add_argument("--where", metavar="SQL", help='rows to use; window functions may be used: "row_number() OVER (ORDER BY loss DESC) > 5"')
     p.add_argument("--holdout", metavar="SQL", help='rows to predict and not to fit, e.g. "N = max(N) OVER ()"')
-    p.add_argument("--loss", default="huber", help="huber (default) or least_squares")
+    p.add_argument("--loss", default="huber", help="huber (default), least_squares or lad (least absolute deviations)")
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
+    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
+    p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
+    p.add_argument("--weights", metavar="SQL", help="how much each row counts")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap and of --coverage")
 
 
 def _fit(p: Parser) -> None:
     _rows(p)
-    p.add_argument("--law", required=True, metavar="NAME", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain")
+    p.add_argument("--law", required=True, metavar="NAME|FORMULA", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain; or a "
+                   'formula, "E + A/N^alpha + B/D^beta", with further inputs and boxes after semicolons: "...; width; alpha=0:1"')
     p.add_argument("--tie", type=assignments, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
-    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help="hold parameters at values")
+    p.add_argument("--prior", type=assignments, default={}, metavar="alpha=0.35:0.05,...", help="Gaussian priors, mean:deviation (relative for E)")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
+    p.add_argument("--resample", default="cells", metavar="KIND", help="of --bootstrap: cells (default) or wild")
+    p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
+    p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
     p.add_argument("--checklist", action="store_true", help="print the checklist of (Mis)Fitting, filled in as far as the fit and the table know")
 
@@ -104,6 +111,11 @@ _BUILDERS = {
 }
 
 
+def names(text: str) -> list[str]:
+    """'alpha, beta' -> ["alpha", "beta"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def assignments(text: str) -> dict[str, str]:
     """'N=a,D=f(b, c)' -> {"N": "a", "D": "f(b, c)"}: commas and signs inside brackets and quotes belong to the expression."""
     parts, depth, quote, start = [], 0, "", 0
@@ -123,7 +135,7 @@ def assignments(text: str) -> dict[str, str]:
     result = {}
     for part in parts:
         name, sign, value = (piece.strip() for piece in part.partition("="))
-        if not sign or not value or not re.fullmatch(r"\w+", name):
+        if not sign or not value or not re.fullmatch(r"\w+(\[[^\[\]]+\])?", name):
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is not NAME=VALUE")
         result[name] = value
     return result
@@ -132,6 +144,18 @@ def assignments(text: str) -> dict[str, str]:
 def names(text: str) -> list[str]:
     """"a, b" -> ["a", "b"], as an argparse type."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def priors(pairs: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Values of NAME=MEAN:DEVIATION pairs. ValueError naming the pair that is none."""
+    result = {}
+    for name, value in pairs.items():
+        mean, _, deviation = value.partition(":")
+        try:
+            result[name] = (float(mean), float(deviation))
+        except ValueError:
+            raise ValueError(f"--prior {name}={value}: not MEAN:DEVIATION, such as {name}=0.35:0.05") from None
+    return result
 
 
 def numbers(pairs: dict[str, str], what: str) -> dict[str, float]:

@@ -111,7 +111,7 @@ def _fitting(fitted: Fit) -> dict[str, str | None]:
     m = fitted.metrics
     rules = {"huber": f"sum of Huber losses, delta {m['delta']:g}", "least_squares": "sum of squares / 2", "lad": "sum of absolute values"}
     return {"objective": f"{rules.get(m['loss'], m['loss'])}, of ln predicted - ln observed; value {m['objective']:.10g}",
-            "optimizer and starts": f"starts over a box of exponents, the best polished by Levenberg-Marquardt; {m['starts_agree']} of {m['starts']} "
+            "optimizer and starts": f"starts over boxes of the constants, the best polished by Levenberg-Marquardt; {m['starts_agree']} of {m['starts']} "
             "polished starts agree", "convergence": f"{'converged' if m['converged'] else 'not converged'}, gradient {m['gradient_norm']:.1e}",
             "weights": str(m.get("weights") or "every row counts the same"), "priors": ", ".join(m.get("priors") or ()) or "none",
             "software": ", ".join(f"{name} {_version(name)}" for name in ("bitlaw", "numpy", "scipy")) + f", Python {platform.python_version()}"}
@@ -119,12 +119,14 @@ def _fitting(fitted: Fit) -> dict[str, str | None]:
 
 def _validation(fitted: Fit) -> dict[str, str | None]:
     m, score = fitted.metrics, fitted.metrics["held_out"]
-    intervals = f"{fitted.level:.0%}, linearised covariance" + (f" and {m['bootstrap']} resamples of whole cells" if m["bootstrap"] else "")
+    resampled = {"wild": "wild resamples of the residuals"}.get(m.get("resampled"), "resamples of whole cells")
+    intervals = f"{fitted.level:.0%}, linearised covariance" + (f" and {m['bootstrap']} {resampled}" if m["bootstrap"] else "")
     unknown = [name for name in fitted.params if name not in fitted.fixed and name not in fitted.ties and not fitted.identified(name)]
     tested = score and (f"{score['rows']} rows held out ({m['holdout']}): rms error {score['rmse']:.3%}, mean {score['bias']:+.3%} of the loss")
     return {"intervals": intervals, "constants that the design does not identify": ", ".join(unknown) or "none",
-            "conditioning": f"condition number {m['condition_number']:.2e} (J'J in centred logs)", "goodness of fit": f"rms residual {m['rmse']:.3%} of "
-            f"the loss, BIC {m['bic']:.1f}", "test on rows not fitted": tested or "none: no rows were held out", "sensitivity to delta, filters and starts": None}
+            "conditioning": f"condition number {m['condition_number']:.2e} (J'J in centred logs)",
+            "goodness of fit": f"rms residual {m['rmse']:.3%} of the loss, BIC {m['bic']:.1f}",
+            "test on rows not fitted": tested or "none: no rows were held out", "sensitivity to delta, filters and starts": None}
 
 
 def _release(records: dict[str, list], source: Source | None) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.arguments import numbers, parser
+from scaling.arguments import numbers, parser, priors
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
@@ -69,17 +69,21 @@ def _fit(arguments) -> int:
     from scaling.checklist import as_json, as_text, checklist
     from scaling.design_checks import check_table
     from scaling.fit import fit as fit_law
+    from scaling.trust import check_trust, trusted
 
     if arguments.out:
         check_target(arguments.out)
+    check_trust(arguments)
     with _progress() as progress:
-        fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, fixed=numbers(arguments.fix, "--fix"), level=arguments.level,
-                         progress=progress, **_row_options(arguments))
-    if not fitted.converged:
-        return _not_converged(fitted)
+        later = {"bootstrap": 0} if arguments.resample == "wild" else {}
+        fitted = fit_law(arguments.table, arguments.law, ties=arguments.tie, level=arguments.level, priors=priors(arguments.prior), progress=progress,
+                         **_row_options(arguments) | later)
+        if not fitted.converged:
+            return _not_converged(fitted)
+        fitted, trust = trusted(fitted, arguments, progress)
     _console().print(_constants(fitted))
     remarks, items = check_table(arguments.table, fitted), checklist(fitted, arguments.table)
-    for line in (*_facts(fitted), *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
+    for line in (*_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
         print(line)
     if arguments.out:
         told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items)}
@@ -123,19 +127,30 @@ def _predict(arguments) -> int:
         if not sign:
             raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}")
         pairs[name] = value
-    inputs = numbers(pairs, "input")
-    bad = next((name for name, value in inputs.items() if not value > 0), None)
+    names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
+    named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
+    inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
+    bad = next((name for name, value in inputs.items() if not value > 0 and not (value == 0 and name in {*names, *fitted.law.zero_allowed})), None)
     if bad:
         raise ValueError(f"input {bad}={pairs[bad]}: must be positive")
+    inputs |= named
     predicted = fitted.predict(**inputs, extrapolate=arguments.extrapolate)
     print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
-              f"({fitted.metrics['discrepancy']:.2%} of the loss)")
+              f"({float(fitted.discrepancy_at(predicted.extrapolated)):.2%} of the loss)")
         for _, sentence in reaches(fitted.ranges, inputs).values():
             print(f"extrapolated: {sentence}")
     return 0
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _plan(arguments) -> int:
@@ -193,7 +208,8 @@ def _not_converged(fitted: Fit) -> int:
 
 
 def _row_options(arguments) -> dict:
-    return {name: getattr(arguments, name) for name in ("columns", "where", "holdout", "loss", "delta", "bootstrap", "seed")}
+    names = ("columns", "where", "holdout", "loss", "delta", "base", "weights", "bootstrap", "seed")
+    return {name: getattr(arguments, name) for name in names} | {"fixed": numbers(arguments.fix, "--fix")}
 
 
 def _constants(fitted: Fit) -> Table:
@@ -215,9 +231,11 @@ def _constants(fitted: Fit) -> Table:
 
 def _facts(fitted: Fit) -> list[str]:
     """What the fit says about itself, a line each."""
+    from scaling.ridges import told
+
     m = fitted.metrics
     dropped = "".join(f", {number} dropped ({reason})" for reason, number in m["dropped"].items())
-    rule = f"sum of Huber losses, delta {m['delta']:g}" if m["loss"] == "huber" else "sum of squares / 2"
+    rule = "sum of squares / 2" if m["loss"] == "least_squares" else f"sum of Huber losses, delta {m['delta']:g}"
     lines = [fitted.law.about,
              f"objective {m['objective']:.10g} ({rule} of ln loss), gradient {m['gradient_norm']:.1e}, {m['starts_agree']} of "
              f"{m['starts']} starts agree",
@@ -227,7 +245,7 @@ def _facts(fitted: Fit) -> list[str]:
         covered = "not predicted: not identified" if score["covered"] is None else f"{score['covered']:.0%} in their intervals"
         lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} nats/token), mean "
                      f"{score['bias']:+.3%}, {covered}")
-    return lines + [f"note: {note}" for note in m["notes"]]
+    return lines + told(m) + [f"note: {note}" for note in m["notes"]]
 
 
 def _side_by_side(comparison: Comparison) -> Table:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scaling.fit import fit
@@ -76,32 +76,41 @@ def _determined(fitted: Fit, name: str) -> bool:
     return name not in fitted.metrics["at_bound"] and fitted.estimate(name).relative_se < 1.0
 
 
+def _takes(law: Law, name: str) -> bool:
+    return name in (*law.inputs, "loss")
+
+
+def _has(law: Law, name: str) -> bool:
+    return name in law.names or any(factor.level(name) for factor in law.factors)
+
+
 def compare(table: Source, laws: Iterable[str | Law], leave: Iterable[str] = (), **options) -> Comparison:
     """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
 
     leave: splits ("largest-N", "largest-D", "each-precision", see `scaling.held_out`) on which every law is scored as well; rows in
-    `holdout` take no part in them. A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
+    `holdout` take no part in them. Of `columns` and `fixed` each law gets what it knows; what no law knows is an error. A law that these
+    rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
     """
-    fits, refused = [], {}
+    fits, refused, left_out = [], {}, []
     laws = list(laws)
-    taken = {name for law in laws for name in resolve(law)[0].inputs}  # a misspelt law is an error, not one that these rows cannot fit
-    rows = eligible(table, options.get("columns"), options.get("where"), options.get("holdout")) if (leave := tuple(leave)) else None
+    columns, fixed = options.pop("columns", None) or {}, options.pop("fixed", None) or {}
+    resolved = [resolve(law, tuple(columns))[0] for law in laws]  # a misspelt name is an error, not a law that these rows cannot fit
+    for what, given, knows in (("columns", columns, _takes), ("fixed", fixed, _has)):
+        unknown = next((name for name in given if not any(knows(law, name) for law in resolved)), None)
+        if unknown and laws:
+            raise ValueError(f"{what}: {unknown!r} is known to none of the laws {', '.join(law.name for law in resolved)}")
+    leave = tuple(leave)
+    rows = eligible(table, columns, options.get("where"), options.get("holdout")) if leave else None
     splits = pose_splits(rows, leave) if leave else []
-    left_out = []
-    for law in laws:
+    for law, known in zip(laws, resolved, strict=True):
+        own = options | {"columns": {name: sql for name, sql in columns.items() if _takes(known, name)},
+                         "fixed": {name: value for name, value in fixed.items() if _has(known, name)}}
         try:
-            fits.append(fit(table, law, **_for_law(law, options, taken)))
+            fits.append(fit(table, law, **own))
         except ValueError as error:
             refused[law if isinstance(law, str) else law.name] = str(error)
             continue
-        left_out += score(rows, law, splits, _for_law(law, options, taken)) if splits else []
+        left_out += score(rows, law, splits, own) if splits else []
     if not fits:
         raise ValueError(next(iter(refused.values())) if refused else "laws: none given; name at least one")
     return Comparison(tuple(fits), refused, tuple(left_out))
-
-
-def _for_law(law: str | Law, options: Mapping, taken: set[str]) -> dict:
-    """`options` without the columns that this law does not take and another of the comparison does."""
-    inputs = resolve(law)[0].inputs
-    columns = {name: sql for name, sql in (options.get("columns") or {}).items() if name in inputs or name not in taken}
-    return dict(options) | {"columns": columns}

@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 
 from scaling.fit import fit
-from scaling.laws import Law
+from scaling.laws import Law, resolve
 from scaling.observations import DEFAULT_COLUMNS
 from scaling.table import Source, quote, table
 
@@ -40,7 +40,8 @@ class Split:
 @dataclass(frozen=True)
 class LeftOut:
     """How a law predicts the rows of one split from the others. fitted, rows: numbers of rows fitted and predicted; rmse, bias, worst: of
-    ln predicted - ln observed, so relative errors of the loss; rmse_nats: of predicted - observed, in the loss's unit; why: why there is no score, else "" (the numbers are then NaN)."""
+    ln predicted - ln observed, so relative errors of the loss; rmse_nats: of predicted - observed, in the loss's unit; why: why there is
+    no score, else "" (the numbers are then NaN)."""
 
     label: str
     split: Split
@@ -72,7 +73,7 @@ def score(rows: duckdb.DuckDBPyRelation, law: str | Law, splits: Iterable[Split]
 
 def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns: Mapping, options: Mapping) -> LeftOut:
     nan = math.nan
-    label = law if isinstance(law, str) else law.name
+    label = resolve(law, tuple(columns))[3]
     try:
         with np.errstate(all="ignore"):  # a law may have no finite value where it was not fitted
             fitted = fit(rows, law, columns=columns, holdout=split.holdout, **options)
@@ -89,7 +90,7 @@ def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns
 def eligible(source: Source, columns: Mapping[str, str] | None, where: str | None, holdout: str | None) -> duckdb.DuckDBPyRelation:
     """The done rows of `source` that pass `where` and are not in `holdout`, with the mapped inputs as columns of their own."""
     relation = table(source)
-    mapped = {name: quote(alias) for name, alias in DEFAULT_COLUMNS.items() if alias in relation.columns and name not in relation.columns}
+    mapped = {name: quote(DEFAULT_COLUMNS[name]) for name in ("N", "D") if DEFAULT_COLUMNS[name] in relation.columns and name not in relation.columns}
     mapped |= dict(columns or {})
     numeric = {"N", "D", "loss"}
     inputs = [f"{f'CAST(({sql}) AS DOUBLE)' if name in numeric else f'({sql})'} AS {quote(name)}" for name, sql in mapped.items()]

@@ -13,23 +13,29 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
-from scaling.laws import Law
+from scaling.laws import Law, Operand
+from scaling.laws.parameters import labels
 from scaling.table import Source, quote, table
 
-DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens"}
-"""Where run tables keep what laws call N and D; other inputs have the same name in both."""
+DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forward": "weights_format", "backward": "output_gradients_format",
+                   "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
+                   "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
+"""Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
+LOGARITHMS = ("weights_log_mse", "activations_log_mse")
+"""Columns of run tables that hold the natural logarithm of what the law takes."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """Rows of a fit. columns: input -> float64 [rows]; loss: float64 [rows], nats per token; held: bool [rows];
-    mapping: input -> SQL expression used; dropped: reason -> number of rows left out."""
+    """Rows of a fit. columns: input -> float64 [rows], names [rows] for factors; loss: float64 [rows], nats per token; held: bool [rows];
+    mapping: input -> SQL expression used; dropped: reason -> number of rows left out; weights: float64 [rows] or None."""
 
     columns: dict[str, np.ndarray]
     loss: np.ndarray
     held: np.ndarray
     mapping: dict[str, str]
     dropped: dict[str, int]
+    weights: np.ndarray | None = None
 
     def rows(self, keep: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(columns, loss) of the rows where `keep`."""
@@ -37,11 +43,11 @@ class Observations:
 
 
 def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, where: str | None = None,
-            holdout: str | None = None) -> Observations:
-    """The rows that `law` is to be fitted on. ValueError, one line, for whatever makes them unusable."""
+            holdout: str | None = None, weights: str | None = None) -> Observations:
+    """The rows that `law` is to be fitted on; `weights`: SQL, how much each counts. ValueError, one line, for whatever makes them unusable."""
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
-    stages = [_project(relation, _mapped(mapping, relation.columns), "columns")]
+    stages = [_project(relation, _mapped(law, mapping, relation.columns), "columns")]
     filters = {"status is not done": "status IS NULL OR status = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
@@ -53,15 +59,18 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
         raise ValueError(f"no rows left to fit: {counts[0]} in the table"
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
     held = _boolean(holdout) if holdout else "false"
-    last = _project(stages[-1], f"{', '.join(map(quote, mapping))}, {held} AS held_out_", f"holdout {holdout}")
+    counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
+    weighed = _project(stages[-1], f"*, {counts_as} AS weight_", f"weights {weights}")
+    last = _project(weighed, f"{', '.join(map(quote, mapping))}, weight_, {held} AS held_out_", f"holdout {holdout}")
+    texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
+             for name, kind in zip(last.columns, last.types, strict=True)]
     with _one_line("columns"):
-        final = last.fetchnumpy()
-    return _checked(law, final, mapping, dropped, holdout)
+        final = last.project(", ".join(texts)).fetchnumpy()
+    return _checked(law, final, mapping, dropped, holdout, weights)
 
 
 def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str]:
     """input -> SQL expression. Given ones win, then a column of the same name, then the run table's name; operands may be absent."""
-    optional = {operand.input for operand in law.operands}
     unknown = sorted(set(given) - set(law.inputs) - {"loss"})
     if unknown:
         raise ValueError(f"columns: {unknown[0]!r} is no input of law {law.name}; it takes {', '.join((*law.inputs, 'loss'))}")
@@ -71,8 +80,9 @@ def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str
         if name in given:
             mapping[name] = given[name]
         elif name in found or alias in found:
-            mapping[name] = quote(name if name in found else alias)
-        elif name not in optional:
+            column = name if name in found else alias
+            mapping[name] = f"exp({quote(column)})" if column in LOGARITHMS else quote(column)
+        elif name not in law.optional:
             missing.append(name)
     if missing:
         raise ValueError(f"law {law.name} needs {', '.join(missing)}; the table has {', '.join(found)} "
@@ -80,10 +90,12 @@ def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str
     return mapping
 
 
-def _mapped(mapping: dict[str, str], found: list[str]) -> str:
+def _mapped(law: Law, mapping: dict[str, str], found: list[str]) -> str:
     """SELECT list of the law's inputs and the table's columns; a column that an input shadows (SQL ignores case) gives way to it."""
     shadowed = {name.lower() for name in mapping}
-    inputs = [f"CAST(({expression}) AS DOUBLE) AS {quote(name)}" for name, expression in mapping.items()]
+    named = {factor.input for factor in law.factors} | {operand.input for operand in law.operands if operand.from_name}
+    inputs = [f"({expression}) AS {quote(name)}" if name in named else f"CAST(({expression}) AS DOUBLE) AS {quote(name)}"
+              for name, expression in mapping.items()]
     return ", ".join(inputs + [quote(name) for name in found if name.lower() not in shadowed])
 
 
@@ -111,29 +123,58 @@ def _project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckd
     return result
 
 
-def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None) -> Observations:
-    optional = {operand.input for operand in law.operands}
+def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None, weights: str | None) -> Observations:
+    operands = {operand.input: operand for operand in law.operands}
+    factors = {factor.input for factor in law.factors}
     columns = {}
-    for name in law.inputs:
-        if name in mapping:
-            values = np.ma.filled(np.ma.asarray(arrays[name], dtype=np.float64), np.inf if name in optional else np.nan)
-            _refuse(values, name, mapping[name], law, infinite_allowed=name in optional)
-            columns[name] = values
+    for name in (name for name in law.inputs if name in mapping):
+        if name in factors:
+            columns[name] = _names(arrays[name], name, mapping[name], law)
+            continue
+        operand = operands.get(name)
+        values = np.ma.filled(_numeric(arrays[name], operand), operand.untouched if operand else np.nan)
+        _refuse(values, name, mapping[name], law, infinite_allowed=operand is not None,
+                zero_allowed=name in law.zero_allowed or (operand is not None and operand.below))
+        columns[name] = values
     loss = np.ma.filled(np.ma.asarray(arrays["loss"], dtype=np.float64), np.nan)
     _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)
+    weight = np.ma.filled(np.ma.asarray(arrays["weight_"], dtype=np.float64), np.nan)
+    _refuse(weight, "weights", weights, law, infinite_allowed=False)
     held = np.asarray(np.ma.filled(arrays["held_out_"], False), dtype=bool)
     if holdout and (held.all() or not held.any()):
         raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
                          "it must leave rows to fit and rows to test")
-    filled = {name: columns.get(name, np.full(loss.shape, np.inf)) for name in law.inputs}
+    filled = {name: columns[name] if name in columns else np.full(loss.shape, operands[name].untouched) for name in law.inputs}
     # SQL gives rows in any order (window functions do shuffle them); sums must not depend on it.
     order = np.lexsort((*filled.values(), loss))
-    return Observations({name: values[order] for name, values in filled.items()}, loss[order], held[order], mapping, dropped)
+    return Observations({name: values[order] for name, values in filled.items()}, loss[order], held[order], mapping, dropped,
+                        weight[order] if weights else None)
 
 
-def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool) -> None:
+def _numeric(values, operand: Operand | None) -> np.ma.MaskedArray:
+    """A column as numbers, missing ones masked; names of formats through the operand, which refuses unknown ones."""
+    values = np.ma.asarray(values)
+    if operand is None or values.dtype.kind not in "OUS":
+        return np.ma.asarray(values, dtype=np.float64)
+    missing = np.ma.getmaskarray(values) | np.array([value is None for value in values.data], dtype=bool)
+    numbers = np.full(values.shape, operand.untouched)
+    numbers[~missing] = operand.numbers(values.data[~missing])
+    return np.ma.array(numbers, mask=missing)
+
+
+def _names(values, name: str, expression: str, law: Law) -> np.ndarray:
+    """A column as names of levels. ValueError when one is missing."""
+    values = np.ma.asarray(values)
+    missing = np.ma.getmaskarray(values) | np.array([value is None or value != value for value in values.data], dtype=bool)
+    if missing.any():
+        raise ValueError(f"{name} ({expression}) is missing in {int(missing.sum())} of {values.size} rows; law {law.name} needs a name in "
+                         f"each: filter these out with where, or name them: {name}=coalesce({expression}, 'baseline')")
+    return labels(values.data)
+
+
+def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool, zero_allowed: bool = False) -> None:
     """ValueError when any value is missing, NaN, infinite (unless allowed), zero or negative: laws take logarithms."""
-    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)), ("zero", values == 0),
+    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)), ("zero", (values == 0) & (not zero_allowed)),
              ("negative", values < 0))
     for kind, bad in kinds:
         if bad.any():

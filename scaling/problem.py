@@ -1,15 +1,15 @@
 """A law on given rows, as the solver sees it: a vector of free coordinates, residuals of the log loss, and their exact Jacobian.
 
 Coordinates z, in the order of `free`:
-  amplitude: log of the amplitude times the geometric mean of its term over the rows ("centred logs": without centring, ln A and alpha
-             are correlated at 0.999 and the condition number is a thousand times worse);
+  amplitude, divisor: log of the geometric mean of its term over the rows ("centred logs": without centring, ln A and alpha are
+             correlated at 0.999 and the condition number is a thousand times worse); rows that a term does not touch do not count;
   scale: its logarithm;  exponent, offset: itself.
 Shapes: S starts or resamples, R rows, K terms, F free coordinates.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,13 +18,16 @@ from scaling.laws import Law
 
 STEP = 1e-30  # of the complex-step derivative: no subtraction, so no rounding error at any size
 SMALLEST, LARGEST = -25.0, 3.0  # log of (mean of a term / mean loss): below, the term is dead; above, terms cancel
+DEAD = -12.0  # the same, below which the covariance leaves the term out
+BESIDE_SPAN = 25.0  # how far outside its box of starts a term of a law that is no plain sum may go
 
 
 @dataclass(frozen=True)
 class Problem:
     """law on columns [R] and log_loss [R]; free: names of the free parameters; ties: name -> free name it equals; fixed: name -> value.
 
-    Parameters of the law in none of the three are absent: no row touches them.
+    Parameters of the law in none of the three are absent: no row touches them. weights: [R], how much each row counts, or None.
+    priors: name -> (mean, precision) of its coordinate, on the scale of the objective: the penalty is precision (z - mean)^2 / 2.
     """
 
     law: Law
@@ -33,31 +36,56 @@ class Problem:
     free: tuple[str, ...]
     ties: Mapping[str, str]
     fixed: Mapping[str, float]
+    weights: np.ndarray | None = None
+    priors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def amplitudes(self) -> tuple[str, ...]:
-        return tuple(name for name in self.free if self.law.parameter(name).kind == "amplitude")
+        return tuple(name for name in self.free if self.law.parameter(name).multiplies)
 
     @cached_property
     def nonlinear(self) -> tuple[str, ...]:
-        return tuple(name for name in self.free if self.law.parameter(name).kind != "amplitude")
+        return tuple(name for name in self.free if not self.law.parameter(name).multiplies)
+
+    @cached_property
+    def level(self) -> float:
+        """Log of the mean loss."""
+        return float(np.log(np.mean(np.exp(self.log_loss))))
 
     def rows(self, keep: np.ndarray) -> Problem:
         """The same parameters on fewer rows."""
-        return replace(self, columns={name: values[keep] for name, values in self.columns.items()}, log_loss=self.log_loss[keep])
+        return replace(self, columns={name: values[keep] for name, values in self.columns.items()}, log_loss=self.log_loss[keep],
+                       weights=None if self.weights is None else self.weights[keep])
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bound of every coordinate. [F], [F]"""
-        level = float(np.log(np.mean(np.exp(self.log_loss))))
         low, high = [], []
         for parameter in map(self.law.parameter, self.free):
-            if parameter.kind == "amplitude":
-                low.append(level + SMALLEST), high.append(level + LARGEST)
+            if parameter.multiplies and self.law.combine is None:
+                low.append(self.level + SMALLEST), high.append(self.level + LARGEST)
+            elif parameter.multiplies:
+                low.append(parameter.span[0] - BESIDE_SPAN), high.append(parameter.span[1] + BESIDE_SPAN)
             else:
-                ends = np.array([parameter.low, parameter.high])
-                ends = np.log(ends) if parameter.logarithmic else ends
-                low.append(ends[0]), high.append(ends[1])
-        return np.array(low), np.array(high)
+                low.append(parameter.coordinate(parameter.low)), high.append(parameter.coordinate(parameter.high))
+        return np.array(low, dtype=np.float64), np.array(high, dtype=np.float64)
+
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where starts are drawn: the bounds or the smaller box of a parameter's `start`, and for amplitudes their span. [F], [F]"""
+        low, high = self.bounds()
+        for i, parameter in enumerate(map(self.law.parameter, self.free)):
+            if parameter.multiplies:
+                low[i], high[i] = parameter.span
+            elif parameter.start:
+                low[i], high[i] = map(parameter.coordinate, parameter.start)
+        return low, high
+
+    def dead(self, z_F: np.ndarray) -> np.ndarray:
+        """Which coordinates are amplitudes of terms that no longer matter anywhere. [F] bool"""
+        is_amplitude = np.array([name in self.amplitudes for name in self.free])
+        if self.law.combine is None:
+            return is_amplitude & (z_F < self.level + DEAD)
+        jacobian_RF = self.jacobian(z_F[None])[1][0]  # the share of a term in the loss, through whatever combines them
+        return is_amplitude & (np.abs(jacobian_RF).max(axis=0) < np.exp(DEAD))
 
     def theta(self, z_SF: np.ndarray, complex_step: str | None = None) -> dict[str, np.ndarray]:
         """Nonlinear parameters of every start, [S, 1] each; `complex_step` names the free one that moves along the imaginary axis."""
@@ -65,54 +93,107 @@ class Problem:
         for name in self.nonlinear:
             value = z_SF[:, self.free.index(name)][:, None]
             value = value + 1j * STEP if name == complex_step else value
-            values[name] = np.exp(value) if self.law.parameter(name).logarithmic else value
-        return values | {tied: values[source] for tied, source in self.ties.items()}
+            values[name] = self.law.parameter(name).value(value)
+        values |= {tied: values[source] for tied, source in self.ties.items()}
+        return self.law.per_row(values, self.columns)
 
     def log_terms(self, theta: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[S, K, R]: log terms; non-finite where the law has no value."""
+        """[S, K, R]: log terms; -inf where a row leaves a term out, not finite otherwise where the law has no value."""
         shape = (next((v.shape[0] for v in theta.values()), 1), self.log_loss.size)
-        return np.stack([np.broadcast_to(term, shape) for term in self.law.log_terms(theta, self.columns)], axis=1)
+        terms = [np.broadcast_to(term, shape) for term in self.law.log_terms(theta, self.columns)]
+        return np.stack(terms, axis=1) if terms else np.zeros((shape[0], 0, shape[1]))
 
     def centre(self, log_terms_SKR: np.ndarray) -> np.ndarray:
-        """[S, K]: what is subtracted from a term's logs: their mean over rows, 0 for a term with a fixed amplitude."""
-        free = np.array([name in self.amplitudes for name in self.law.amplitudes])
-        return np.where(free, log_terms_SKR.mean(axis=-1), 0.0)
+        """[S, K]: what is subtracted from a term's logs: their mean over the rows it touches, 0 for a term with a fixed amplitude."""
+        with np.errstate(invalid="ignore"):
+            means = log_terms_SKR.mean(axis=-1)
+        if not np.isfinite(means).all():
+            touched = log_terms_SKR.real != -np.inf
+            means = np.where(touched, log_terms_SKR, 0.0).sum(axis=-1) / np.maximum(touched.sum(axis=-1), 1)
+        return np.where(self._free_terms, means, 0.0)
+
+    @cached_property
+    def _free_terms(self) -> np.ndarray:
+        return np.array([name in self.amplitudes for name in self.law.amplitudes], dtype=bool)
 
     def log_amplitudes(self, z_SF: np.ndarray) -> np.ndarray:
-        """[S, K]: coordinates of the amplitudes (still centred), and logs of the fixed ones."""
-        with np.errstate(divide="ignore"):  # an amplitude fixed at 0 is a term left out
-            return np.stack([z_SF[:, self.free.index(name)] if name in self.free else np.full(z_SF.shape[0], np.log(self.fixed[name]))
-                             for name in self.law.amplitudes], axis=1)
+        """[S, K]: coordinates of the amplitudes (still centred), and those of the fixed ones."""
+        logs = [z_SF[:, self.free.index(name)] if name in self.free
+                else np.full(z_SF.shape[0], self.law.parameter(name).coordinate(self.fixed[name]))  # an amplitude of 0 is a term left out
+                for name in self.law.amplitudes]
+        return np.stack(logs, axis=1) if logs else np.zeros((z_SF.shape[0], 0))
+
+    def _loss(self, theta: Mapping, parts_SKR: np.ndarray) -> np.ndarray:
+        """[S, R]: the loss that the terms make."""
+        if self.law.combine is None:
+            return parts_SKR.sum(axis=1)
+        return self.law.combine(theta, tuple(np.moveaxis(parts_SKR, 1, 0)), self.columns)
 
     def residuals(self, z_SF: np.ndarray) -> np.ndarray:
         """[S, R]: ln(predicted loss) - ln(loss); inf where the law has no value there."""
         with np.errstate(all="ignore"):
-            logs_SKR = self.log_terms(self.theta(z_SF))
+            theta = self.theta(z_SF)
+            logs_SKR = self.log_terms(theta)
             parts = np.exp(self.log_amplitudes(z_SF)[:, :, None] + logs_SKR - self.centre(logs_SKR)[:, :, None])
-            residuals = np.log(parts.sum(axis=1)) - self.log_loss
+            residuals = np.log(self._loss(theta, parts)) - self.log_loss
         return np.where(np.isfinite(residuals), residuals, np.inf)
 
     def jacobian(self, z_SF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[S, R] residuals (finite starts only) and [S, R, F] their derivatives by the coordinates, exact to rounding."""
         with np.errstate(all="ignore"):
-            logs_SKR = self.log_terms(self.theta(z_SF))
-            parts_SKR = np.exp(self.log_amplitudes(z_SF)[:, :, None] + logs_SKR - self.centre(logs_SKR)[:, :, None])
-            total_SR = parts_SKR.sum(axis=1)
-            shares_SKR = parts_SKR / total_SR[:, None, :]
+            theta = self.theta(z_SF)
+            logs_SKR = self.log_terms(theta)
+            amplitudes_SK1 = self.log_amplitudes(z_SF)[:, :, None]
+            parts_SKR = np.exp(amplitudes_SK1 + logs_SKR - self.centre(logs_SKR)[:, :, None])
+            total_SR = self._loss(theta, parts_SKR)
             jacobian = np.empty((*total_SR.shape, len(self.free)))
             for k, name in enumerate(self.law.amplitudes):
                 if name in self.free:
-                    jacobian[:, :, self.free.index(name)] = shares_SKR[:, k]
+                    jacobian[:, :, self.free.index(name)] = self._share(theta, parts_SKR, k) / total_SR
             for name in self.nonlinear:
-                slopes_SKR = self.log_terms(self.theta(z_SF, name)).imag / STEP
-                jacobian[:, :, self.free.index(name)] = (shares_SKR * (slopes_SKR - self.centre(slopes_SKR)[:, :, None])).sum(axis=1)
+                moved = self.theta(z_SF, name)
+                logs_SKR = self.log_terms(moved)
+                centre_SK1 = self.centre(logs_SKR)[:, :, None]
+                if self.law.combine is None:
+                    slope_SR = np.einsum("skr,skr->sr", parts_SKR, logs_SKR.imag - centre_SK1.imag)
+                else:
+                    slope_SR = self._loss(moved, np.exp(amplitudes_SK1 + logs_SKR - centre_SK1)).imag
+                jacobian[:, :, self.free.index(name)] = slope_SR / (STEP * total_SR)
         return np.log(total_SR) - self.log_loss, jacobian
+
+    def _share(self, theta: Mapping, parts_SKR: np.ndarray, k: int) -> np.ndarray:
+        """[S, R]: d loss / d ln(term k): the term itself in a plain sum."""
+        if self.law.combine is None:
+            return parts_SKR[:, k]
+        moved = parts_SKR.astype(np.complex128)
+        moved[:, k] *= 1.0 + 1j * STEP
+        return np.broadcast_to(self._loss(theta, moved).imag / STEP, parts_SKR[:, k].shape)
+
+    def penalty(self, z_SF: np.ndarray) -> np.ndarray:
+        """[S]: what the priors add to the objective."""
+        return sum((0.5 * precision * (z_SF[:, self.free.index(name)] - mean) ** 2 for name, (mean, precision) in self.priors.items()),
+                   np.zeros(len(z_SF)))
+
+    def penalty_slopes(self, z_SF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[S, F] and [F]: first and second derivatives of `penalty`."""
+        first, second = np.zeros(z_SF.shape), np.zeros(z_SF.shape[1])
+        for name, (mean, precision) in self.priors.items():
+            i = self.free.index(name)
+            first[:, i], second[i] = precision * (z_SF[:, i] - mean), precision
+        return first, second
+
+    def prior_rows(self, inside: float) -> np.ndarray:
+        """[number of priors, F]: the priors as rows of the Jacobian, where the objective's curvature is `inside` times J'J."""
+        rows = np.zeros((len(self.priors), len(self.free)))
+        for row, (name, (_, precision)) in zip(rows, self.priors.items(), strict=True):
+            row[self.free.index(name)] = np.sqrt(precision / inside)
+        return rows
 
     def slopes_of_centre(self, z_F: np.ndarray) -> np.ndarray:
         """[F, F]: d(plain coordinates)/d(z), plain coordinates having the log of the amplitude itself. Identity but for that."""
         matrix = np.eye(len(self.free))
         for name in self.nonlinear:
-            centre_K = self.centre(self.log_terms(self.theta(z_F[None], name)).imag / STEP)[0]
+            centre_K = self.centre(self.log_terms(self.theta(z_F[None], name)))[0].imag / STEP
             for k, amplitude in enumerate(self.law.amplitudes):
                 if amplitude in self.free:
                     matrix[self.free.index(amplitude), self.free.index(name)] = -centre_K[k]
@@ -139,6 +220,6 @@ def constants(law: Law, free: tuple[str, ...], ties: Mapping[str, str], fixed: M
     """Plain coordinates (see `Problem.plain`) back to named constants, in the law's order; absent ones are left out."""
     values = dict(fixed)
     for name, value in zip(free, plain_F, strict=True):
-        values[name] = float(np.exp(value)) if law.parameter(name).logarithmic else float(value)
+        values[name] = float(law.parameter(name).value(value))
     values |= {tied: values[source] for tied, source in ties.items()}
     return {name: float(values[name]) for name in law.names if name in values}

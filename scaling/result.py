@@ -1,6 +1,7 @@
 """`Fit`: constants with intervals, predictions with intervals, and the refusal to state what the design does not identify."""
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling.files import write_whole
-from scaling.laws import Law, laws
+from scaling.laws import Law, resolve
 from scaling.problem import constants
 from scaling.reach import refuse_far
 
@@ -90,14 +91,15 @@ class Fit:
         """Two-sided Student quantile at `level` with the residual degrees of freedom."""
         return float(stdtrit(max(self.metrics["dof"], 1), 0.5 + 0.5 * self.level))
 
-    def estimate(self, name: str, **columns) -> Estimate:
-        """A parameter or one of the law's functionals (at `columns`), with its interval, or why the design does not identify it.
+    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate:
+        """A parameter, one of the law's functionals (at `columns`), or a function of the constants and `columns` of one's own, with its
+        interval, or why the design does not identify it.
 
         The interval is that of the linearised covariance (symmetric in the logarithm of a positive value), or, when the fit has draws,
         the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
         Chinchilla points it is 40 % too narrow for beta), the latter is too narrow with few cells (nine cells: 82 % for 95 %).
         """
-        function, unit_scale = self._function(name, columns)
+        function, unit_scale = self.quantity(name, columns)
         with np.errstate(all="ignore"):
             value = float(function(self.params))
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
@@ -110,6 +112,7 @@ class Fit:
             draw_low, draw_high, draw_error = self._from_draws(function)
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
+        name = name if isinstance(name, str) else getattr(name, "__name__", "function")
         return Estimate(name, value, low, high, relative, self._reason(name, relative) or self._outside(name, value))
 
     def identified(self, name: str, **columns) -> bool:
@@ -120,29 +123,41 @@ class Fit:
         """Loss of one run at the law's inputs, with its interval at `level`.
 
         The variance of ln loss has three parts: of the law's value (linearised, or the bootstrap's if larger), of a run about
-        the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there: the largest excess
-        error of refits on the smaller runs that predict the larger ones, or of the held-out rows if that is larger.
+        the law (the residuals of the fit), and, outside the fitted range of any input, the law's discrepancy there, which is calibrated
+        on refits to the smaller runs that predict the larger ones (`scaling.uncertainty.discrepancy`).
         ValueError when the design identifies nothing (condition number), for inputs that the law does not take, or, without
         `extrapolate`, when N, D or compute lies more than 30 times outside of its fitted range.
         """
         if self.metrics["condition_number"] > MAX_CONDITION:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
-        if self.intervals and not extrapolate:  # without intervals the fit is being made: its held-out rows are scored wherever they lie
+        columns = self._arrays(columns)
+        if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
-        columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         loss = np.asarray(self.law.predict(self.params, **columns))
         with np.errstate(all="ignore"):
             mean_variance = (self._slopes(lambda p: np.log(self.law.predict(p, **columns))) ** 2).sum(axis=0)
             if len(self.draws) > 20:
-                logs = np.log([self.law.predict(self._constants(draw), **columns) for draw in self.draws])
+                logs = np.log([self.law.predict(self.constants_at(draw), **columns) for draw in self.draws])
                 low, high = np.quantile(logs, [0.15865, 0.84135], axis=0)
                 mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
         extrapolated = self._extrapolation(columns)
-        beyond = np.where(extrapolated > 1.0 + 1e-9, float(self.metrics["discrepancy"]), 0.0)
+        beyond = self.discrepancy_at(extrapolated)
         reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
         mean_reach = self.quantile * np.sqrt(mean_variance)
         return Prediction(loss, loss * np.exp(-reach), loss * np.exp(reach), loss * np.exp(-mean_reach), loss * np.exp(mean_reach),
                           extrapolated)
+
+    def discrepancy_at(self, extrapolated: np.ndarray) -> np.ndarray:
+        """Standard deviation of ln loss that the law's form adds at a factor `extrapolated` beyond the data: 0 inside, and growing
+        with the root of the factor's logarithm."""
+        return float(self.metrics["discrepancy"]) * np.sqrt(np.log(np.maximum(extrapolated, 1.0)))
+
+    def _arrays(self, columns: Mapping) -> dict[str, np.ndarray]:
+        """Columns as arrays: names of levels as they are, names of formats as their numbers, the rest float64."""
+        operands = {operand.input: operand for operand in self.law.operands}
+        factors = {factor.input for factor in self.law.factors}
+        return {name: np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands
+                else np.asarray(values, dtype=np.float64) for name, values in columns.items()}
 
     def at_width(self, bits: float) -> dict[str, float]:
         """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
@@ -160,33 +175,42 @@ class Fit:
                 "params": dict(self.params), "intervals": {k: list(v) for k, v in self.intervals.items()}, "level": self.level,
                 "metrics": dict(self.metrics), "free": list(self.free), "ties": dict(self.ties), "fixed": dict(self.fixed),
                 "coordinates": self.coordinates.tolist(), "scatter": self.scatter.tolist(), "draws": self.draws.tolist(),
-                "ranges": {k: list(v) for k, v in self.ranges.items()}}
+                "ranges": {k: list(v) for k, v in self.ranges.items()}, "levels": {k: list(v) for k, v in self.law.levels.items()}}
         text = json.dumps(_to_json(body), indent=1) + "\n"
         return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-    def _constants(self, coordinates: np.ndarray) -> dict[str, float]:
+    def constants_at(self, coordinates: np.ndarray) -> dict[str, float]:
+        """Named constants at plain coordinates [F], such as a row of `draws`."""
         return constants(self.law, self.free, self.ties, self.fixed, coordinates)
 
-    def _function(self, name: str, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
-        """(params -> number, scale of its standard error: None for relative to the value)."""
+    def quantity(self, name: str | Callable, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
+        """(params -> number, scale of its standard error: None for relative to the value), of whatever `estimate` takes. ValueError for a
+        name that is neither a parameter nor a functional, and for columns that the functional lacks or does not know."""
+        if callable(name):
+            return (lambda p: name(p, **columns)), None
         if name in self.params:
             return (lambda p: p[name]), (1.0 if self.law.parameter(name).kind == "offset" else None)
         if name not in self.law.functionals:
             raise ValueError(f"{name!r}: law {self.law.name} has no such parameter or functional here; it has "
                              f"{', '.join((*self.params, *self.law.functionals))}")
-        return (lambda p: self.law.functionals[name](p, **columns)), None
+        function = self.law.functionals[name]
+        try:
+            inspect.signature(function).bind(self.params, **columns)
+        except TypeError as error:
+            raise ValueError(f"{name} of law {self.law.name}: {error}; given: {', '.join(columns) or 'nothing'}") from None
+        return (lambda p: function(p, **columns)), None
 
     def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
         step = 0.1
         with np.errstate(all="ignore"):
-            slopes = np.stack([(function(self._constants(self.coordinates + step * column))
-                                - function(self._constants(self.coordinates - step * column))) / (2 * step) for column in self.scatter.T])
+            slopes = np.stack([(function(self.constants_at(self.coordinates + step * column))
+                                - function(self.constants_at(self.coordinates - step * column))) / (2 * step) for column in self.scatter.T])
         return np.where(np.isfinite(slopes), slopes, np.inf)
 
     def _from_draws(self, function: Callable[[Mapping], float]) -> tuple[float, float, float]:
         with np.errstate(all="ignore"):
-            values = np.array([function(self._constants(draw)) for draw in self.draws], dtype=np.float64)
+            values = np.array([function(self.constants_at(draw)) for draw in self.draws], dtype=np.float64)
         tail = 0.5 * (1.0 - self.level)
         values = np.where(np.isnan(values), np.inf, values)
         low, left, right, high = np.quantile(values, [tail, 0.15865, 0.84135, 1.0 - tail], method="closest_observation")
@@ -199,6 +223,10 @@ class Fit:
             return f"not identified by this design ({why}; {name} ended on its bound)"
         if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
             return f"not identified by this design ({why})"
+        flat = self.metrics.get("undetermined", {})
+        apart = flat.get(name) or flat.get(self.ties.get(name))
+        if apart:
+            return f"not identified by this design (the objective is flat: starts that reach it end {apart:.0%} apart)"
         amplitude = name in self.law.amplitudes
         if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
@@ -218,10 +246,14 @@ class Fit:
         An operand beyond its neutral width counts as that width; one that was always neutral has no range.
         """
         factors = [np.ones(())]
-        neutral = {operand.input: operand.neutral for operand in self.law.operands}
+        operands = {operand.input: operand for operand in self.law.operands}
         for name, (low, high) in self.ranges.items():
-            values = np.minimum(math.prod(columns.get(part, math.inf) for part in name.split("*")), neutral.get(name, math.inf))
-            factors.append(np.maximum(np.maximum(values / high, low / values), 1.0))
+            operand = operands.get(name)
+            values = (operand.clip(columns.get(name, operand.untouched)) if operand else
+                      math.prod(columns.get(part, math.inf) for part in name.split("*")))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = np.maximum(values / high, low / np.asarray(values, dtype=np.float64))
+            factors.append(np.where(np.isfinite(factor), np.maximum(factor, 1.0), 1.0))  # 0 bits, an error of 0: the edge of the scale, not beyond it
         factors = np.broadcast_arrays(*factors)
         return np.max(factors, axis=0)
 
@@ -239,7 +271,9 @@ def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
     pairs = {name: {k: tuple(_number(x) for x in v) for k, v in body[name].items()} for name in ("intervals", "ranges")}
     metrics = {name: _number(value) for name, value in body["metrics"].items()}
     size = len(body["free"])
-    return Fit(law or laws[body["law"]], body["label"], body["params"], pairs["intervals"], metrics, body["level"],
+    made = law or resolve(body["law"])[0]
+    made = made.at_levels({name: tuple(levels) for name, levels in body.get("levels", {}).items()}) if made.factors else made
+    return Fit(made, body["label"], body["params"], pairs["intervals"], metrics, body["level"],
                tuple(body["free"]), body["ties"], body["fixed"], np.array(body["coordinates"], dtype=np.float64),
                _matrix(body["scatter"], size), _matrix(body["draws"], size), pairs["ranges"])
 

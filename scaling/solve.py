@@ -1,29 +1,31 @@
-"""The solver: starts by variable projection, then batched Levenberg-Marquardt on the robust objective, in float64 numpy.
+"""The solver: batched Levenberg-Marquardt on the robust objective from the starts of `scaling.starts`, in float64 numpy.
 
-Objective: sum over rows of weight * Huber_delta(ln predicted - ln observed); the sum, not the mean, because the mean made the
-published Chinchilla fit stop early (Besiroglu et al. 2024). Amplitudes are linear once the rest is known, so starts are a low-discrepancy
-set over the nonlinear parameters alone with the amplitudes projected out, and every start has all of its terms alive: the "local
-minima" of the published 4500-start recipe are starts with a dead term. Shapes: S starts, R rows, K terms, F coordinates.
+Objective: sum over rows of weight * Huber_delta(ln predicted - ln observed), plus the priors' penalty; the sum, not the mean, because
+the mean made the published Chinchilla fit stop early (Besiroglu et al. 2024). delta = inf is least squares, a tiny one least absolute
+deviations. Shapes: S starts, R rows, K terms, F coordinates.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 
+from scaling.objective import huber, objective_of
 from scaling.problem import Problem
+from scaling.starts import POLISHED, candidates
 
-NUM_STARTS = {1: 256, 2: 1024}
-MANY_STARTS = 4096  # more than two nonlinear parameters
-POLISHED = 16
 MAX_ROUNDS = 400
-CHUNK = 4_000_000  # numbers per array: 32 MB
+SCIPY_ROUNDS = 2000
+FEW, MORE = 3, 4  # where fewer starts than FEW agree, MORE times as many are polished
+CONVERGED = 1e-7  # expected relative decrease of the objective by one more step, below which a fit has converged
 
 
 @dataclass(frozen=True)
 class Solution:
     """z: [F] coordinates; objective; gradient: largest |projected gradient| over the coordinates; decrease: expected relative
-    decrease of the objective by one more full step (0 at the optimum); rounds; starts: polished; agree: of these, within 1e-6."""
+    decrease of the objective by one more full step (0 at the optimum); rounds; starts: polished; agree: of these, within 1e-6;
+    ends: [agree, F] where they ended: a flat objective (an even number of runs per cell under a tiny delta) has many ends."""
 
     z: np.ndarray
     objective: float
@@ -32,18 +34,11 @@ class Solution:
     rounds: int
     starts: int
     agree: int
+    ends: np.ndarray
 
     @property
     def converged(self) -> bool:
-        return bool(self.decrease < 1e-7)
-
-
-def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
-    """r^2/2 within delta, delta(|r| - delta/2) outside (scipy.special.huber); delta = inf is least squares."""
-    size = np.abs(residuals)
-    if np.isinf(delta):
-        return 0.5 * size * size
-    return np.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
+        return bool(self.decrease < CONVERGED)
 
 
 def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) -> Solution:
@@ -54,81 +49,63 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     if not len(starts):
         raise ValueError(f"law {problem.law.name}: no start gives a finite loss in all {problem.log_loss.size} rows; check the inputs' units")
     z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
+    agree = _agreeing(objective)
+    if agree < FEW and len(problem.nonlinear) > 2 and problem.law.combine is None:  # a rugged design: look further before believing it
+        starts = np.concatenate([z_SF[[np.argmin(objective)]], candidates(problem, delta, MORE * POLISHED)])
+        z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta)
+        agree = _agreeing(objective)
     best = int(np.argmin(objective))
-    agree = int(np.sum(objective <= objective[best] * (1.0 + 1e-6) + 1e-300))
+    ends = z_SF[objective <= objective[best] * (1.0 + 1e-6) + 1e-300]
     z, lowest = z_SF[best], float(objective[best])
     if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
         ones = np.ones((1, problem.log_loss.size))
         (z,), (lowest,), more = minimise(problem, z[None], ones, delta, rounds=5 * MAX_ROUNDS)
         rounds += more
     gradient, decrease = stationarity(problem, z, delta)
-    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree)
+    if decrease >= CONVERGED:
+        z, lowest = by_scipy(problem, z, delta)
+        gradient, decrease = stationarity(problem, z, delta)
+    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree, ends)
 
 
-def low_discrepancy(count: int, dims: int) -> np.ndarray:
-    """[count, dims] points of the additive recurrence in the unit cube (R. Roberts' R_d: powers of the generalised golden ratio)."""
-    ratio = 2.0
-    for _ in range(60):
-        ratio = (1.0 + ratio) ** (1.0 / (dims + 1))
-    steps = ratio ** -np.arange(1.0, dims + 1.0)
-    return (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
+def _agreeing(objective: np.ndarray) -> int:
+    """How many starts ended within 1e-6 of the best."""
+    return int(np.sum(objective <= objective.min() * (1.0 + 1e-6) + 1e-300))
 
 
-def candidates(problem: Problem, delta: float) -> np.ndarray:
-    """[<= POLISHED, F]: the best half by objective, the rest spread over the ranks, so that agreement means something."""
-    low, high = problem.bounds()
-    dims = len(problem.nonlinear)
-    count = NUM_STARTS.get(dims, MANY_STARTS) if dims else 1
-    z_SF = np.zeros((count, len(problem.free)))
-    if dims:
-        index = [problem.free.index(name) for name in problem.nonlinear]
-        z_SF[:, index] = low[index] + (high - low)[index] * low_discrepancy(count, dims)
-    size = max(1, CHUNK // (problem.log_loss.size * len(problem.law.amplitudes)))
-    scored = [_project(problem, z_SF[at:at + size], delta, low, high) for at in range(0, count, size)]
-    z_SF, objective = (np.concatenate(parts) for parts in zip(*scored, strict=True))
-    order = np.argsort(objective, kind="stable")[:int(np.isfinite(objective).sum())]
-    half = POLISHED // 2
-    spread = order[half::max(1, (len(order) - half) // half)][:half]
-    return z_SF[np.concatenate([order[:half], spread])]
+def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarray, float]:
+    """SciPy's L-BFGS-B from z_F with the exact gradient: the fallback where Levenberg-Marquardt stalls, and the independent check.
 
-
-def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fills in amplitudes by weighted linear least squares (weights 1/loss: the log residual to first order) and scores by objective.
-
-    A negative amplitude is replaced by a small live one (a hundredth of the mean loss) instead of being thrown away: the
-    polish can take the term to zero, but cannot bring a dead one back.
+    -> the better of its end and z_F, and the objective there.
     """
-    index = [problem.free.index(name) for name in problem.amplitudes]
-    with np.errstate(all="ignore"):
-        logs_SKR = problem.log_terms(problem.theta(z_SF))
-        scaled_SKR = np.exp(logs_SKR - problem.centre(logs_SKR)[:, :, None] - problem.log_loss)
-        free = np.array([name in problem.amplitudes for name in problem.law.amplitudes])
-        known = sum((problem.fixed[name] * scaled_SKR[:, k] for k, name in enumerate(problem.law.amplitudes) if not free[k]), 0.0)
-        basis_SKR = scaled_SKR[:, free]
-        usable = np.isfinite(basis_SKR).all(axis=(1, 2))
-        basis_SKR[~usable] = 0.0
-        gram = np.einsum("skr,slr->skl", basis_SKR, basis_SKR)
-        ridge = 1e-12 * np.einsum("skk->s", gram)[:, None, None] * np.eye(len(index)) + 1e-300 * np.eye(len(index))
-        right = np.einsum("skr,sr->sk", basis_SKR, np.broadcast_to(1.0 - known, (len(z_SF), problem.log_loss.size)))
-        solved = np.linalg.solve(gram + ridge, right[:, :, None])[:, :, 0]
-    live = 0.01 * np.exp(problem.log_loss).mean()
-    z_SF[:, index] = np.log(np.where(solved > 0.0, solved, live))
-    z_SF = np.clip(z_SF, low, high)
-    objective = huber(problem.residuals(z_SF), delta).sum(axis=1)
-    return z_SF, np.where(usable, objective, np.inf)
+    low, high = problem.bounds()
+    own = 1.0 if problem.weights is None else problem.weights
+
+    def value_and_slope(z_F):
+        residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
+        if not np.isfinite(residuals).all():
+            return 1e300, np.zeros_like(z_F)
+        value = (own * huber(residuals, delta)).sum() + problem.penalty(z_F[None])[0]
+        return value / start, ((own * np.clip(residuals, -delta, delta)) @ jacobian + problem.penalty_slopes(z_F[None])[0][0]) / start
+
+    start = 1.0
+    start = max(float(value_and_slope(z_F)[0]), 1e-300)  # scaled: an objective of 1e-3 would meet the default tolerances at once
+    found = scipy.optimize.minimize(value_and_slope, z_F, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
+                                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": SCIPY_ROUNDS, "maxcor": 30})
+    return (found.x, float(found.fun) * start) if found.fun < 1.0 else (z_F, start)
 
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, delta: float,
              rounds: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt on iteratively reweighted squares, all starts at once. -> [S, F], objective [S], rounds used.
 
-    weights_SR: row weights, [S, R] or [1, R] (a bootstrap resample is a row of counts). A start leaves the batch when three rounds in
+    weights_SR: row weights besides the problem's own, [S, R] or [1, R] (a bootstrap resample is a row of counts). A start leaves the batch when three rounds in
     a row improve it by less than 1e-13 relative. Steps are clipped to the bounds; a step that raises the objective is not taken.
     """
     low, high = problem.bounds()
     z_SF = np.clip(starts_SF, low, high)
     weights_SR = np.broadcast_to(weights_SR, (len(z_SF), problem.log_loss.size))
-    objective = (weights_SR * huber(problem.residuals(z_SF), delta)).sum(axis=1)
+    objective = objective_of(problem, z_SF, delta, weights_SR)
     damping, stalled = np.full(len(z_SF), 1e-2), np.zeros(len(z_SF), dtype=int)
     active = np.flatnonzero(np.isfinite(objective))
     used, rounds = 0, MAX_ROUNDS if rounds is None else rounds
@@ -141,7 +118,7 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, de
         damped = hessian + (damping[active, None] * (diagonal + floor) + floor)[:, :, None] * np.eye(z.shape[1])
         step = np.linalg.solve(damped, gradient[:, :, None])[:, :, 0]
         trial = np.clip(z - step, low, high)
-        value = (w * huber(problem.residuals(trial), delta)).sum(axis=1)
+        value = objective_of(problem, trial, delta, w)
         better = value < objective[active]
         gain = np.where(better, (objective[active] - value) / objective[active].clip(1e-300), 0.0)
         z_SF[active[better]], objective[active[better]] = trial[better], value[better]
@@ -156,9 +133,14 @@ def _normal_equations(problem: Problem, z_SF, weights_SR, delta, low, high) -> t
     residuals_SR, jacobian_SRF = problem.jacobian(z_SF)
     size = np.maximum(np.abs(residuals_SR), 1e-300)
     irls_SR = weights_SR * np.minimum(1.0, delta / size)
+    if problem.weights is not None:
+        irls_SR = irls_SR * problem.weights
     weighted = irls_SR[:, :, None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessian = np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)
+    if problem.priors:
+        first, second = problem.penalty_slopes(z_SF)
+        gradient, hessian = gradient + first, hessian + np.diag(second)
     held = ((z_SF <= low) & (gradient > 0)) | ((z_SF >= high) & (gradient < 0))
     gradient = np.where(held, 0.0, gradient)
     hessian = np.where(held[:, :, None] | held[:, None, :], np.where(np.eye(z_SF.shape[1], dtype=bool), 1.0, 0.0), hessian)
@@ -174,6 +156,6 @@ def stationarity(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[float
     low, high = problem.bounds()
     weights = np.ones((1, problem.log_loss.size))
     gradient, hessian = _normal_equations(problem, z_F[None], weights, delta, low, high)
-    objective = huber(problem.residuals(z_F[None]), delta).sum()
+    objective = objective_of(problem, z_F[None], delta)[0]
     gain = 0.5 * float(gradient[0] @ np.linalg.lstsq(hessian[0], gradient[0], rcond=1e-10)[0])
     return float(np.abs(gradient).max()), gain / max(float(objective), 1e-300)

@@ -31,7 +31,7 @@ RUN_COLUMNS: dict[str, str] = {
     "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
     "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",
     "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "edq": "DOUBLE", "lost_updates": "DOUBLE", "updates_per_ulp": "DOUBLE",
-    "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE", **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:3] for what in ("underflow", "overflow")},
+    "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE", **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:6] for what in ("underflow", "overflow")},
     "weights_bytes_per_param": "DOUBLE", "moments_bytes_per_param": "DOUBLE", "peak_bytes_per_param": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
     "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR", "record_version": "BIGINT",
 }
@@ -88,8 +88,8 @@ def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.Du
 
 
 def telemetry(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:
-    """What linear layers measured: one row per line of every `telemetry.jsonl` below the folder(s): run_id and TELEMETRY_COLUMNS, read as
-    `curves` are. A row is of one step, layer, site and role (weights, activations, output_gradients); underflow and overflow are shares of
+    """What linear layers and attention measured: one row per line of every `telemetry.jsonl` below the folder(s): run_id and TELEMETRY_COLUMNS, read as
+    `curves` are. A row is of one step, layer, site and role (weights, activations, output_gradients; of site attention kv, scores, probabilities); underflow and overflow are shares of
     its values, exponent is log2 of its scale; these three are NULL where nothing was quantized."""
     return _from_lines(source, "telemetry.jsonl", TELEMETRY_COLUMNS)
 

@@ -257,8 +257,8 @@ class Program:
         one_step = partial(steps.step, self.structure, self.graphdef, data_axis=self._data_axis, member_axis=member_axis)
 
         def idle(state, tokens, hyper):
-            del tokens, hyper
-            return state, steps.no_metrics(self.structure)
+            del tokens
+            return state, steps.no_metrics(self.structure, hyper.policy)
 
         def member(state, hyper, tokens_SBT1, stop):
             def body(state, tokens):

@@ -15,9 +15,8 @@ from trainer.config.frozen import PrecisionSpec, QuantizerSpec, TrainConfig
 from trainer import telemetry
 from trainer.config.policies import UNQUANTIZED_BITS, build_format
 from trainer.config.precision import HIGH
-from trainer.methods.attention import ATTENTION_ROLES
 from trainer.model import SITES
-from trainer.precision import ROLES, Source, matches
+from trainer.precision import ATTENTION_ROLES, OUTSIDE, ROLES, Source, matches
 from trainer.stored import BLOCKWISE, loses_updates
 
 # Dense bfloat16 peak in FLOP/s (vendors' data sheets, without sparsity), by the start of jax's device_kind.
@@ -49,6 +48,13 @@ def _log_mse(spec: QuantizerSpec) -> float | None:
 def quantizes(spec: QuantizerSpec | None) -> bool:
     """False for what leaves float32 as it is, such as the width that marks float32 members of a cohort of integers."""
     return spec is not None and spec.bits != UNQUANTIZED_BITS
+
+
+def quantized_roles(precision: PrecisionSpec) -> dict[str, bool]:
+    """Role -> whether some place of a block quantizes it, for linear layers in its first product."""
+    places = (precision, *(there for where, there in precision.exemptions or () if there is not None and where not in OUTSIDE))
+    linear = {role: any(quantizes(getattr(there, role).first) for there in places) for role in ROLES}
+    return linear | {role: any(quantizes(getattr(there, role)) for there in places) for role in ATTENTION_ROLES}
 
 
 def _role_columns(role: str, spec: QuantizerSpec | None, held: str, source: str | None) -> dict:
@@ -177,7 +183,8 @@ def measured(precision: PrecisionSpec, rows: list[dict], probe) -> dict:
     if probe is None:
         return columns if narrows(precision) else columns | {"gradient_cosine": 1.0, "gradient_magnitude": 1.0}
     columns |= {"gradient_cosine": _finite(probe.cosine), "gradient_magnitude": _finite(probe.magnitude)}
-    return columns | {f"{role}_{what}": _finite(value) for what in telemetry.LOSSES for role, value in getattr(probe, what).items()}
+    quantized = quantized_roles(precision)  # a width of 32 measures a share of 0: that nothing is quantized is null
+    return columns | {f"{role}_{what}": _finite(value) if quantized[role] else None for what in telemetry.LOSSES for role, value in getattr(probe, what).items()}
 
 
 def precision_name(precision: PrecisionSpec) -> str:

@@ -11,9 +11,8 @@ from trainer import describe, distributed, stored, telemetry
 from trainer.config.frozen import TrainConfig
 from trainer.data import Dataset
 from trainer.mirrors import Mirror
-from trainer.model import SITES, ModelConfig
+from trainer.model import ModelConfig, sites_of
 from trainer.optimizers import DescentQuality
-from trainer.precision import ROLES
 from trainer.records import RunFolder
 
 
@@ -93,17 +92,12 @@ class Member:
             every = self.config.options.telemetry_every
             if every and telemetry.due(step, every):
                 mine = {role: values[i] for role, values in metrics.sites.items()}
-                self._telemetry.extend(telemetry.rows(step + 1, mine, SITES, self._quantized))
+                self._telemetry.extend(telemetry.rows(step + 1, mine, {role: sites_of(role) for role in mine}, describe.quantized_roles(self.config.precision)))
 
     @property
     def _qualities(self) -> tuple[str, ...]:
         """What there is to say of updates: where weights are held in float32, how large they are and no more (`stored.quality`)."""
         return DescentQuality._fields if stored.loses_updates(self.config.precision) else ("updates_per_ulp",)
-
-    @property
-    def _quantized(self) -> dict[str, bool]:
-        """Role -> whether its first product quantizes it."""
-        return {role: describe.quantizes(getattr(self.config.precision, role).first) for role in ROLES}
 
     def log_eval(self, losses_W: np.ndarray) -> None:
         """Book an evaluation before the end."""

@@ -20,13 +20,18 @@ from trainer.keys import fold_in
 from trainer.linear import linear
 from trainer.methods.attention import attention
 from trainer.operands import ROWS, RowShards, straight_through
-from trainer.precision import PrecisionPolicy, Source, matches
+from trainer.precision import ATTENTION_ROLES, PrecisionPolicy, Source, matches
 from trainer.scales import Site
 from trainer.sharding import over_rows
 
 HEAD_SALT, EMBEDDING_SALT = 0x48454144, 0x454D4244  # random bits outside the layers, whose salts count from 0
 SITES = ("qkv", "attention_out", "gate_up", "down")  # the linear layers of a block, in the order of the forward pass
 ATTENTION = "attention"  # the place of what an exemption says of keys, values, scores and probabilities
+
+
+def sites_of(role: str) -> tuple[str, ...]:
+    """The places of a block that a role is measured at, in the order of the forward pass."""
+    return (ATTENTION,) if role in ATTENTION_ROLES else SITES
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Call:
     policy: PrecisionPolicy
     key: jax.Array | None = None  # uint32[2]; for stochastic rounding
     rows: RowShards | None = None
-    sites: Site = field(default_factory=Site)  # stacked [L, S]; [S] inside a layer
+    sites: Site = field(default_factory=Site)  # stacked [L, S], what it measures of attention [L]; [S] and [] inside a layer
     num_tokens: int = 1
 
 
@@ -141,8 +146,8 @@ class Block(nnx.Module):
 
     def __call__(self, h_ND, batch: int, call: Call, layer: int):
         """layer: the place in the stack that decides about exemptions."""
-        sites = list(_unstacked(call.sites, len(SITES)))
-
+        meter = call.sites.meter
+        sites = list(_unstacked(replace(call.sites, meter=replace(meter, attention={})), len(SITES)))
         own = _ops(call)
 
         def project(x, name):
@@ -158,7 +163,7 @@ class Block(nnx.Module):
         qkv = project(own.rms_norm(h_ND, self.attention_norm[...]), "qkv")
         here = call.policy.at(layer, self.num_layers, ATTENTION)
         attended = own.rotary_attention(qkv, batch, self.num_heads) if call.policy.data_dtype is not None else ops.rotary_attention(
-            qkv, batch, self.num_heads, attention(here, call.key, call.rows and call.rows.axis_name))
+            qkv, batch, self.num_heads, attention(here, call.key, call.rows and call.rows.axis_name, meter.attention))
         h_ND = h_ND + project(attended, "attention_out")
         gate_up = project(own.rms_norm(h_ND, self.mlp_norm[...]), "gate_up")
         return h_ND + project(own.swiglu(gate_up), "down")

@@ -254,4 +254,4 @@ def statistics(tensor, found: Narrow, quantizer: Quantizer | None, use: Use, str
     measure = telemetry.raw if policy.data_dtype is None else telemetry.carried
     if quantizer is None:
         return measure(tensor)
-    return measure(transformed(tensor, quantizer, use, streams), found.values, found.scale, quantizer.element)
+    return measure(transformed(tensor, quantizer, use, streams), found.values, found.scale, quantizer.format)

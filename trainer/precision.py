@@ -22,6 +22,8 @@ from formats import Amax, Granularity, Rounding
 from trainer.methods.rotation import Rotation
 
 ROLES = ("weights", "activations", "output_gradients")
+ATTENTION_TENSORS = {"kv": ("keys", "values"), "scores": ("scores",), "probabilities": ("probabilities",)}  # role -> what it is made of
+ATTENTION_ROLES = tuple(ATTENTION_TENSORS)
 GEMMS = {"weights": ("forward", "dgrad"), "activations": ("forward", "wgrad"), "output_gradients": ("dgrad", "wgrad")}
 
 
@@ -269,6 +271,12 @@ class PrecisionPolicy:
     def roles(self, source: Source) -> tuple[str, ...]:
         """The roles in which a quantizer has its scale from there."""
         return tuple(role for role in ROLES if getattr(self, role).takes(source))
+
+    @property
+    def attention_roles(self) -> tuple[str, ...]:
+        """The roles of attention that are quantized here or by an exemption of a block."""
+        policies = (self, *(exemption.policy for exemption in self.exemptions if exemption.where not in OUTSIDE))
+        return tuple(role for role in ATTENTION_ROLES if any(getattr(policy, role) is not None for policy in policies))
 
     @property
     def stochastic(self) -> bool:

@@ -6,6 +6,7 @@ A run folder, named by its run id, holds
   `telemetry.jsonl`  with telemetry_every=K, one per layer, linear site and role of every K-th step (and the first), likewise:
                    step, layer, site, role, rms and amax of the tensor; where it is quantized the shares `underflow` (was not zero,
                    became zero) and `overflow` (beyond the largest value) of all its values, and `exponent`, the mean log2 of its scales;
+                   and one per layer for each of kv, scores and probabilities that it quantizes, of site `attention`;
   `alive.json`     which process trains it, while one does: a lease (`trainer.lease`);
   `record.json`    one object with every column of the run table, written once, at the end.
 
@@ -43,7 +44,7 @@ RECORD_COLUMNS: dict[str, type] = {
     "quantized_fraction": float, "dot_precision": str, "execution": str, "layout": str, "lr_rule": str, "lr": float,
     "batch_tokens": int, "steps": int, "schedule": str, "diverged_step": int, "wall_s": float, "tokens_per_s": float, "mfu": float,
     "edq": float, "lost_updates": float, "updates_per_ulp": float, "gradient_cosine": float, "gradient_magnitude": float,
-    **{f"{role}_{what}": float for role in _ROLES[:3] for what in ("underflow", "overflow")},
+    **{f"{role}_{what}": float for role in _ROLES[:6] for what in ("underflow", "overflow")},
     "weights_bytes_per_param": float, "moments_bytes_per_param": float, "peak_bytes_per_param": float,
     "device": str, "n_devices": int, "jax_version": str, "code_version": str, "data": str, "data_sha256": str, "record_version": int,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from jax import lax
 import formats
 from formats import bits as fb
 from trainer import telemetry
-from trainer.precision import ROLES, PrecisionPolicy, Quantizer, Source
+from trainer.precision import ATTENTION_TENSORS, ROLES, PrecisionPolicy, Quantizer, Source
 
 SQRT2 = np.float32(2**0.5 * (1 + 5e-7))  # a hair above: what lies between two powers of two, as d**-0.5 of d = 32 does, goes up
 EXPONENT_FIELD = np.int32(0x7F800000)
@@ -31,10 +31,12 @@ EXPONENT_FIELD = np.int32(0x7F800000)
 @dataclass(frozen=True)
 class Meter:
     """Zeros whose cotangent is what linear layers saw, float32, by role: amax [] or reach [2], and telemetry's statistics [fields]; stacked
-    [L, S, ...] outside of the layers. Roles that nobody asks about are left out."""
+    [L, S, ...] outside of the layers. Roles that nobody asks about are left out. attention: the statistics of its tensors by name
+    (ATTENTION_TENSORS), stacked [L, fields]: a layer has one attention, whatever the number of its linear sites."""
 
     ranges: dict[str, jax.Array] = field(default_factory=dict)
     statistics: dict[str, jax.Array] = field(default_factory=dict)
+    attention: dict[str, jax.Array] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -82,15 +84,18 @@ def range_meter(policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
     return Meter(delayed | {role: jnp.zeros((*shape, 2), jnp.float32) for role in policy.roles(Source.EMA)})
 
 
-def watched(meter: Meter, shape: tuple[int, int]) -> Meter:
-    """The meter, with telemetry's statistics of every role."""
-    return replace(meter, statistics={role: jnp.zeros((*shape, len(telemetry.RAW)), jnp.float32) for role in ROLES})
+def watched(meter: Meter, policy: PrecisionPolicy, shape: tuple[int, int]) -> Meter:
+    """The meter, with telemetry's statistics of every role of linear layers, and of those of attention that some layer quantizes."""
+    attention = {name: jnp.zeros((shape[0], len(telemetry.RAW)), jnp.float32) for role in policy.attention_roles for name in ATTENTION_TENSORS[role]}
+    return replace(meter, statistics={role: jnp.zeros((*shape, len(telemetry.RAW)), jnp.float32) for role in ROLES}, attention=attention)
 
 
 def combine(seen: Meter, data_axis: str | None) -> Meter:
-    """What several micro-batches saw, [parts, L, S, ...], as one: the largest (layers see to that of all devices, to scale by it)."""
-    return Meter({role: jnp.max(found, axis=0) for role, found in seen.ranges.items()},
-                 {role: telemetry.combine(parts, data_axis) for role, parts in seen.statistics.items()})
+    """What several micro-batches saw, [parts, L, S, ...], as one: the largest (layers see to that of all devices, to scale by it). The
+    statistics of a role of attention, whose tensors are equally large parts of it, join the others as those of one site: [L, 1, fields]."""
+    parts = seen.statistics | {role: jnp.concatenate([seen.attention[name] for name in names])[:, :, None]
+                               for role, names in ATTENTION_TENSORS.items() if names[0] in seen.attention}
+    return Meter({role: jnp.max(found, axis=0) for role, found in seen.ranges.items()}, {role: telemetry.combine(each, data_axis) for role, each in parts.items()})
 
 
 def averaged_range(remembered_reach: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:

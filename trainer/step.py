@@ -72,7 +72,7 @@ class Metrics(NamedTuple):
     """Of one step, float32: training loss (nats per token), global gradient norm before clipping, learning rate; how much of
     the update the parameters underwent (`optimizers.DescentQuality`; of float32 weights edq and lost are 1 and 0 by construction, see
     `stored.quality`); and role -> telemetry's
-    statistics [L, S, fields], NaN where the step is not due, empty where no step is."""
+    statistics [L, sites, fields] (`model.sites_of`), NaN where the step is not due, empty where no step is."""
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -83,14 +83,16 @@ class Metrics(NamedTuple):
     sites: dict[str, jax.Array] = {}
 
 
-def no_metrics(structure: StepStructure) -> Metrics:
+def no_metrics(structure: StepStructure, policy: PrecisionPolicy) -> Metrics:
     """The metrics of a step that is not taken: NaN."""
-    return Metrics(*(jnp.float32(jnp.nan),) * 6, sites=_no_statistics(structure))
+    return Metrics(*(jnp.float32(jnp.nan),) * 6, sites=_no_statistics(structure, policy))
 
 
-def _no_statistics(structure: StepStructure) -> dict[str, jax.Array]:
-    shape = (*_places(structure), len(telemetry.FIELDS))
-    return {role: jnp.full(shape, jnp.nan, jnp.float32) for role in ROLES} if structure.telemetry_every else {}
+def _no_statistics(structure: StepStructure, policy: PrecisionPolicy) -> dict[str, jax.Array]:
+    def nothing(role):
+        return jnp.full((structure.model.num_layers, len(decoder.sites_of(role)), len(telemetry.FIELDS)), jnp.nan, jnp.float32)
+
+    return {role: nothing(role) for role in (*ROLES, *policy.attention_roles)} if structure.telemetry_every else {}
 
 
 def _leaf_name(path) -> str:
@@ -186,12 +188,12 @@ def _observe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper
 
     def unwatched():
         loss, grads, seen = run(sites)
-        return loss, grads, replace(seen, statistics=_no_statistics(structure))
+        return loss, grads, replace(seen, statistics=_no_statistics(structure, policy))
 
     due = telemetry.due(state.step, structure.telemetry_every)
     if member_axis is not None:
         due = lax.pmax(due.astype(jnp.int32), member_axis) > 0
-    return lax.cond(due, lambda: run(replace(sites, meter=scales.watched(meter, _places(structure)))), unwatched)
+    return lax.cond(due, lambda: run(replace(sites, meter=scales.watched(meter, policy, _places(structure)))), unwatched)
 
 
 def _blend(structure: StepStructure, policy: PrecisionPolicy, step):
@@ -237,7 +239,7 @@ def step(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: Hy
 class Probe(NamedTuple):
     """What low precision does to one batch's gradients, float32: cosine of the angle to the exact ones, <g, exact> / |exact|^2, and role ->
     share of values that became zero (underflow) or lay beyond the range (overflow) in the role's first product, means over the layers and
-    sites that quantize it, NaN where none does."""
+    sites that quantize it, NaN where none does; of attention (`methods.attention`) the roles that some layer quantizes."""
 
     cosine: jax.Array
     magnitude: jax.Array
@@ -249,7 +251,7 @@ def probe(structure: StepStructure, graphdef, state: State, tokens_BT1, hyper: H
     """The gradients of one batch as the policy computes them, against those in float32 at the same parameters."""
     structure, policy = replace(structure, batch_size=tokens_BT1.shape[0], accumulate=1), hyper.policy
     params, places = stored.wide(state.params), _places(structure)
-    sites = scales.Site(scales.remembered(policy, state.histories), meter=scales.watched(scales.range_meter(policy, places), places))
+    sites = scales.Site(scales.remembered(policy, state.histories), meter=scales.watched(scales.range_meter(policy, places), policy, places))
     _, found, seen = differentiate(structure, graphdef, state.params, tokens_BT1, policy, fold_in(hyper.key, PROBE_SALT), None, sites)
     _, exact, _ = differentiate(structure, graphdef, params, tokens_BT1, PrecisionPolicy(), fold_in(hyper.key, PROBE_SALT), None, scales.Site())
     (found, exact) = (ravel_pytree(grads)[0] for grads in (found, exact))

@@ -1,5 +1,6 @@
-"""Scaling laws: `laws[name] -> Law`. One file per family; `law.py` is the protocol, `registry.py` the names."""
-from scaling.laws.law import Law, Operand, Parameter, amplitude, exponent, namespace, offset, scale
+"""Scaling laws: `laws[name] -> Law`. One file per family; `law.py` is the protocol, `registry.py` the names, `formula.py` laws from text."""
+from scaling.laws.law import Law, namespace
+from scaling.laws.parameters import Factor, Operand, Parameter, amplitude, divisor, exponent, offset, scale
 from scaling.laws.registry import laws, resolve
 
-__all__ = ["Law", "Operand", "Parameter", "amplitude", "exponent", "laws", "namespace", "offset", "resolve", "scale"]
+__all__ = ["Factor", "Law", "Operand", "Parameter", "amplitude", "divisor", "exponent", "laws", "namespace", "offset", "resolve", "scale"]

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 
-from scaling.laws.law import Law, amplitude, exponent, namespace
+from scaling.laws.law import Law, namespace
+from scaling.laws.parameters import amplitude, exponent
 
 
 def log_terms(p, x):
@@ -57,6 +58,8 @@ chinchilla = Law(
         "epoch": "Besiroglu et al. 2024, Table 1: a Huber density with free scale, in effect the least-absolute-deviation optimum",
         "epoch_huber": "the optimum of the stated objective, sum of Huber with delta 1e-3, on the same 240 points",
     },
+    validity={name: {"N": (70e6, 16e9), "D": (5e9, 500e9)} for name in ("hoffmann", "hoffmann_rounded")}
+    | {name: {"N": (5.73e+07, 1.62e+10), "D": (8.19e+08, 3.18e+11)} for name in ("epoch", "epoch_huber")},
     functionals={"optimal_exponent": optimal_exponent, "optimal_params": optimal_params,
                  "optimal_tokens_per_param": optimal_tokens_per_param, "irreducible_loss": irreducible_loss},
     variants={"tied": {"ties": {"beta": "alpha"}}},

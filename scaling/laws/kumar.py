@@ -14,7 +14,8 @@ import math
 import numpy as np
 
 from scaling.laws import chinchilla
-from scaling.laws.law import Law, Operand, amplitude, exponent, namespace, offset, scale
+from scaling.laws.law import Law, namespace
+from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
 
 FULL_BITS = 32.0
 OPERANDS = {"weights_bits": ("gamma_w", "n_w"), "activations_bits": ("gamma_a", "n_a"), "kv_bits": ("gamma_kv", "n_kv")}
@@ -122,13 +123,14 @@ kumar = Law(
     inputs=("N", "D", *OPERANDS),
     parameters=(
         amplitude("A"), amplitude("B"), amplitude("E", "nats/token"), exponent("alpha"), exponent("beta"),
-        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits"), offset(shift, 0.0, 8.0)))),
+        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits", start=(0.3, 6.0)), offset(shift, 0.0, 8.0, start=(0.0, 2.5))))),
     log_terms=log_terms,
     operands=tuple(Operand(name, parameters, FULL_BITS) for name, parameters in OPERANDS.items()),
     published={"kumar": {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745, "n_w": 0.3037,
                          "gamma_a": 2.2102, "n_a": 1.4072, "gamma_kv": 0.9578, "n_kv": 2.4185}},
     sources={"kumar": "Table 2 (alpha = beta tied); 465 runs, N 30M-220M, D 1.5B-26B, P 3-12 bits. Sign of n not printed: + is the one "
                       "consistent with the paper's P* and its divergence at 3 bits. The authors say that the numbers do not transfer"},
+    validity={"kumar": {"N": (30e6, 220e6), "D": (1.5e9, 26e9)} | {name: (3.0, 12.0) for name in OPERANDS}},
     functionals={"optimal_bits": optimal_bits, "optimal_bits_at_size": optimal_bits_at_size, "efficiency": efficiency,
                  "loss_gap": loss_gap, "bits_for_gap": bits_for_gap, "optimal_tokens_per_param": optimal_tokens_per_param,
                  "optimal_exponent": chinchilla.optimal_exponent, "irreducible_loss": chinchilla.irreducible_loss},

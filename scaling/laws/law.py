@@ -1,27 +1,35 @@
 """The protocol of a scaling law: a frozen dataclass that the solver, the intervals and the report all read.
 
-A law here is separable:
+A law here is made of terms, each a positive amplitude times the exponential of something nonlinear:
 
-    L(x) = sum_k amplitude_k * exp(log_term_k(theta, x))        nats per token
+    term_k(x) = amplitude_k * exp(log_term_k(theta, x)),    L(x) = sum_k term_k     nats per token
 
-with non-negative amplitudes (one per term, in order) and a nonlinear vector theta. Chinchilla is A N^-alpha + B D^-beta + E,
-so its log terms are -alpha ln N, -beta ln D and 0. Everything else (start grids, Jacobians, bootstrap, prediction) follows from
-`log_terms`, so a law of one's own is ten lines:
+Chinchilla is A N^-alpha + B D^-beta + E, so its log terms are -alpha ln N, -beta ln D and 0. Everything else (start grids, Jacobians,
+bootstrap, prediction) follows from `log_terms`, so a law of one's own is ten lines:
 
     mine = Law(name="mine", about="E + A/N^alpha", cite="me", inputs=("N",),
                parameters=(amplitude("A"), amplitude("E"), exponent("alpha")),
                log_terms=lambda p, x: (-p["alpha"] * np.log(x["N"]), 0.0))
 
-`log_terms` must be written with array functions only (`namespace(value)` gives numpy or jax.numpy): it is called with complex
-numpy parameters, because derivatives are taken by complex steps, which are exact to rounding and compile nothing.
+A law that is no plain sum says how its terms make the loss. Only the starts then differ (drawn over all constants, since none is linear):
+
+    bent = Law(name="bent", about="E + (A/N^alpha + B/D^beta)^gamma", cite="me", inputs=("N", "D"),
+               parameters=(amplitude("A"), amplitude("B"), amplitude("E"), exponent("alpha"), exponent("beta"), exponent("gamma", 0.05, 2)),
+               log_terms=chinchilla.log_terms,
+               combine=lambda p, terms, x: terms[2] + np.exp(p["gamma"] * np.log(terms[0] + terms[1])))
+
+`log_terms` and `combine` must be written with array functions only (`namespace(value)` gives numpy or jax.numpy): they are called with
+complex numpy parameters, because derivatives are taken by complex steps, which are exact to rounding and compile nothing.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from scaling.laws.parameters import Factor, Operand, Parameter, Reduction, labels
 
 Params = Mapping[str, Any]
 Columns = Mapping[str, Any]
@@ -33,74 +41,15 @@ def namespace(value):
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One constant of a law.
-
-    kind: "amplitude" (multiplies a term; solved linearly), "exponent", "scale" (positive, solved in logs) or "offset" (any sign).
-    low, high: the box in which starts are drawn and the solution must stay; amplitudes need none.
-    unit: for tables and axes.
-    """
-
-    name: str
-    kind: str
-    low: float = 0.0
-    high: float = float("inf")
-    unit: str = ""
-
-    @property
-    def logarithmic(self) -> bool:
-        """Whether the solver moves in the logarithm of this parameter."""
-        return self.kind in ("amplitude", "scale")
-
-
-def amplitude(name: str, unit: str = "") -> Parameter:
-    return Parameter(name, "amplitude", unit=unit)
-
-
-def exponent(name: str, low: float = 0.01, high: float = 2.5) -> Parameter:
-    return Parameter(name, "exponent", low, high)
-
-
-def scale(name: str, low: float, high: float, unit: str = "") -> Parameter:
-    return Parameter(name, "scale", low, high, unit)
-
-
-def offset(name: str, low: float, high: float, unit: str = "") -> Parameter:
-    return Parameter(name, "offset", low, high, unit)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """An input that a run may leave untouched, and the parameters that only it can identify.
-
-    `input` is the column; at `neutral` and above (bits >= 32) the law does not depend on it; `parameters` are ordered from the one
-    to keep to the one to give up first when the design has too few levels. Two operands whose columns are identical in every row
-    share their parameters pairwise.
-    """
-
-    input: str
-    parameters: tuple[str, ...]
-    neutral: float
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What a set of columns cannot see of a law: parameters it never touches, parameters it cannot tell apart, ones it must hold."""
-
-    absent: tuple[str, ...] = ()
-    ties: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Law:
     """A family of scaling laws. See the module's docstring for the form.
 
     name, aliases: keys of the registry. about: the formula, one line. cite: where it is from.
-    parameters: amplitudes first, in the order of the terms. inputs: column names. operands: the optional ones among them.
+    parameters: amplitudes and divisors in the order of the terms. inputs: column names. operands: the optional ones among them;
+    factors: the ones that hold names; zero_allowed: the ones that may be 0. levels: input -> names, filled in by `at_levels`.
     log_terms(params, columns) -> one log term per amplitude, broadcastable against each other.
-    published: source -> constants with full digits; sources: source -> what they are.
+    combine(params, terms, columns) -> loss; None is the sum of the terms.
+    published: source -> constants with full digits; sources: source -> what they are; validity: source -> input -> (low, high) trained.
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
     answers: functional -> the input that its value is a value of; outside the fitted range of that input it is not identified.
     variants: name -> {"ties": ..., "fixed": ...}; `fit(..., "kumar:tied")` uses one, `"kumar:tied+plain"` two.
@@ -111,22 +60,39 @@ class Law:
     cite: str
     inputs: tuple[str, ...]
     parameters: tuple[Parameter, ...]
-    log_terms: Callable[[Params, Columns], tuple]
+    log_terms: Callable[[Params, Columns], tuple] = lambda p, x: ()
+    combine: Callable[[Params, tuple, Columns], Any] | None = None
     operands: tuple[Operand, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    zero_allowed: tuple[str, ...] = ()
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    validity: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     functionals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     answers: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def amplitudes(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self.parameters if p.kind == "amplitude")
+        """Names of the terms' factors, in the order of the terms."""
+        return tuple(p.name for p in self.parameters if p.multiplies)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(p.name for p in self.parameters)
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Inputs that a table need not have."""
+        return frozenset(operand.input for operand in self.operands)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Inputs that say how large a run is: N and D where the law takes them, else all that are neither operands nor names."""
+        others = self.optional | {factor.input for factor in self.factors}
+        return tuple(name for name in self.inputs if name in ("N", "D")) or tuple(name for name in self.inputs if name not in others)
 
     def parameter(self, name: str) -> Parameter:
         """The parameter called `name`. ValueError listing the known ones otherwise."""
@@ -135,41 +101,96 @@ class Law:
                 return parameter
         raise ValueError(f"parameter {name!r} of law {self.name}: unknown; it has {', '.join(self.names)}")
 
+    def at_levels(self, levels: Mapping[str, tuple[str, ...]]) -> Law:
+        """This law with one constant per level of each of its factors."""
+        own = tuple(p for p in self.parameters if not any(factor.level(p.name) for factor in self.factors))
+        efficiencies = tuple(Parameter(factor.name(level), "scale", factor.low, factor.high)
+                             for factor in self.factors for level in levels.get(factor.input, ()))
+        return replace(self, parameters=own + efficiencies, levels={f.input: tuple(levels.get(f.input, ())) for f in self.factors})
+
+    def named_levels(self, params: Params) -> dict[str, tuple[str, ...]]:
+        """Levels of the factors that a set of constants knows: those of "effN[FP4]"."""
+        return {factor.input: tuple(filter(None, map(factor.level, params))) for factor in self.factors}
+
     def complete(self, columns: Columns) -> dict[str, Any]:
-        """`columns` with absent operands filled in as untouched (inf). ValueError when a required input is missing."""
-        optional = {operand.input for operand in self.operands}
+        """`columns` as numbers: absent operands untouched, names of levels as their positions in `levels`.
+
+        ValueError when a required input is missing, or a level is not among `levels`.
+        """
         unknown = sorted(set(columns) - set(self.inputs))
         if unknown:
             raise ValueError(f"input {unknown[0]!r} of law {self.name}: unknown; it takes {', '.join(self.inputs)}")
-        missing = [name for name in self.inputs if name not in columns and name not in optional]
+        missing = [name for name in self.inputs if name not in columns and name not in self.optional]
         if missing:
             raise ValueError(f"law {self.name} needs {', '.join(missing)}; given: {', '.join(columns) or 'nothing'}")
-        return {name: columns.get(name, np.inf) for name in self.inputs}
+        complete = dict(columns)
+        for operand in self.operands:
+            given = columns.get(operand.input, operand.untouched)
+            complete[operand.input] = operand.numbers(given) if operand.from_name else given
+        for factor in self.factors:
+            complete[factor.input] = self._positions(factor, labels(columns[factor.input]))
+        return {name: complete[name] for name in self.inputs}
+
+    def _positions(self, factor: Factor, names: np.ndarray) -> np.ndarray:
+        """[...] integers: where each name stands in `levels`. ValueError for one that does not."""
+        known = self.levels.get(factor.input, ())
+        unknown = sorted(set(names.ravel().tolist()) - set(known))
+        if unknown:
+            raise ValueError(f"{factor.input}={unknown[0]}: law {self.name} has no {factor.name(unknown[0])} here; known levels of {factor.input} "
+                             f"are {', '.join(known) or 'none'}")
+        order = {name: position for position, name in enumerate(known)}
+        return np.array([order[name] for name in names.ravel().tolist()], dtype=np.intp).reshape(names.shape)
+
+    def per_row(self, params: Params, columns: Columns) -> Params:
+        """`params` with, for every factor, the value of each row's level under the factor's name: [S, 1] each become [S, R], other
+        shapes broadcast."""
+        if not self.factors:
+            return params
+        rows = {}
+        for factor in self.factors:
+            values = [np.asarray(params.get(factor.name(level), np.nan)) for level in self.levels[factor.input]]
+            codes = np.asarray(columns[factor.input])
+            if codes.ndim == 1 and all(value.ndim == 2 for value in values):  # the solver's own shapes: one gather
+                rows[factor.parameter] = np.concatenate(np.broadcast_arrays(*values), axis=-1)[:, codes]
+                continue
+            chosen = values[0]
+            for position, value in enumerate(values[1:], 1):
+                chosen = np.where(codes == position, value, chosen)
+            rows[factor.parameter] = chosen
+        return dict(params) | rows
+
+    def total(self, params: Params, terms: tuple, columns: Columns):
+        """The loss that the terms make. `params` as `per_row` returns them."""
+        return sum(terms) if self.combine is None else self.combine(params, terms, columns)
 
     def reduce(self, columns: Columns) -> Reduction:
         """What the values in `columns` (complete) leave unseen: see `Operand`."""
         absent, notes, fixed, ties, kept = [], [], {}, {}, {}
         for operand in self.operands:
             values = np.asarray(columns[operand.input], dtype=np.float64)
-            active = values[values < operand.neutral]
+            active = values[operand.touched(values)]
             if active.size == 0:
-                absent += operand.parameters
+                absent += operand.parameters + operand.also
                 continue
-            twin = next((name for name, other in kept.items() if np.array_equal(other[0], values)), None)
+            twin = next((name for name, (others, other) in kept.items() if np.array_equal(others, values)
+                         and (len(other.parameters), len(other.also)) == (len(operand.parameters), len(operand.also))), None)
             if twin is not None:
-                ties |= dict(zip(operand.parameters, kept[twin][1].parameters, strict=True))
+                other = kept[twin][1]
+                ties |= dict(zip(operand.parameters + operand.also, other.parameters + other.also, strict=True))
                 notes.append(f"{operand.input} equals {twin} in every row: they share {', '.join(kept[twin][1].parameters)}")
                 continue
             kept[operand.input] = (values, operand)
             levels = np.unique(active)
             given_up = operand.parameters[max(1, levels.size):]
             if given_up:
-                fixed |= {name: 0.0 for name in given_up}
-                notes.append(f"{operand.input} has {levels.size} level(s) below {operand.neutral:g}: {', '.join(given_up)} "
-                             f"cannot be told from {operand.parameters[0]} and is held at 0")
+                fixed |= {name: self.parameter(name).held for name in given_up}
+                side = "above" if operand.below else "below"
+                notes.append(f"{operand.input} has {levels.size} level(s) {side} {operand.neutral:g}: {', '.join(given_up)} "
+                             f"cannot be told from {operand.parameters[0]} and is held at {self.parameter(given_up[0]).held:g}")
         fixed |= {tied: fixed[source] for tied, source in ties.items() if source in fixed}
         ties = {tied: source for tied, source in ties.items() if source not in fixed}
-        return Reduction(tuple(absent), ties, fixed, tuple(notes))
+        ties = {tied: source for tied, source in ties.items() if tied not in absent}
+        return Reduction(tuple(dict.fromkeys(absent)), ties, fixed, tuple(notes))
 
     def predict(self, params: Params, **columns):
         """Loss in nats per token at `columns` (scalars or arrays that broadcast). Shape of the broadcast columns.
@@ -177,12 +198,18 @@ class Law:
         inf where the law has no finite value (an efficiency of zero or less). ValueError for inputs the law does not know or that
         need a constant `params` lacks.
         """
-        x = self.complete(columns)
-        needed = [name for name in self.names if name not in self.reduce(x).absent]
-        missing = [name for name in needed if name not in params]
+        law = self.at_levels(self.named_levels(params)) if self.factors else self
+        x = law.complete(columns)
+        absent = law.reduce(x).absent if law.operands else ()
+        missing = [name for name in law.names if name not in absent and name not in params]
         if missing:
-            users = [o.input for o in self.operands if set(o.parameters) & set(missing)]
-            why = f" for {users[0]} below {self.operands[0].neutral:g}" if users else ""
-            raise ValueError(f"law {self.name} needs {', '.join(missing)}{why}; these constants have {', '.join(params)}")
-        return sum(params[name] * namespace(term).exp(term)
-                   for name, term in zip(self.amplitudes, self.log_terms(params, x), strict=True))
+            users = [o for o in law.operands if set(o.parameters + o.also) & set(missing)]
+            side = "above" if users and users[0].below else "below"
+            why = f" for {users[0].input} {side} {users[0].neutral:g}" if users else ""
+            raise ValueError(f"law {law.name} needs {', '.join(missing)}{why}; these constants have {', '.join(params)}")
+        p = law.per_row(params, x)
+        terms = []
+        for name, log_term in zip(law.amplitudes, law.log_terms(p, x), strict=True):
+            part = namespace(log_term).exp(log_term)
+            terms.append(p[name] * part if law.parameter(name).kind == "amplitude" else part / p[name])
+        return law.total(p, tuple(terms), x)

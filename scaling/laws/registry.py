@@ -3,9 +3,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from scaling.laws import formula
+from scaling.laws.busbridge import busbridge
 from scaling.laws.chinchilla import chinchilla
+from scaling.laws.coverage import coverage
+from scaling.laws.data_constrained import data_constrained
+from scaling.laws.free_efficiency import free_efficiency
+from scaling.laws.kaplan import kaplan
 from scaling.laws.kumar import kumar
 from scaling.laws.law import Law
+from scaling.laws.mse_efficiency import mse_efficiency, mse_efficiency_tanh
+from scaling.laws.ptq import kumar_ptq, kumar_unified, ptq_power
+from scaling.laws.qat import qat
+from scaling.laws.quartet import quartet
+from scaling.laws.sun import sun
 
 
 class Registry(Mapping[str, Law]):
@@ -39,13 +50,20 @@ class Registry(Mapping[str, Law]):
         return len({law.name for law in self._laws.values()})
 
 
-laws = Registry(chinchilla, kumar)
+laws = Registry(chinchilla, kaplan, busbridge, kumar, kumar_ptq, kumar_unified, sun, quartet, free_efficiency, mse_efficiency,
+                mse_efficiency_tanh, qat, ptq_power, data_constrained, coverage)
 
 
-def resolve(spec: str | Law) -> tuple[Law, dict[str, str], dict[str, float], str]:
-    """"kumar:tied+plain" -> (law, ties, fixed, label). ValueError for a law or variant that does not exist."""
+def resolve(spec: str | Law, inputs: tuple[str, ...] = ()) -> tuple[Law, dict[str, str], dict[str, float], str]:
+    """"kumar:tied+plain" -> (law, ties, fixed, label), or a law from a formula, "E + A/N^alpha" (`inputs`: further names that are columns).
+
+    ValueError for a law or variant that does not exist, or a formula that is none.
+    """
     if isinstance(spec, Law):
         return spec, {}, {}, spec.name
+    if formula.is_formula(spec):
+        made = formula.law(spec, inputs)
+        return made, {}, {}, made.name
     name, _, wanted = spec.partition(":")
     law, ties, fixed = laws[name], {}, {}
     for variant in filter(None, wanted.split("+")):

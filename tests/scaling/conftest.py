@@ -8,7 +8,9 @@ import pytest
 from tests.scaling import fake_runs
 
 EPOCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "epoch-chinchilla" / "svg_extracted_data.csv"
+QUARTET2 = EPOCH.parents[1] / "quartet2-runs" / "runs.csv"
 EPOCH_COLUMNS = {"N": '"Model Size"', "D": '"Training FLOP"/6/"Model Size"'}
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 DROP_FIVE = "row_number() OVER (ORDER BY loss DESC) > 5"
 
 
@@ -18,6 +20,22 @@ def epoch():
     if not EPOCH.is_file():
         pytest.skip("the Chinchilla points of ../shared/data/epoch-chinchilla are not here")
     return {"table": EPOCH, "columns": EPOCH_COLUMNS, "where": DROP_FIVE}
+
+
+def shared(name: str) -> Path:
+    """A file of ../shared, skipped where it is absent."""
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"../shared/{name} is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def quartet2():
+    """Path of the table of Quartet II's runs."""
+    if not QUARTET2.is_file():
+        pytest.skip("the runs of ../shared/data/quartet2-runs are not here")
+    return QUARTET2
 
 
 @pytest.fixture(scope="session")

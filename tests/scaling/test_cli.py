@@ -40,6 +40,18 @@ def test_epoch_from_the_command_line(epoch, capsys):
         assert number in out
 
 
+def test_fit_tells_how_far_it_can_be_trusted(demo_runs, tmp_path, capsys):
+    out = tmp_path / "FIT.json"
+    assert run("fit", [str(demo_runs), "--law", "kumar:tied+plain", "--bootstrap", "40", "--resample", "wild", "--profile", "alpha,E",
+                       "--coverage", "40", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    fit = scaling.load(out)
+    assert fit.metrics["resampled"] == "wild" and len(fit.draws) == 40
+    profiled = scaling.profile(fit, str(demo_runs), "alpha").estimate
+    assert f"profile of alpha: {profiled}" in told and "profile of E: " in told
+    assert "coverage of the 95% intervals in 40 simulations (standard error 3.4%)" in told and "(TARP)" in told and "a new run 9" in told
+
+
 def test_compare_puts_laws_side_by_side(demo_runs, capsys):
     assert run("compare", [str(demo_runs), "--laws", "chinchilla,kumar:tied,kumar:plain", "--holdout", LARGEST]) == 0
     out = capsys.readouterr().out
@@ -80,6 +92,7 @@ def test_conclude_writes_all_runs_and_speaks_of_one_data_set(tmp_path, capsys):
 
 def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_runs, tmp_path, capsys):
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", 1)
+    monkeypatch.setattr("scaling.solve.SCIPY_ROUNDS", 1)
     arguments = [str(demo_runs), "--law", "kumar", "--out", str(tmp_path / "FIT.json")]
     assert run("fit", arguments) == 1
     captured = capsys.readouterr()
@@ -90,6 +103,7 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
 def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitted, tmp_path, capsys):
     """After two rounds the straight law is done and the other is not: one of two is enough for the exit code."""
     monkeypatch.setattr("scaling.solve.MAX_ROUNDS", rounds)
+    monkeypatch.setattr("scaling.solve.SCIPY_ROUNDS", 1)
     folder = fake_runs.write_runs(tmp_path / "demo")
     assert conclude(folder) == 1
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"runs.parquet", "runs.csv", "report.html"} | fitted
@@ -109,6 +123,11 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitt
     ("fit", ["RUNS", "--law", "kumar", "--columns", "N=size"], 'Referenced column "size" not found'),
     ("fit", ["RUNS", "--law", "kumar", "--fix", "n_w=none"], "--fix n_w=none: not a number"),
     ("fit", ["RUNS", "--law", "kumar", "--delta", "x"], "argument --delta: invalid float value: 'x'"),
+    ("fit", ["RUNS", "--law", "kumar", "--resample", "rows"], "--resample rows: unknown; use cells or wild"),
+    ("fit", ["RUNS", "--law", "kumar", "--resample", "wild"], "--resample wild: needs resamples, and --bootstrap is 0"),
+    ("fit", ["RUNS", "--law", "kumar", "--coverage", "5"], "--coverage 5: need at least 20 simulations"),
+    ("fit", ["RUNS", "--law", "kumar:tied+plain", "--profile", "gamma"], "'gamma': law kumar has no such parameter or functional here"),
+    ("fit", ["RUNS", "--law", "kumar:tied+plain", "--profile", "bits_for_gap"], "bits_for_gap of law kumar: missing a required argument: 'N'"),
     ("fit", ["RUNS", "--law", "kumar", "--out", "no/FIT.json"], "out=no/FIT.json: the folder no does not exist"),
     ("fit", ["RUNS", "--law", "kumar", "--hold", "N > 3"], "unrecognized arguments: --hold"),
     ("compare", ["RUNS", "--laws", "chinchilla,foo"], "law 'foo': unknown"),

@@ -98,6 +98,27 @@ def test_compare_scores_every_law_and_says_whether_bic_agrees():
     assert scaling.compare(rows, ["chinchilla"]).verdict() == ""
 
 
+def test_a_law_of_named_levels_cannot_predict_a_level_it_never_saw():
+    """An efficiency per precision fits best and wins the largest size; of an unseen precision it says nothing, which a law of widths does."""
+    rows = fake_runs.rows(noise=0.001)
+    found = scaling.compare(rows, ["free_efficiency", "precision:tied+plain"], leave=("each-precision",), columns={"scheme": "precision"})
+    free = [one for one in found.left_out if one.label == "free_efficiency"]
+    assert len(free) == 4 and all("occurs only in held-out rows" in one.why for one in free if "float32" not in one.split.level)
+    assert {one.label for one in found.left_out} == {fitted.label for fitted in found.fits}  # an alias has the label of its law
+    assert verdict("free_efficiency", found.left_out).startswith("BIC chooses free_efficiency; held-out errors disagree: each-precision would choose kumar")
+
+
+def test_columns_of_log_errors_stay_logarithms():
+    """Run tables keep ln mse, which `fit` turns into mse: a split must not hand it on as if it were."""
+    rows = fake_runs.rows()
+    mse = np.where(rows["weights_bits"] < 32, 4.0 ** -rows["weights_bits"], 0.0)
+    with np.errstate(divide="ignore"):
+        logs = rows | {"weights_log_mse": np.log(mse), "activations_log_mse": np.log(mse)}
+    plain, = scaling.leave_out(rows | {"weights_mse": mse, "activations_mse": mse}, "mse_efficiency", ("largest-N",))
+    logged, = scaling.leave_out(logs, "mse_efficiency", ("largest-N",))
+    assert not plain.why and logged.rmse == pytest.approx(plain.rmse, rel=1e-6) and plain.rmse < 0.02
+
+
 def _score(label, name, level, rmse, why=""):
     return LeftOut(label, Split(name, level, ""), 10, 0 if why else 4, math.nan if why else rmse, 0.0, rmse, rmse, why)
 

@@ -108,7 +108,7 @@ def test_reduction_of_what_columns_cannot_see():
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: laws["chinchila"], "law 'chinchila': unknown; known laws are chinchilla, kumar, precision"),
+    (lambda: laws["chinchila"], "law 'chinchila': unknown; known laws are busbridge, chinchilla, coverage"),
     (lambda: resolve("kumar:free"), "variant 'free' of law kumar: unknown; it has tied, plain"),
     (lambda: laws["chinchilla"].predict(CHINCHILLA, N=1e9), "law chinchilla needs D; given: N"),
     (lambda: laws["chinchilla"].predict(CHINCHILLA, N=1e9, D=1e9, P=4), "input 'P' of law chinchilla: unknown; it takes N, D"),

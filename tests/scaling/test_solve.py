@@ -7,9 +7,11 @@ import scipy.optimize
 import scipy.special
 
 from scaling.laws import laws
+from scaling.objective import huber
 from scaling.observations import observe
 from scaling.problem import Problem
-from scaling.solve import candidates, huber, low_discrepancy, minimise, solve
+from scaling.solve import minimise, solve
+from scaling.starts import candidates, low_discrepancy
 from tests.scaling import fake_runs
 
 

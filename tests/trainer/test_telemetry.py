@@ -141,6 +141,25 @@ def test_the_exponent_is_that_of_the_scale_in_use(source, exponents):
     assert all(np.array_equal(np.isnan(plain[role]), [False, False, True, True, True, False]) for role in ROLES)
 
 
+@pytest.mark.parametrize("low, high", [(-1.0, 3.0), (0.0, 6.0), (-5.0, 0.5)])
+def test_a_zero_point_moves_the_range(low, high):
+    """Affine 4 bits between averages of the smallest and largest value (Krishnamoorthi 2018, eqs. 1 to 4): what lies outside of the codes 0
+    to 15 by more than a step is beyond, and nothing that lies inside, whatever its sign."""
+    which = trainer.policy("int8_fake_quant", "precision.bits=4")
+    x, w = np.random.default_rng(3).normal(size=(64, 32)).astype(np.float32) * 3, np.ones((32, 4), np.float32)
+    meter = Meter({"activations": jnp.zeros(2)}, {role: jnp.zeros(len(telemetry.RAW)) for role in ROLES})
+    site = Site({"activations": jnp.float32([-low, high])})
+    _, backward = jax.vjp(lambda meter: linear(x, w, which, site=dataclasses.replace(site, meter=meter)), meter)
+    found = np.asarray(backward(np.ones((64, 4), np.float32))[0].statistics["activations"])
+    scale = (high - low) / 15
+    zero = np.rint(-low / scale)
+    code = x / scale + zero
+    expected = np.mean((x != 0) & (np.rint(np.clip(code, 0, 15)) == zero)), np.mean((code < -1) | (code > 16))
+    assert expected[1] > 0.1 and np.mean((x < low) | (x > high)) > expected[1]
+    np.testing.assert_allclose(found[2:4], expected, atol=1.1 / x.size)
+    assert found[4] == pytest.approx(np.log2(scale), rel=1e-6)
+
+
 # --- in a step --------------------------------------------------------------------------------------------------------
 
 MODEL = decoder.ModelConfig(num_layers=2, d_model=8, num_heads=2, d_ff=12, vocab_size=11)

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from trainer.config.frozen import ModelSpec, PrecisionSpec, QuantizerSpec
 from trainer.config.policies import TRANSFORM_BLOCK, build_format
-from trainer.methods.attention import ATTENTION_ROLES
-from trainer.precision import GEMMS, OUTSIDE, ROLES, Source
+from trainer.precision import ATTENTION_ROLES, GEMMS, OUTSIDE, ROLES, Source
 
 
 def check_blocks(precision: PrecisionSpec, model: ModelSpec, tokens: int, seq_len: int, vocab_size: int, place: str | None = None) -> None:

@@ -8,9 +8,8 @@ import numpy as np
 
 import formats
 from trainer.config.frozen import STATE_KEYS, STATE_PARTS, PrecisionSpec, QuantizerSpec, RoleSpec
-from trainer.methods.attention import ATTENTION_ROLES
 from trainer.methods.rotation import Kind, Rotation
-from trainer.precision import ROLES, Exemption, Gradient, Operand, PrecisionPolicy, Quantizer, Ramp, Source
+from trainer.precision import ATTENTION_ROLES, ROLES, Exemption, Gradient, Operand, PrecisionPolicy, Quantizer, Ramp, Source
 
 UNQUANTIZED_BITS = 32  # an integer width that means float32: one program then holds quantized and float32 members
 TRANSFORM_BLOCK = 32  # where nothing else is said, as Quartet has it

@@ -12,9 +12,8 @@ from formats.modes import Rounding
 from trainer.config.checks import in_range, one_of
 from trainer.config.frozen import QuantizerSpec, RoleSpec
 from trainer.config.policies import UNQUANTIZED_BITS, build_format, build_quantizer
-from trainer.methods.attention import ATTENTION_ROLES
 from trainer.methods.rotation import Kind
-from trainer.precision import FROM_ELSEWHERE, GEMMS, Gradient, Source, unmovable
+from trainer.precision import ATTENTION_ROLES, FROM_ELSEWHERE, GEMMS, Gradient, Source, unmovable
 
 WIDTHS = ("bits", "exp_bits", "man_bits", "variant")
 SCALES = ("granularity", "block", "scale_format", "scale_rule", "two_level", "amax", "amax_at", "pre_scale", "zero_point")

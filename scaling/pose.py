@@ -1,0 +1,95 @@
+"""From the rows and a law to the problem that is solved: what is free, tied and held, and the refusal of designs that say nothing."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from scaling.laws import Law
+from scaling.laws.parameters import BASELINES
+from scaling.observations import Observations
+from scaling.problem import Problem
+
+
+def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mapping[str, float]) -> tuple[Problem, list[str]]:
+    """The problem on the rows not held out, with what the columns cannot see of the law reduced away, and notes that say so."""
+    columns, loss = observed.rows(~observed.held)
+    law = law.at_levels({factor.input: tuple(np.unique(columns[factor.input]).tolist()) for factor in law.factors})
+    _refuse_unseen_levels(law, observed)
+    columns = law.complete(columns)
+    fixed = {name: value for name, value in fixed.items() if name in law.names or not any(f.level(name) for f in law.factors)}
+    fixed = _baselines(law, fixed) | fixed
+    for name in (*ties, *ties.values(), *fixed):
+        law.parameter(name)  # refuses unknown names
+    amplitudes = set(law.amplitudes) & {*ties, *ties.values()}
+    if amplitudes:
+        raise ValueError(f"ties: {sorted(amplitudes)[0]} is an amplitude; amplitudes can be fixed, not tied")
+    reduction = law.reduce(columns)
+    fixed = {name: float(value) for name, value in (dict(reduction.fixed) | dict(fixed)).items() if name not in reduction.absent}
+    merged = {t: s for t, s in (dict(reduction.ties) | dict(ties)).items() if t not in reduction.absent and t not in fixed}
+    merged = {tied: merged.get(source, source) for tied, source in merged.items()}  # one link of a chain is enough: a -> b -> c
+    fixed |= {tied: fixed[source] for tied, source in merged.items() if source in fixed}
+    merged = {tied: source for tied, source in merged.items() if tied not in fixed}
+    free = tuple(name for name in law.names if name not in {*reduction.absent, *merged, *fixed})
+    _refuse_design(law, columns, loss, free, fixed)
+    notes = list(reduction.notes) + _warnings(columns)
+    weights = None if observed.weights is None else observed.weights[~observed.held]
+    return Problem(law, columns, np.log(loss), free, merged, fixed, weights), notes
+
+
+def _baselines(law: Law, fixed: Mapping[str, float]) -> dict[str, float]:
+    """{"effN[BF16]": 1.0}: for every factor, the level that has a baseline's name, unless the caller fixes one. ValueError without either."""
+    found = {}
+    for factor in law.factors:
+        levels = law.levels[factor.input]
+        if any(factor.level(name) for name in fixed):
+            continue
+        named = [level for level in levels if level.lower() in BASELINES]
+        if len(named) != 1:
+            raise ValueError(f"{factor.input}: {'several baselines' if named else 'no baseline'} among {', '.join(levels)}; say which level "
+                             f"has efficiency 1 by fixed {factor.name(levels[0])}=1")
+        found[factor.name(named[0])] = 1.0
+    return found
+
+
+def _refuse_unseen_levels(law: Law, observed: Observations) -> None:
+    """ValueError when a held-out row has a level that no fitted row has: nothing could predict it."""
+    for factor in law.factors:
+        unseen = sorted(set(observed.columns[factor.input].tolist()) - set(law.levels[factor.input]))
+        if unseen:
+            raise ValueError(f"holdout: {factor.input}={unseen[0]} occurs only in held-out rows, so law {law.name} has no {factor.name(unseen[0])} "
+                             "to predict it with; hold out other rows, or use a law of widths or errors (kumar, mse_efficiency)")
+
+
+def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray, free: tuple[str, ...], fixed: Mapping) -> None:
+    """ValueError when no fit can follow from these columns: too few rows, or an input that never varies."""
+    rows = "row" if loss.size == 1 else "rows"
+    if loss.size < len(free):
+        raise ValueError(f"{loss.size} {rows} cannot fit the {len(free)} free parameters of law {law.name} ({', '.join(free)})")
+    operands = {operand.input: operand for operand in law.operands}
+    efficiencies = {name for name in free if any(factor.level(name) for factor in law.factors)}
+    for name, values in columns.items():
+        operand = operands.get(name)
+        neutral = operand is not None and (not operand.touched(values[0]) or set(operand.parameters) <= set(fixed))
+        held = set(free) <= efficiencies  # a second stage: its one size or width says what the first stage left to say
+        needed = name in law.measures or operand is not None  # what else a law takes may be constant: B of one block size
+        if np.all(values == values[0]) and needed and not (neutral or held):
+            others = [law_name for law_name in ("chinchilla",) if operand is not None and law_name != law.name]
+            raise ValueError(f"{name} is {values[0]:g} in every fitted row, so law {law.name} cannot be fitted: vary it"
+                             + (f", or fit {others[0]}" if others else ""))
+    if np.all(loss == loss[0]):
+        raise ValueError(f"loss is {loss[0]:g} in every fitted row: nothing to fit")
+
+
+def _warnings(columns: Mapping[str, np.ndarray]) -> list[str]:
+    """Remarks on a design that fits but misleads."""
+    if not {"N", "D"} <= set(columns):
+        return []
+    log_N, log_D = np.log(columns["N"]), np.log(columns["D"])
+    correlation = float(np.corrcoef(log_N, log_D)[0, 1])
+    notes = []
+    if abs(correlation) > 0.95:
+        notes.append(f"N and D move together (correlation of logs {correlation:.3f}): alpha and beta are confounded; cross sizes and budgets")
+    levels = {name: int(np.unique(columns[name]).size) for name in ("N", "D")}
+    notes += [f"{name} has only {count} levels: its exponent and E cannot be told apart" for name, count in levels.items() if count < 3]
+    return notes

@@ -1,0 +1,35 @@
+"""Gaussian priors on constants, and how much they weigh against rows whose noise the fit itself has to tell."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from scaling.problem import Problem
+from scaling.solve import Solution, solve
+
+
+def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]]) -> tuple[Problem, Solution]:
+    """The problem with Gaussian priors, solved. Their weight against the rows follows from a first fit without them.
+
+    The rows know a constant with precision J'J E[psi']^2 / E[psi^2] (Huber 1964) while their objective has curvature J'J E[psi'], so a
+    prior of precision 1/sd^2 enters the objective times E[psi^2]/E[psi'], both estimated from the residuals of the first fit.
+    """
+    for name, (mean, sd) in priors.items():
+        problem.law.parameter(name)
+        if name not in problem.free:
+            raise ValueError(f"priors: {name} is not fitted here (tied, fixed, or not seen by these rows); give a prior on one of "
+                             f"{', '.join(problem.free)}")
+        if name in problem.amplitudes and name != "E":
+            raise ValueError(f"priors: {name} trades off with its exponent; give the prior on the exponent, or on E")
+        if not sd > 0 or (problem.law.parameter(name).logarithmic and not mean > 0):
+            raise ValueError(f"priors {name}={mean:g}, {sd:g}: need a positive deviation, and a positive value for a positive constant")
+    first = solve(problem, delta)
+    residuals = problem.residuals(first.z[None])[0]
+    own = np.ones_like(residuals) if problem.weights is None else problem.weights
+    inside = max(float(np.mean(own * (np.abs(residuals) <= delta))), 1.0 / residuals.size)
+    unit = float(np.mean(own * np.clip(residuals, -delta, delta) ** 2)) / inside
+    posed = replace(problem, priors={name: (float(problem.law.parameter(name).coordinate(mean)), unit / sd**2)
+                                     for name, (mean, sd) in priors.items()})
+    return posed, solve(posed, delta, first.z[None])

@@ -1,0 +1,29 @@
+"""What `bitlaw fit` adds about uncertainty when asked: --resample wild, --profile, --coverage."""
+from __future__ import annotations
+
+from argparse import Namespace
+
+from scaling.coverage import coverage
+from scaling.profile import profile
+from scaling.resample import KINDS, resample
+from scaling.result import Fit
+
+
+def check_trust(arguments: Namespace) -> None:
+    """ValueError for options that cannot be meant, before anything is fitted."""
+    if arguments.resample not in KINDS:
+        raise ValueError(f"--resample {arguments.resample}: unknown; use {' or '.join(KINDS)}")
+    if arguments.resample == "wild" and not arguments.bootstrap > 0:
+        raise ValueError(f"--resample wild: needs resamples, and --bootstrap is {arguments.bootstrap}; give --bootstrap 200")
+    if arguments.coverage and arguments.coverage < 20:
+        raise ValueError(f"--coverage {arguments.coverage}: need at least 20 simulations")
+
+
+def trusted(fitted: Fit, arguments: Namespace, progress) -> tuple[Fit, list[str]]:
+    """The fit, with wild draws if these were asked for, and the lines about profiles and coverage."""
+    if arguments.resample == "wild":
+        fitted = resample(fitted, arguments.table, arguments.bootstrap, "wild", arguments.seed, progress)
+    lines = [f"profile of {name}: {profile(fitted, arguments.table, name).estimate}" for name in arguments.profile]
+    if arguments.coverage:
+        lines += coverage(fitted, arguments.table, arguments.coverage, seed=arguments.seed, progress=progress).lines()
+    return fitted, lines
