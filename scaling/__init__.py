@@ -16,23 +16,32 @@ import types
 
 _HOMES = {
     "scaling.analysis": ("Analysis", "analyse"),
+    "scaling.best_of": ("best_of", "best_of_curve", "pass_at", "worst_of"),
+    "scaling.checklist": ("checklist",),
     "scaling.compare": ("Comparison", "compare"),
     "scaling.coverage": ("Coverage", "coverage"),
     "scaling.design": ("next_runs",),
+    "scaling.design_checks": ("check_table", "design_checks"),
     "scaling.fit": ("fit",),
+    "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
     "scaling.profile": ("Profile", "profile"),
+    "scaling.proportions": ("paired", "proportion"),
     "scaling.report": ("report",),
     "scaling.resample": ("resample",),
     "scaling.result": ("Estimate", "Fit", "Prediction", "load"),
+    "scaling.seed_variance": ("seed_variance", "variance_parts"),
     "scaling.summary": ("summary",),
     "scaling.table": ("curves", "table", "telemetry", "write_table"),
+    "scaling.thresholdout": ("Thresholdout",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Coverage", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "analyse", "compare", "coverage", "curves",
-           "fit", "laws", "load", "next_runs", "plan", "profile", "report", "resample", "summary", "table", "telemetry", "write_table"]
+__all__ = ["Analysis", "Comparison", "Coverage", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
+           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "design_checks", "fit", "laws", "leave_out", "load",
+           "next_runs", "paired", "pass_at", "plan", "profile", "proportion", "report", "resample", "seed_variance", "summary", "table",
+           "telemetry", "variance_parts", "worst_of", "write_table"]
 
 
 def __getattr__(name: str):

@@ -56,11 +56,18 @@ def _fit(p: Parser) -> None:
     p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
     p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
+    p.add_argument("--checklist", action="store_true", help="print the checklist of (Mis)Fitting, filled in as far as the fit and the table know")
 
 
 def _compare(p: Parser) -> None:
     _rows(p)
     p.add_argument("--laws", required=True, metavar="A,B,...", help="laws, with variants if wanted: chinchilla,kumar:tied,kumar")
+    p.add_argument("--leave", type=names, default=[], metavar="SPLIT,...", help="also score each law on runs left out: largest-N, largest-D, "
+                   "largest-compute, largest-COLUMN:25%% (share of the rows), each-precision, each-COLUMN")
+    p.add_argument("--guard", metavar="GUARD.json", help="answer for the --holdout rows through Thresholdout, whose state this file keeps")
+    p.add_argument("--guard-threshold", type=float, metavar="T", help="difference of training and held-out rms error that is told (default 0.01)")
+    p.add_argument("--guard-scale", type=float, metavar="S", help="of the noise (default 0.0025)")
+    p.add_argument("--guard-budget", type=int, metavar="B", help="answers from the held-out rows before they are used up (default 20)")
 
 
 def _predict(p: Parser) -> None:
@@ -132,6 +139,11 @@ def assignments(text: str) -> dict[str, str]:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is not NAME=VALUE")
         result[name] = value
     return result
+
+
+def names(text: str) -> list[str]:
+    """"a, b" -> ["a", "b"], as an argparse type."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def priors(pairs: dict[str, str]) -> dict[str, tuple[float, float]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,8 @@ def _table(arguments) -> int:
 
 
 def _fit(arguments) -> int:
+    from scaling.checklist import as_json, as_text, checklist
+    from scaling.design_checks import check_table
     from scaling.fit import fit as fit_law
     from scaling.trust import check_trust, trusted
 
@@ -79,20 +82,29 @@ def _fit(arguments) -> int:
             return _not_converged(fitted)
         fitted, trust = trusted(fitted, arguments, progress)
     _console().print(_constants(fitted))
-    for line in _facts(fitted) + trust:
+    remarks, items = check_table(arguments.table, fitted), checklist(fitted, arguments.table)
+    for line in (*_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
         print(line)
     if arguments.out:
-        print(f"written: {fitted.save(arguments.out)}")
+        told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items)}
+        print(f"written: {replace(fitted, metrics=told).save(arguments.out)}")
     return 0
 
 
 def _compare(arguments) -> int:
     from scaling.compare import compare as compare_laws
+    from scaling.compare_text import check_guard, left_out_table, reasons, with_guard
 
+    check_guard(arguments)
     laws = [name.strip() for name in arguments.laws.split(",") if name.strip()]
     with _progress() as progress:
-        comparison = compare_laws(arguments.table, laws, progress=progress, **_row_options(arguments))
+        comparison = compare_laws(arguments.table, laws, leave=arguments.leave, progress=progress, **_row_options(arguments))
+    comparison, guard_lines = with_guard(comparison, arguments) if arguments.guard else (comparison, [])
     _console().print(_side_by_side(comparison))
+    if comparison.left_out:
+        _console().print(left_out_table(comparison.left_out))
+    for line in (*reasons(comparison.left_out), *guard_lines):
+        print(line)
     for name, why in comparison.refused.items():
         print(f"{name}: not fitted, {why}")
     failed = [fitted for fitted in comparison.fits if not fitted.converged]
@@ -100,6 +112,8 @@ def _compare(arguments) -> int:
         _not_converged(fitted)
     if len(failed) < len(comparison.fits):
         print(f"{comparison.reason()}.")
+        if comparison.left_out:
+            print(comparison.verdict())
     return 1 if failed else 0
 
 
@@ -239,8 +253,8 @@ def _side_by_side(comparison: Comparison) -> Table:
     made = Table("", *(fitted.label for fitted in comparison.fits))
     scores = {"free parameters": lambda f: f"{len(f.free)}", "BIC": lambda f: f"{f.metrics['bic']:.1f}",
               "rms residual": lambda f: f"{f.metrics['rmse']:.3%}",
-              "held-out rms": lambda f: f"{f.metrics['held_out']['rmse']:.3%}" if f.metrics["held_out"] else "",
-              "held-out rms, nats/token": lambda f: f"{f.metrics['held_out']['rmse_nats']:.4f}" if f.metrics["held_out"] else "",
+              "held-out rms": lambda f: _held_out(f, "rmse", ".3%"),
+              "held-out rms, nats/token": lambda f: _held_out(f, "rmse_nats", ".4f"),
               "condition number": lambda f: f"{f.metrics['condition_number']:.1e}",
               "starts that agree": lambda f: f"{f.metrics['starts_agree']} of {f.metrics['starts']}"}
     for name, score in scores.items():
@@ -249,6 +263,12 @@ def _side_by_side(comparison: Comparison) -> Table:
     for name in dict.fromkeys(name for fitted in comparison.fits for name in fitted.params):
         made.add_row(name, *(_cell(fitted, name) for fitted in comparison.fits))
     return made
+
+
+def _held_out(fitted: Fit, name: str, spec: str) -> str:
+    """A figure of the held-out rows; what a guard does not tell is empty."""
+    score = fitted.metrics["held_out"]
+    return "" if score is None or score[name] != score[name] else format(score[name], spec)
 
 
 def _cell(fitted: Fit, name: str) -> str:

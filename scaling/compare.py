@@ -1,10 +1,12 @@
 """Several laws, or variants of one, on the same rows with the same runs held out: a table to choose by, and the choice."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scaling.fit import fit
+from scaling.held_out import LeftOut, eligible, pose_splits, score, verdict
 from scaling.laws import Law, resolve
 from scaling.result import Fit
 from scaling.table import Source
@@ -15,10 +17,12 @@ DECISIVE = 2.0  # difference of BIC that counts as evidence
 
 @dataclass(frozen=True)
 class Comparison:
-    """fits: one per law that could be fitted, in the order asked for; refused: law -> why it could not."""
+    """fits: one per law that could be fitted, in the order asked for; refused: law -> why it could not; left_out: their errors on the
+    splits asked for (see `scaling.held_out`)."""
 
     fits: tuple[Fit, ...]
     refused: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def best(self) -> Fit:
@@ -56,12 +60,16 @@ class Comparison:
         text = (f"{best.label} has the lowest BIC of {len(others) + 1} supported candidates ({margin:.1f} below {nearest.label})" if margin >= 0 else
                 f"{best.label} is the simplest of {len(others) + 1} supported candidates within {DECISIVE:g} of the lowest BIC ({nearest.label})")
         scored = [fitted for fitted in (best, *others) if fitted.metrics["held_out"]]
-        if scored:
+        if scored and all(math.isfinite(fitted.metrics["held_out"]["rmse"]) for fitted in scored):
             kindest = min(scored, key=lambda fitted: fitted.metrics["held_out"]["rmse"])
             text += "; the held-out error agrees" if kindest is best else (
                 f"; the held-out error would choose {kindest.label} ({kindest.metrics['held_out']['rmse']:.2%} against "
                 f"{best.metrics['held_out']['rmse']:.2%})")
         return text + passed_over
+
+    def verdict(self) -> str:
+        """One sentence: whether the errors on the left-out splits choose the law that BIC chooses. "" when none were asked for."""
+        return verdict(self.best.label, self.left_out) if self.left_out else ""
 
 
 def _determined(fitted: Fit, name: str) -> bool:
@@ -76,12 +84,14 @@ def _has(law: Law, name: str) -> bool:
     return name in law.names or any(factor.level(name) for factor in law.factors)
 
 
-def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
+def compare(table: Source, laws: Iterable[str | Law], leave: Iterable[str] = (), **options) -> Comparison:
     """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
 
-    Of `columns` and `fixed` each law gets what it knows; what no law knows is an error. A law that these rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
+    leave: splits ("largest-N", "largest-D", "each-precision", see `scaling.held_out`) on which every law is scored as well; rows in
+    `holdout` take no part in them. Of `columns` and `fixed` each law gets what it knows; what no law knows is an error. A law that these
+    rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
     """
-    fits, refused = [], {}
+    fits, refused, left_out = [], {}, []
     laws = list(laws)
     columns, fixed = options.pop("columns", None) or {}, options.pop("fixed", None) or {}
     resolved = [resolve(law, tuple(columns))[0] for law in laws]  # a misspelt name is an error, not a law that these rows cannot fit
@@ -89,12 +99,18 @@ def compare(table: Source, laws: Iterable[str | Law], **options) -> Comparison:
         unknown = next((name for name in given if not any(knows(law, name) for law in resolved)), None)
         if unknown and laws:
             raise ValueError(f"{what}: {unknown!r} is known to none of the laws {', '.join(law.name for law in resolved)}")
+    leave = tuple(leave)
+    rows = eligible(table, columns, options.get("where"), options.get("holdout")) if leave else None
+    splits = pose_splits(rows, leave) if leave else []
     for law, known in zip(laws, resolved, strict=True):
+        own = options | {"columns": {name: sql for name, sql in columns.items() if _takes(known, name)},
+                         "fixed": {name: value for name, value in fixed.items() if _has(known, name)}}
         try:
-            fits.append(fit(table, law, columns={name: sql for name, sql in columns.items() if _takes(known, name)},
-                            fixed={name: value for name, value in fixed.items() if _has(known, name)}, **options))
+            fits.append(fit(table, law, **own))
         except ValueError as error:
             refused[law if isinstance(law, str) else law.name] = str(error)
+            continue
+        left_out += score(rows, law, splits, own) if splits else []
     if not fits:
         raise ValueError(next(iter(refused.values())) if refused else "laws: none given; name at least one")
-    return Comparison(tuple(fits), refused)
+    return Comparison(tuple(fits), refused, tuple(left_out))

@@ -12,6 +12,7 @@ from scaling import folders, page
 from scaling.analysis import Analysis, analyse
 from scaling.files import check_target, write_whole
 from scaling.gallery import exhibits, table
+from scaling.report_account import account
 from scaling.report_figures import MIN_EXHIBITS, figures
 from scaling.report_tables import candidate_table, constants_table, gap_table, held_out_table, method_notes, run_table
 from scaling.statistics import columns_of
@@ -93,4 +94,4 @@ def _tables(analysis: Analysis) -> list[str]:
     listing = run_table(analysis)
     num_runs = len(analysis.whole)
     parts += ["<h2>Runs</h2>", listing if num_runs <= MAX_LISTED else page.details(f"All {num_runs} runs", listing)]
-    return [*parts, "<h2>How these numbers were made</h2>", *method_notes(analysis)]
+    return [*parts, "<h2>How these numbers were made</h2>", *method_notes(analysis), *account(analysis)]
