@@ -12,7 +12,6 @@ one tenth of a standard deviation to each side, so the law and the quantity may 
 """
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,17 +123,8 @@ def _function(fit: Fit, quantity: Quantity, at: dict) -> Callable[[Mapping], flo
         return quantity
     if quantity == "loss":
         return lambda p: float(fit.law.predict(p, **at))
-    if quantity in fit.params:
-        return lambda p: p[quantity]
-    if quantity not in fit.law.functionals:
-        raise ValueError(f"quantity {quantity!r}: law {fit.law.name} has no such constant or functional here; it has loss, "
-                         f"{', '.join((*fit.params, *fit.law.functionals))}")
-    functional = fit.law.functionals[quantity]
-    try:
-        inspect.signature(functional).bind(fit.params, **at)
-    except TypeError as error:
-        raise ValueError(f"quantity {quantity!r} at {at}: {error}; give what it takes, and no more, in `at`") from None
-    return lambda p: float(functional(p, **at))
+    function, _ = fit.quantity(quantity, at)
+    return lambda p: float(function(p))
 
 
 def _log_loss(fit: Fit, candidate: Mapping) -> Callable[[Mapping], float]:
