@@ -268,6 +268,13 @@ def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
         raise ValueError(f"{path}: not a fit ({error})") from None
     if not isinstance(body, dict) or body.get("bitlaw_fit") != VERSION:
         raise ValueError(f"{path}: not a fit of this version (bitlaw_fit must be {VERSION})")
+    try:
+        return _from_json(body, law)
+    except (KeyError, TypeError, AttributeError) as error:  # a key that is not there, or something else in its place
+        raise ValueError(f"{path}: not a whole fit ({type(error).__name__}: {error}); write it again with `bitlaw fit --out`") from None
+
+
+def _from_json(body: dict, law: Law | None) -> Fit:
     pairs = {name: {k: tuple(_number(x) for x in v) for k, v in body[name].items()} for name in ("intervals", "ranges")}
     metrics = {name: _number(value) for name, value in body["metrics"].items()}
     size = len(body["free"])

@@ -168,11 +168,15 @@ def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
 def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known are {', '.join(_READERS)}, or a run folder")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty")
     reader = getattr(_connection(), _READERS[path.suffix.lower()])
     try:
         return reader(str(path))
     except duckdb.Error as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: {first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8, as {path.suffix} must be") from None
 
 
 @functools.cache
@@ -190,6 +194,13 @@ def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelati
     finally:
         _connection().unregister("arrays_")
     return _connection().table(name)
+
+
+def first_line(error: duckdb.Error) -> str:
+    """What DuckDB's error of many lines says in one: the first, and of a CSV file, where that is but a line number, what is wrong there."""
+    first, *rest = str(error).splitlines()
+    why = next((line for line in rest if "Could not convert" in line or "Invalid unicode" in line or "Expected Number of Columns" in line), "")
+    return f"{first}: {why}" if "CSV Error" in first and why else first
 
 
 def quote(name: str) -> str:

@@ -48,7 +48,9 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = sd * math.sqrt(huber_price(delta, sd)) * right.T / singular
     scatter[np.ix_(moving, np.flatnonzero(moving))] = np.where(np.isfinite(columns), columns, np.inf)
-    return Spread(problem.slopes_of_centre(z_F) @ scatter, sd, dof, condition,
+    with np.errstate(invalid="ignore"):  # infinite deviations of a direction that no row sees
+        scatter = problem.slopes_of_centre(z_F) @ scatter
+    return Spread(scatter, sd, dof, condition,
                   tuple(name for name, free in zip(problem.free, moving, strict=True) if not free))
 
 
