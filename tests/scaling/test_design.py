@@ -59,6 +59,7 @@ def test_a_batch_is_what_a_refit_with_all_of_it_has():
     assert alone[0] == batch[0] and len({tuple(run.items()) for run in runs}) > 1  # the same run again soon tells less than another
 
 
+@pytest.mark.slow
 def test_expected_intervals_are_those_of_simulation():
     """40 worlds with other noise: the spread of ln N_opt falls, when the three best runs or the worst one are trained in each, in the
     expected ratios, within what 40 worlds can tell of a ratio of deviations (15 %)."""
