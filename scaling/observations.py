@@ -21,6 +21,7 @@ DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forwa
                    "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
                    "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
 """Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
+KEEP, WEIGHT, HELD = '"bitlaw keep"', '"bitlaw weight"', '"bitlaw held out"'  # columns of its own: no table has such names
 LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 """Columns of run tables that hold the natural logarithm of what the law takes."""
 
@@ -51,8 +52,8 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     filters = {"status is not done": "status IS NULL OR CAST(status AS VARCHAR) = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
-        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS keep_", reason)
-        stages.append(flagged.filter("keep_").project("* EXCLUDE (keep_)"))
+        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS {KEEP}", reason)
+        stages.append(flagged.filter(KEEP).project(f"* EXCLUDE ({KEEP})"))
     with _one_line(f"where {where}"):  # a count need not look at all that a projection says, but a filter does
         counts = [len(stage) for stage in stages]
     dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
@@ -61,8 +62,8 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
     held = _boolean(holdout) if holdout else "false"
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
-    weighed = _project(stages[-1], f"*, {counts_as} AS weight_", f"weights {weights}" if weights else "")
-    last = _project(weighed, f"{', '.join(map(quote, mapping))}, weight_, {held} AS held_out_", f"holdout {holdout}")
+    weighed = _project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
+    last = _project(weighed, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {held} AS {HELD}", f"holdout {holdout}")
     texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
              for name, kind in zip(last.columns, last.types, strict=True)]
     with _one_line(f"columns, weights {weights} or holdout {holdout}" if weights or holdout else "columns"):
@@ -143,9 +144,9 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
         columns[name] = values
     loss = np.ma.filled(np.ma.asarray(arrays["loss"], dtype=np.float64), np.nan)
     _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)
-    weight = np.ma.filled(np.ma.asarray(arrays["weight_"], dtype=np.float64), np.nan)
+    weight = np.ma.filled(np.ma.asarray(arrays[WEIGHT.strip('"')], dtype=np.float64), np.nan)
     _refuse(weight, "weights", weights, law, infinite_allowed=False)
-    held = np.asarray(np.ma.filled(arrays["held_out_"], False), dtype=bool)
+    held = np.asarray(np.ma.filled(arrays[HELD.strip('"')], False), dtype=bool)
     if holdout and (held.all() or not held.any()):
         raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
                          "it must leave rows to fit and rows to test")
