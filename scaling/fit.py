@@ -45,6 +45,8 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
+    if not isinstance(law, (str, Law)):
+        raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
     if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:

@@ -131,6 +131,10 @@ class Fit:
         if self.metrics["condition_number"] > MAX_CONDITION:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
         columns = self._arrays(columns)
+        for name in self.law.measures:
+            values = columns.get(name, np.ones(()))
+            if not np.all((values > 0) | ((values == 0) & (name in self.law.zero_allowed))):
+                raise ValueError(f"predict: {name} is {np.ravel(values)[np.argmin(np.ravel(values))]:g}: must be positive")
         if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
         loss = np.asarray(self.law.predict(self.params, **columns))

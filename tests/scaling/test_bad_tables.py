@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 
 import duckdb
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -148,6 +149,31 @@ def test_strange_tables_that_can_be_fitted(tmp_path):
     assert copies.metrics["objective"] == pytest.approx(2 * told, rel=1e-9)
     (tmp_path / "rows.json").write_text(json.dumps([dict(zip(good(), row, strict=True)) for row in zip(*good().values(), strict=True)]))
     assert objective(tmp_path / "rows.json") == pytest.approx(told, rel=1e-9)
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    (None, "NoneType is no table"), (3, "int is no table"), (np.zeros((3, 3)), "ndarray is no table"), (good() | {"N": np.ones(40) * 1j}, "N complex128"),
+    (good() | {"N": np.ma.masked_array(good()["N"], [True] + [False] * 39)}, "is missing or NaN in 1 of 40 rows"),
+    (good() | {"N": [None, *good()["N"][1:]]}, "is missing or NaN in 1 of 40 rows"), (good() | {"N": ["x", *map(str, good()["N"][1:])]}, "Could not convert string 'x'"),
+    ({}, "no columns"), ({"N": [1, 2], "D": [1]}, "equally long"),
+])  # fmt: skip
+def test_python_objects_that_are_no_tables(table, message):
+    with pytest.raises(ValueError) as error:
+        scaling.fit(table, "chinchilla")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bfloat16_and_data_frames_are_tables():
+    rough = {name: np.asarray(values).astype(ml_dtypes.bfloat16) for name, values in good().items()}
+    assert objective(rough) == pytest.approx(objective({name: values.astype(np.float64) for name, values in rough.items()}), rel=1e-9)
+    frame = type("DataFrame", (), {"columns": list(good()), "__getitem__": lambda self, name: np.array(good()[name])})()
+    assert objective(frame) == pytest.approx(objective(good()), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [-1e8, 0.0, float("nan"), [1e8, -1.0]])
+def test_python_refuses_sizes_that_are_none(value):
+    with pytest.raises(ValueError, match="predict: N is .*must be positive"):
+        scaling.fit(good(), "chinchilla").predict(N=value, D=1e9, extrapolate=True)
 
 
 def test_runs_that_lie_on_the_law_are_fitted():

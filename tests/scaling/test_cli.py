@@ -81,6 +81,7 @@ def test_conclude_leaves_everything_beside_the_runs(tmp_path, capsys):
     assert "condition number" in out and all(name in out for name in made)
 
 
+@pytest.mark.slow
 def test_conclude_writes_all_runs_and_speaks_of_one_data_set(tmp_path, capsys):
     folder = fake_runs.write_runs(tmp_path / "demo", sizes={"2k": 2_304})
     other = fake_runs.write_runs(folder / "other", sizes={"25k": 24_576}, bits={"int4": 4.0})

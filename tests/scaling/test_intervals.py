@@ -68,6 +68,7 @@ def _share_covered(drift) -> tuple[float, float]:
     return tuple(np.mean(shares, axis=0))
 
 
+@pytest.mark.slow
 def test_coverage_where_the_law_is_right():
     """99.2 % in 100 tables (standard error 0.4 %): wider than needed, since the largest of three noisy rates is above zero."""
     assert _share_covered(lambda rng: np.zeros(36))[0] > 0.95

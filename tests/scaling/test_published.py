@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import norm
 
 import scaling
+from benchmarks import nvfp4_laws
 from scaling.laws import laws
 from tests.scaling.conftest import shared
 
@@ -162,3 +163,18 @@ def test_errors_predict_widths_that_were_never_trained(law, bits):
     found = fit.metrics["held_out"]["rmse_nats"]
     assert found == pytest.approx(LEAVE_ONE_OUT[law][bits], abs=1e-3) and (bits == 1 or found <= 0.026)
     assert set(fit.ties) >= {"kappa_a" if law == "mse_efficiency" else "C_a"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", nvfp4_laws.LAWS)
+def test_nvfp4_laws_are_those_of_an_independent_computation(name):
+    """Free parameters, BIC and both held-out errors on the 246 rows; efficiencies of busbridge with effN alone."""
+    found = nvfp4_laws.compared(str(shared("data/quartet2-runs/runs.csv")), name)
+    count, bic, *errors = nvfp4_laws.REFERENCE[name]
+    assert found["converged"] and (found["rows"], found["free parameters"]) == (246, count)
+    assert found["BIC"] == pytest.approx(bic, abs=1.0)
+    assert [found[held] for held in nvfp4_laws.HELD_OUT] == pytest.approx(errors, abs=2e-4)
+    if name == "busbridge effN":
+        told = {"quartetv2": 0.727, "quartetv2 4/6": 0.755, "tetrajetv2": 0.712, "nvidia": 0.676, "nvidia 4/6": 0.690, "forward_main": 0.732,
+                "forward_main 4/6": 0.771, "forward_main 16x16": 0.695, "forward_main 16x16 4/6": 0.722}
+        assert {scheme: found["constants"][f"effN[{scheme}]"] for scheme in told} == pytest.approx(told, abs=2e-3)
