@@ -102,8 +102,8 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
     assert captured.out == "" and "did not converge" in captured.err and not (tmp_path / "FIT.json").exists()
 
 
-@pytest.mark.parametrize(("stalled", "fitted"), [pytest.param({"chinchilla", "kumar"}, set(), marks=pytest.mark.slow),
-                                                 ({"kumar"}, {"fit-chinchilla.json"})])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stalled", "fitted"), [({"chinchilla", "kumar"}, set()), ({"kumar"}, {"fit-chinchilla.json"})])
 def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fitted, tmp_path, capsys):
     """One of the two laws is enough for the exit code."""
     module = importlib.import_module("scaling.fit")
@@ -166,6 +166,7 @@ laws.add(dataclasses.replace(laws["chinchilla"], name="mine", aliases=()))
 """
 
 
+@pytest.mark.slow
 def test_a_law_of_ones_own_comes_in_as_a_plugin(tmp_path):
     """In processes of their own: a law registered here would stay for the other tests, and so hide a plugin that is not imported."""
     (tmp_path / "my_laws.py").write_text(PLUGIN)

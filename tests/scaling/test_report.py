@@ -130,6 +130,7 @@ def test_text_from_records_is_escaped(tmp_path):
     assert "<b>4&" not in text and "&lt;b&gt;4&amp;" in text
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_file(tmp_path):
     folder = fake_runs.write_runs(tmp_path / "runs", bits={"int3": 3.0, "float32": 32.0})
     analysis = scaling.analyse(folder, bootstrap=0)
