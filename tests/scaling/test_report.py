@@ -145,6 +145,7 @@ def test_impossible_files_are_refused(tmp_path, demo_runs):
         scaling.report(demo_runs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_says_how_much_is_left(tmp_path):
     """Runs that are begun, and those that only the plan names, are counted once; the page loads itself anew if asked to."""
     folder = fake_runs.write_runs(tmp_path / "runs", sizes={"2k": 2_304})
