@@ -137,6 +137,8 @@ def assignments(text: str) -> dict[str, str]:
         name, sign, value = (piece.strip() for piece in part.partition("="))
         if not sign or not value or not re.fullmatch(r"\w+(\[[^\[\]]+\])?", name):
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is not NAME=VALUE")
+        if name in result:
+            raise argparse.ArgumentTypeError(f"{name} is given twice: {result[name]} and {value}")
         result[name] = value
     return result
 

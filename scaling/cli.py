@@ -126,10 +126,15 @@ def _predict(arguments) -> int:
         name, sign, value = text.partition("=")
         if not sign:
             raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}")
+        if name in pairs:
+            raise ValueError(f"input {name} is given twice: {pairs[name]} and {value}")
         pairs[name] = value
     names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
     named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
     inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
+    endless = next((name for name in fitted.law.measures if inputs.get(name) == float("inf")), None)
+    if endless:
+        raise ValueError(f"input {endless}={pairs[endless]}: must be finite")
     bad = next((name for name, value in inputs.items() if not value > 0 and not (value == 0 and name in {*names, *fitted.law.zero_allowed})), None)
     if bad:
         raise ValueError(f"input {bad}={pairs[bad]}: must be positive")

@@ -45,10 +45,12 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
+    if not isinstance(law, (str, Law)):
+        raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
-    if not delta > 0 or not 0 < level < 1 or bootstrap < 0:
-        raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}: need delta > 0, 0 < level < 1, bootstrap >= 0")
+    if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:
+        raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
     if base:

@@ -15,12 +15,13 @@ import numpy as np
 
 from scaling.laws import Law, Operand
 from scaling.laws.parameters import labels
-from scaling.table import Source, quote, table
+from scaling.table import Source, first_line, quote, table
 
 DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forward": "weights_format", "backward": "output_gradients_format",
                    "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
                    "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
 """Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
+KEEP, WEIGHT, HELD = '"bitlaw keep"', '"bitlaw weight"', '"bitlaw held out"'  # columns of its own: no table has such names
 LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 """Columns of run tables that hold the natural logarithm of what the law takes."""
 
@@ -48,23 +49,24 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
     stages = [_project(relation, _mapped(law, mapping, relation.columns), "columns")]
-    filters = {"status is not done": "status IS NULL OR status = 'done'"} if "status" in stages[0].columns else {}
+    filters = {"status is not done": "status IS NULL OR CAST(status AS VARCHAR) = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
-        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS keep_", reason)
-        stages.append(flagged.filter("keep_").project("* EXCLUDE (keep_)"))
-    counts = [len(stage) for stage in stages]
+        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS {KEEP}", reason)
+        stages.append(flagged.filter(KEEP).project(f"* EXCLUDE ({KEEP})"))
+    with _one_line(f"where {where}"):  # a count need not look at all that a projection says, but a filter does
+        counts = [len(stage) for stage in stages]
     dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
     if not counts[-1]:
         raise ValueError(f"no rows left to fit: {counts[0]} in the table"
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
     held = _boolean(holdout) if holdout else "false"
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
-    weighed = _project(stages[-1], f"*, {counts_as} AS weight_", f"weights {weights}")
-    last = _project(weighed, f"{', '.join(map(quote, mapping))}, weight_, {held} AS held_out_", f"holdout {holdout}")
+    weighed = _project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
+    last = _project(weighed, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {held} AS {HELD}", f"holdout {holdout}")
     texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
              for name, kind in zip(last.columns, last.types, strict=True)]
-    with _one_line("columns"):
+    with _one_line(f"columns, weights {weights} or holdout {holdout}" if weights or holdout else "columns"):
         final = last.project(", ".join(texts)).fetchnumpy()
     return _checked(law, final, mapping, dropped, holdout, weights)
 
@@ -84,6 +86,9 @@ def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str
             mapping[name] = f"exp({quote(column)})" if column in LOGARITHMS else quote(column)
         elif name not in law.optional:
             missing.append(name)
+    optional = [name for name in law.inputs if name in law.optional]
+    if optional and not law.optional & set(mapping):
+        raise ValueError(f"law {law.name} needs {' or '.join(optional)}; the table has {', '.join(found)} (name one: columns {optional[0]}=...)")
     if missing:
         raise ValueError(f"law {law.name} needs {', '.join(missing)}; the table has {', '.join(found)} "
                          f"(name them: columns {','.join(name + '=...' for name in missing)})")
@@ -109,17 +114,18 @@ def _one_line(what: str):
     try:
         yield
     except duckdb.Error as error:
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{what}: {first_line(error)}") from None
 
 
 def _project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
-    """`select` over `relation`, run once so that its errors are told here: relations are lazy.
+    """`select` over `relation`; `what`, unless empty, is run once so that its errors are told here: relations are lazy.
 
     Not `relation.query(name, sql)`: a table of that name in the caller's connection would be read instead, silently.
     """
     with _one_line(what):
         result = relation.project(select)
-        len(result)
+        if what:
+            len(result)
     return result
 
 
@@ -138,9 +144,9 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
         columns[name] = values
     loss = np.ma.filled(np.ma.asarray(arrays["loss"], dtype=np.float64), np.nan)
     _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)
-    weight = np.ma.filled(np.ma.asarray(arrays["weight_"], dtype=np.float64), np.nan)
+    weight = np.ma.filled(np.ma.asarray(arrays[WEIGHT.strip('"')], dtype=np.float64), np.nan)
     _refuse(weight, "weights", weights, law, infinite_allowed=False)
-    held = np.asarray(np.ma.filled(arrays["held_out_"], False), dtype=bool)
+    held = np.asarray(np.ma.filled(arrays[HELD.strip('"')], False), dtype=bool)
     if holdout and (held.all() or not held.any()):
         raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
                          "it must leave rows to fit and rows to test")

@@ -21,6 +21,9 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     fixed = _baselines(law, fixed) | fixed
     for name in (*ties, *ties.values(), *fixed):
         law.parameter(name)  # refuses unknown names
+    for tied, source in ties.items():
+        if tied == source or ties.get(source) == tied:
+            raise ValueError(f"ties: {tied}={source} is a circle; tie {tied} to a constant that is not tied to it")
     amplitudes = set(law.amplitudes) & {*ties, *ties.values()}
     if amplitudes:
         raise ValueError(f"ties: {sorted(amplitudes)[0]} is an amplitude; amplitudes can be fixed, not tied")

@@ -100,13 +100,16 @@ class Problem:
     def log_terms(self, theta: Mapping[str, np.ndarray]) -> np.ndarray:
         """[S, K, R]: log terms; -inf where a row leaves a term out, not finite otherwise where the law has no value."""
         shape = (next((v.shape[0] for v in theta.values()), 1), self.log_loss.size)
-        terms = [np.broadcast_to(term, shape) for term in self.law.log_terms(theta, self.columns)]
-        return np.stack(terms, axis=1) if terms else np.zeros((shape[0], 0, shape[1]))
+        terms = self.law.log_terms(theta, self.columns)
+        made = np.empty((shape[0], len(terms), shape[1]), dtype=np.result_type(np.float64, *terms))
+        for k, term in enumerate(terms):
+            made[:, k] = term
+        return made
 
     def centre(self, log_terms_SKR: np.ndarray) -> np.ndarray:
         """[S, K]: what is subtracted from a term's logs: their mean over the rows it touches, 0 for a term with a fixed amplitude."""
         with np.errstate(invalid="ignore"):
-            means = log_terms_SKR.mean(axis=-1)
+            means = np.add.reduce(log_terms_SKR, axis=-1) / log_terms_SKR.shape[-1]
         if not np.isfinite(means).all():
             touched = log_terms_SKR.real != -np.inf
             means = np.where(touched, log_terms_SKR, 0.0).sum(axis=-1) / np.maximum(touched.sum(axis=-1), 1)

@@ -18,10 +18,13 @@ def reaches(ranges: Mapping[str, tuple[float, float]], columns: Mapping) -> dict
     """
     seen = {name: (np.asarray(columns[name], dtype=np.float64), *ranges[name]) for name in ("N", "D") if name in columns and name in ranges}
     if len(seen) == 2 and "N*D" in ranges:
-        seen["compute"] = (6.0 * seen["N"][0] * seen["D"][0], *(6.0 * end for end in ranges["N*D"]))
+        with np.errstate(over="ignore"):
+            compute = 6.0 * seen["N"][0] * seen["D"][0]
+        seen["compute"] = (compute, *(6.0 * end for end in ranges["N*D"]))
     found = {}
     for name, (values, low, high) in seen.items():
-        far = np.ravel(np.maximum(values / high, low / values))
+        with np.errstate(all="ignore"):  # 0 and infinity are told as such
+            far = np.ravel(np.maximum(values / high, low / values))
         worst = int(np.argmax(np.where(np.isnan(far), math.inf, far))) if far.size else None
         if worst is not None and not far[worst] <= 1.0 + 1e-9:
             value = float(np.ravel(values)[worst])

@@ -131,6 +131,10 @@ class Fit:
         if self.metrics["condition_number"] > MAX_CONDITION:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
         columns = self._arrays(columns)
+        for name in self.law.measures:
+            values = columns.get(name, np.ones(()))
+            if not np.all((values > 0) | ((values == 0) & (name in self.law.zero_allowed))):
+                raise ValueError(f"predict: {name} is {np.ravel(values)[np.argmin(np.ravel(values))]:g}: must be positive")
         if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
         loss = np.asarray(self.law.predict(self.params, **columns))
@@ -268,6 +272,13 @@ def load(path: str | os.PathLike, law: Law | None = None) -> Fit:
         raise ValueError(f"{path}: not a fit ({error})") from None
     if not isinstance(body, dict) or body.get("bitlaw_fit") != VERSION:
         raise ValueError(f"{path}: not a fit of this version (bitlaw_fit must be {VERSION})")
+    try:
+        return _from_json(body, law)
+    except (KeyError, TypeError, AttributeError) as error:  # a key that is not there, or something else in its place
+        raise ValueError(f"{path}: not a whole fit ({type(error).__name__}: {error}); write it again with `bitlaw fit --out`") from None
+
+
+def _from_json(body: dict, law: Law | None) -> Fit:
     pairs = {name: {k: tuple(_number(x) for x in v) for k, v in body[name].items()} for name in ("intervals", "ranges")}
     metrics = {name: _number(value) for name, value in body["metrics"].items()}
     size = len(body["free"])

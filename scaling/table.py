@@ -53,7 +53,7 @@ Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelat
 
 def table(source: Source) -> duckdb.DuckDBPyRelation:
     """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
-    column to array, or a relation (returned as it is).
+    column to array, a data frame, or a relation (returned as it is).
 
     Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own), one row for each
     run_id whose run is over: where there are several copies of a run, a finished one. A damaged record is left out, with a line on stderr.
@@ -66,6 +66,11 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         return _from_file(path) if path.is_file() else _from_folders([path])
+    if hasattr(source, "columns"):  # a data frame
+        return _from_arrays({str(name): source[name] for name in source.columns})
+    if not isinstance(source, Iterable) or isinstance(source, np.ndarray):
+        raise ValueError(f"table: {type(source).__name__} is no table; give folders of runs, a file, a DuckDB relation, a data frame, or a mapping of "
+                         "column to array")
     return _from_folders([Path(item) for item in source])
 
 
@@ -158,21 +163,36 @@ def _from_rows(rows: list[dict], types: dict[str, str]) -> duckdb.DuckDBPyRelati
 
 
 def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
-    columns = {str(name): np.asarray(values) for name, values in arrays.items()}
+    columns = {str(name): _array(values) for name, values in arrays.items()}
     lengths = {name: values.shape for name, values in columns.items()}
     if not columns or any(len(shape) != 1 for shape in lengths.values()) or len(set(lengths.values())) != 1:
         raise ValueError(f"table: columns must be one-dimensional and equally long; got {lengths or 'no columns'}")
-    return _stored(columns, "*")
+    try:
+        return _stored(columns, "*")
+    except duckdb.Error as error:
+        raise ValueError(f"table: {first_line(error)}; dtypes are {', '.join(f'{name} {values.dtype}' for name, values in columns.items())}") from None
+
+
+def _array(values: object) -> np.ndarray:
+    """`values` as an array that DuckDB takes: masked numbers become NaN, and bfloat16 and its like float64."""
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(np.float64 if values.dtype.kind in "iuf" else object), np.nan if values.dtype.kind in "iuf" else None)
+    array = np.asarray(values)
+    return array.astype(np.float64) if array.dtype.kind == "V" and array.dtype.names is None else array
 
 
 def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known are {', '.join(_READERS)}, or a run folder")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty")
     reader = getattr(_connection(), _READERS[path.suffix.lower()])
     try:
         return reader(str(path))
     except duckdb.Error as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: {first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8, as {path.suffix} must be") from None
 
 
 @functools.cache
@@ -190,6 +210,13 @@ def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelati
     finally:
         _connection().unregister("arrays_")
     return _connection().table(name)
+
+
+def first_line(error: duckdb.Error) -> str:
+    """What DuckDB's error of many lines says in one: the first, and of a CSV file, where that is but a line number, what is wrong there."""
+    first, *rest = str(error).splitlines()
+    why = next((line for line in rest if "Could not convert" in line or "Invalid unicode" in line or "Expected Number of Columns" in line), "")
+    return f"{first}: {why}" if "CSV Error" in first and why else first
 
 
 def quote(name: str) -> str:

@@ -47,8 +47,9 @@ def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     scatter = np.zeros((len(problem.free), len(problem.free)))
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = sd * math.sqrt(huber_price(delta, sd)) * right.T / singular
-        scatter[np.ix_(moving, np.flatnonzero(moving))] = np.where(np.isfinite(columns), columns, np.inf)
-        scatter = problem.slopes_of_centre(z_F) @ scatter  # NaN where 0 times infinity: as little known
+    scatter[np.ix_(moving, np.flatnonzero(moving))] = np.where(np.isfinite(columns), columns, np.inf)
+    with np.errstate(invalid="ignore"):  # infinite deviations of a direction that no row sees
+        scatter = problem.slopes_of_centre(z_F) @ scatter
     return Spread(scatter, sd, dof, condition,
                   tuple(name for name, free in zip(problem.free, moving, strict=True) if not free))
 

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from scaling.laws.grammar import FUNCTIONS, Node, parse
 from scaling.laws.law import Law, namespace
 from scaling.laws.parameters import Parameter, amplitude, divisor, exponent, offset, scale
@@ -35,6 +37,7 @@ def law(text: str, inputs: tuple[str, ...] = ()) -> Law:
     tree = parse(formula.strip())
     more, boxes = _settings(settings, text)
     names = list(dict.fromkeys(tree.names()))
+    _refuse_undefined(tree, names, text)
     columns = tuple(name for name in names if name in {*inputs, *more} or _is_known_input(name))
     unused = [name for name in (*more, *boxes) if name not in names]
     if unused:
@@ -59,6 +62,15 @@ def _is_known_input(name: str) -> bool:
 def is_formula(spec: str) -> bool:
     """Whether a law is meant by formula: by name it would be letters, perhaps with variants after a colon."""
     return not re.fullmatch(r"\s*\w+\s*(:[\w+]*)?\s*", spec)
+
+
+def _refuse_undefined(tree: Node, names: list[str], text: str) -> None:
+    """ValueError for a formula that has no value whatever its names are: 1/0, 10^400."""
+    try:
+        with np.errstate(all="ignore"):
+            _value(tree, {name: 0.5 + 0.1234567 * i for i, name in enumerate(names)}, {})
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"formula {text!r}: has no value ({error})") from None
 
 
 def _settings(parts: list[str], text: str) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:

@@ -1,6 +1,8 @@
 """The command line: exit codes, one-line refusals, and that what it prints is what was fitted."""
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -36,7 +38,7 @@ def test_epoch_from_the_command_line(epoch, capsys):
     columns = ",".join(f"{name}={expression}" for name, expression in epoch["columns"].items())
     assert run("fit", [str(epoch["table"]), "--law", "chinchilla", "--columns", columns, "--where", DROP_FIVE]) == 0
     out = capsys.readouterr().out
-    for number in ("477.826", "2143.42", "1.81722", "0.347311", "0.367172", "0.001018274018", "240 rows fitted, 5 dropped"):
+    for number in ("477.826", "2143.42", "1.81722", "0.34731 ", "0.367172", "0.001018274018", "240 rows fitted, 5 dropped"):
         assert number in out
 
 
@@ -79,6 +81,7 @@ def test_conclude_leaves_everything_beside_the_runs(tmp_path, capsys):
     assert "condition number" in out and all(name in out for name in made)
 
 
+@pytest.mark.slow
 def test_conclude_writes_all_runs_and_speaks_of_one_data_set(tmp_path, capsys):
     folder = fake_runs.write_runs(tmp_path / "demo", sizes={"2k": 2_304})
     other = fake_runs.write_runs(folder / "other", sizes={"25k": 24_576}, bits={"int4": 4.0})
@@ -99,16 +102,22 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
     assert captured.out == "" and "did not converge" in captured.err and not (tmp_path / "FIT.json").exists()
 
 
-@pytest.mark.parametrize(("rounds", "fitted"), [(1, set()), (2, {"fit-chinchilla.json"})])
-def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, rounds, fitted, tmp_path, capsys):
-    """After two rounds the straight law is done and the other is not: one of two is enough for the exit code."""
-    monkeypatch.setattr("scaling.solve.MAX_ROUNDS", rounds)
-    monkeypatch.setattr("scaling.solve.SCIPY_ROUNDS", 1)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stalled", "fitted"), [({"chinchilla", "kumar"}, set()), ({"kumar"}, {"fit-chinchilla.json"})])
+def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fitted, tmp_path, capsys):
+    """One of the two laws is enough for the exit code."""
+    module = importlib.import_module("scaling.fit")
+
+    def stalling(problem, delta, solve=module.solve):
+        solution = solve(problem, delta)
+        return dataclasses.replace(solution, decrease=1.0) if problem.law.name in stalled else solution
+
+    monkeypatch.setattr(module, "solve", stalling)
     folder = fake_runs.write_runs(tmp_path / "demo")
     assert conclude(folder) == 1
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"runs.parquet", "runs.csv", "report.html"} | fitted
     told = capsys.readouterr()
-    assert told.err.count("did not converge") == (6 if rounds == 1 else 4) == told.err.count("\n")
+    assert told.err.count("did not converge") == (6 if "chinchilla" in stalled else 4) == told.err.count("\n")
     assert "no precision fit: no candidate converged (kumar:tied+plain, kumar:plain, kumar:tied, kumar)" in told.out
     assert "gamma_w" not in told.out and "no candidate converged" in (folder / "report.html").read_text(encoding="utf-8")
     assert run("report", [str(folder), "--out", str(tmp_path / "r.html"), "--bootstrap", "0"]) == 1
@@ -157,6 +166,7 @@ laws.add(dataclasses.replace(laws["chinchilla"], name="mine", aliases=()))
 """
 
 
+@pytest.mark.slow
 def test_a_law_of_ones_own_comes_in_as_a_plugin(tmp_path):
     """In processes of their own: a law registered here would stay for the other tests, and so hide a plugin that is not imported."""
     (tmp_path / "my_laws.py").write_text(PLUGIN)

@@ -38,6 +38,7 @@ def test_distance_is_scipys():
     assert uniform_distance(values) == pytest.approx(scipy.stats.kstest(values, "uniform").statistic, abs=1e-14)
 
 
+@pytest.mark.slow
 def test_precision_law_with_functionals():
     """The design of the demo, 120 simulations: every number that it identifies is covered within 3.5 standard errors (2 %) of 95 %."""
     table = fake_runs.rows()

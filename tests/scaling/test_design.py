@@ -31,7 +31,7 @@ def standard_error(fit, name, at):
     return estimate.relative_se * abs(estimate.value) / fit.metrics["residual_sd"]
 
 
-@pytest.mark.parametrize(("loss", "tolerance"), [("least_squares", 2e-4), ("huber", 4e-3)])
+@pytest.mark.parametrize(("loss", "tolerance"), [pytest.param("least_squares", 2e-4, marks=pytest.mark.slow), ("huber", 4e-3)])
 def test_expected_intervals_are_those_of_refits(loss, tolerance):
     """A run added at its predicted loss leaves the constants where they are; the refit's own covariance then has the row that was
     expected. Huber: the price follows the residual deviation, which a run without error lowers."""
@@ -59,6 +59,7 @@ def test_a_batch_is_what_a_refit_with_all_of_it_has():
     assert alone[0] == batch[0] and len({tuple(run.items()) for run in runs}) > 1  # the same run again soon tells less than another
 
 
+@pytest.mark.slow
 def test_expected_intervals_are_those_of_simulation():
     """40 worlds with other noise: the spread of ln N_opt falls, when the three best runs or the worst one are trained in each, in the
     expected ratios, within what 40 worlds can tell of a ratio of deviations (15 %)."""

@@ -131,6 +131,7 @@ def test_an_optimum_outside_the_widths_trained_is_not_stated():
     assert not estimate.identified and "outside the weights_bits trained, 3 to 32" in estimate.reason
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Nominal 95 % over 20 simulated designs: at least 16 (15 or fewer would happen once in 400 if coverage were right)."""
     hits = {name: 0 for name in ("E", "alpha", "gamma_w", "run")}

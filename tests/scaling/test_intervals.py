@@ -68,17 +68,20 @@ def _share_covered(drift) -> tuple[float, float]:
     return tuple(np.mean(shares, axis=0))
 
 
+@pytest.mark.slow
 def test_coverage_where_the_law_is_right():
     """99.2 % in 100 tables (standard error 0.4 %): wider than needed, since the largest of three noisy rates is above zero."""
     assert _share_covered(lambda rng: np.zeros(36))[0] > 0.95
 
 
+@pytest.mark.slow
 def test_coverage_where_the_law_drifts_as_a_random_walk():
     """The drift that the rule is for: nominal 95 % within three standard errors, which are 2.7 % in 40 tables; noise alone, 64 %."""
     calibrated, alone = _share_covered(lambda rng: 0.01 * np.cumsum(rng.standard_normal(36)))
     assert abs(calibrated - 0.95) < 0.08 and alone < 0.75, (calibrated, alone)
 
 
+@pytest.mark.slow
 def test_a_drift_that_gathers_speed_is_not_fully_covered():
     """Its limit, told in the docstring of the rule: 75 % (standard error 3 %), against 42 % with noise alone."""
     calibrated, alone = _share_covered(lambda rng: 0.0012 * np.cumsum(np.cumsum(rng.standard_normal(36))))

@@ -47,6 +47,7 @@ def test_a_plan_is_the_law_s_optimum_with_an_interval_that_holds_the_truth(kumar
     assert plan.frontier[0].loss == pytest.approx(plan.loss.value) and plan.frontier[1].loss > plan.loss.value
 
 
+@pytest.mark.slow
 def test_intervals_of_plans_cover_the_truth():
     """Nominal 95 % over 20 simulated designs, N and D each: at least 16 (15 or fewer happens once in 400 when coverage is right)."""
     N, D = true_sizes(COMPUTE)

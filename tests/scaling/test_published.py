@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import norm
 
 import scaling
+from benchmarks import nvfp4_laws
 from scaling.laws import laws
 from tests.scaling.conftest import shared
 
@@ -147,15 +148,33 @@ def midrise_mse(bits):
     return min(error(clip) for clip in np.linspace(0.5, 6.0, 1101))
 
 
-@pytest.mark.parametrize(("law", "told"), [("mse_efficiency", (0.051, 0.024, 0.010, 0.015, 0.003)),
-                                           pytest.param("mse_efficiency_tanh", (0.053, 0.021, 0.011, 0.015, 0.003), marks=pytest.mark.slow)])
-def test_errors_predict_widths_that_were_never_trained(law, told):
+LEAVE_ONE_OUT = {"mse_efficiency": {1: 0.051, 2: 0.024, 3: 0.010, 4: 0.015, 8: 0.003},
+                 "mse_efficiency_tanh": {1: 0.053, 2: 0.021, 3: 0.011, 4: 0.015, 8: 0.003}}
+
+
+@pytest.mark.parametrize(("law", "bits"), [pytest.param(law, bits, marks=() if (law, bits) == ("mse_efficiency", 2) else pytest.mark.slow)
+                                           for law, told in LEAVE_ONE_OUT.items() for bits in told])
+def test_errors_predict_widths_that_were_never_trained(law, bits):
     table = shared("data/quest-runs/runs.csv")
-    errors = {bits: midrise_mse(bits) for bits in (1, 2, 3, 4, 8)}
-    mse = f"CASE WHEN family = 'bf16' THEN 0 {' '.join(f'WHEN w_bits = {bits} THEN {error!r}' for bits, error in errors.items())} END"
-    for bits, rmse in zip(errors, told, strict=True):
-        fit = scaling.fit(table, law, columns=QUEST_COLUMNS | {"weights_mse": mse, "activations_mse": mse}, where=QUEST_ROWS,
-                          holdout=f"family = 'quest_int' AND w_bits = {bits}")
-        found = fit.metrics["held_out"]["rmse_nats"]
-        assert found == pytest.approx(rmse, abs=1e-3) and (bits == 1 or found <= 0.026)
-        assert set(fit.ties) >= {"kappa_a" if law == "mse_efficiency" else "C_a"}
+    errors = {width: midrise_mse(width) for width in LEAVE_ONE_OUT[law]}
+    mse = f"CASE WHEN family = 'bf16' THEN 0 {' '.join(f'WHEN w_bits = {width} THEN {error!r}' for width, error in errors.items())} END"
+    fit = scaling.fit(table, law, columns=QUEST_COLUMNS | {"weights_mse": mse, "activations_mse": mse}, where=QUEST_ROWS,
+                      holdout=f"family = 'quest_int' AND w_bits = {bits}")
+    found = fit.metrics["held_out"]["rmse_nats"]
+    assert found == pytest.approx(LEAVE_ONE_OUT[law][bits], abs=1e-3) and (bits == 1 or found <= 0.026)
+    assert set(fit.ties) >= {"kappa_a" if law == "mse_efficiency" else "C_a"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", nvfp4_laws.LAWS)
+def test_nvfp4_laws_are_those_of_an_independent_computation(name):
+    """Free parameters, BIC and both held-out errors on the 246 rows; efficiencies of busbridge with effN alone."""
+    found = nvfp4_laws.compared(str(shared("data/quartet2-runs/runs.csv")), name)
+    count, bic, *errors = nvfp4_laws.REFERENCE[name]
+    assert found["converged"] and (found["rows"], found["free parameters"]) == (246, count)
+    assert found["BIC"] == pytest.approx(bic, abs=1.0)
+    assert [found[held] for held in nvfp4_laws.HELD_OUT] == pytest.approx(errors, abs=2e-4)
+    if name == "busbridge effN":
+        told = {"quartetv2": 0.727, "quartetv2 4/6": 0.755, "tetrajetv2": 0.712, "nvidia": 0.676, "nvidia 4/6": 0.690, "forward_main": 0.732,
+                "forward_main 4/6": 0.771, "forward_main 16x16": 0.695, "forward_main 16x16 4/6": 0.722}
+        assert {scheme: found["constants"][f"effN[{scheme}]"] for scheme in told} == pytest.approx(told, abs=2e-3)

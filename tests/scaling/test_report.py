@@ -66,7 +66,7 @@ def test_the_demos_report_is_whole_and_self_contained(tmp_path):
     ({"sizes": {"2k": 2_304}, "budgets": (600_000,), "bits": {"int4": 4.0}}, 3, ("cannot fit",)),
     ({"diverge": tuple(range(48))}, 1, ("48 runs diverged", "no finished run")),
     ({"fail": tuple(range(48))}, 0, ("nothing to draw",)),
-    ({"seeds": 2, "bits": {"int3": 3.0, "float32": 32.0}}, 5, ("degrees of freedom", "is held at 0")),
+    pytest.param({"seeds": 2, "bits": {"int3": 3.0, "float32": 32.0}}, 5, ("degrees of freedom", "is held at 0"), marks=pytest.mark.slow),
 ])
 def test_every_kind_of_folder_gets_a_report(tmp_path, design, svgs, parts):
     text, outline = make(tmp_path, **design)
@@ -92,6 +92,7 @@ def write_telemetry(folder, run_id, steps=(1, 10, 20)):
     return rows
 
 
+@pytest.mark.slow
 def test_telemetry_is_drawn_where_runs_have_it(tmp_path):
     """One figure for each kind of run, of the largest and longest; the torn last line of a killed run is passed over."""
     folder = fake_runs.write_runs(tmp_path / "runs", bits={"int4": 4.0, "float32": 32.0})
@@ -129,6 +130,7 @@ def test_text_from_records_is_escaped(tmp_path):
     assert "<b>4&" not in text and "&lt;b&gt;4&amp;" in text
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_file(tmp_path):
     folder = fake_runs.write_runs(tmp_path / "runs", bits={"int3": 3.0, "float32": 32.0})
     analysis = scaling.analyse(folder, bootstrap=0)
@@ -143,6 +145,7 @@ def test_impossible_files_are_refused(tmp_path, demo_runs):
         scaling.report(demo_runs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_says_how_much_is_left(tmp_path):
     """Runs that are begun, and those that only the plan names, are counted once; the page loads itself anew if asked to."""
     folder = fake_runs.write_runs(tmp_path / "runs", sizes={"2k": 2_304})

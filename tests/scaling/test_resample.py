@@ -32,6 +32,7 @@ def test_wild_covariance_is_the_sandwich(copies):
     assert np.abs(draws.mean(axis=0) - fit.coordinates)[1] < 4 * np.sqrt(ours / COUNT)
 
 
+@pytest.mark.slow
 def test_wild_agrees_with_the_cell_bootstrap_on_even_scatter():
     """Absolute deviations in effect (delta 1e-5), 120 cells: both estimate one standard error. 600 draws: 3 % each, tolerance 25 % for what
     the two differ by on one table."""

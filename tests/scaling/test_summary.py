@@ -64,6 +64,7 @@ def test_data_sets_are_not_mixed():
     assert "2 data sets in one folder: only the 48 runs on stdlib are analysed" in analysis.notes
 
 
+@pytest.mark.slow
 def test_two_corpora_of_one_name_are_not_mixed():
     """The standard libraries of two Pythons: both "stdlib", the second with losses that would move every number."""
     table = fake_runs.rows()
@@ -79,6 +80,7 @@ def test_two_corpora_of_one_name_are_not_mixed():
     assert "24,576 parameters, held out" in told[2]
 
 
+@pytest.mark.slow
 def test_runs_that_nothing_tells_apart_are_counted_in_a_note():
     table = {name: [*values, *values[:4]] for name, values in fake_runs.rows().items()}
     analysis = scaling.analyse(table, bootstrap=0)
@@ -107,6 +109,7 @@ def test_comparison_refuses_names_and_keeps_the_rest():
     assert len(comparison.fits) == 1 and "4 rows cannot fit the 5" in comparison.refused["chinchilla"]
 
 
+@pytest.mark.slow
 def test_done_runs_without_a_loss_are_counted():
     table = fake_runs.rows()
     table["loss"][:2] = float("nan")
