@@ -188,8 +188,6 @@ def _from_query(query: str) -> tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyR
         relation = connection.sql(query)
     except duckdb.Error as error:
         raise ValueError(f"query {query!r}: {str(error).splitlines()[0]}") from None
-    if relation is None:
-        raise ValueError(f"query {query!r}: gives no rows; end it with a SELECT")
     return connection, relation
 
 

@@ -91,7 +91,6 @@ def test_the_same_query_may_be_asked_twice(foreign):
 @pytest.mark.parametrize(("verb", "options", "line"), [
     ("fit", ["SELECT nope FROM 'PARQUET'", "--law", "chinchilla"], "query \"SELECT nope .*: Binder Error: .*nope"),
     ("fit", ["FROM nowhere", "--law", "chinchilla"], "query 'FROM nowhere': Catalog Error: .*nowhere"),
-    ("fit", ["ATTACH ':memory:' AS m", "--law", "chinchilla"], "gives no rows; end it with a SELECT"),
     ("fit", ["PARQUET", "--law", "chinchilla", "--columns", 'N="Model, size (M)",D="tokens",loss="val/loss"'], 'columns: Binder Error: .*"tokens"'),
     ("fit", ["PARQUET", "--law", "chinchilla", "--columns", "N=Model, size (M)"], "'size .M.' is not NAME=VALUE"),
     ("fit", ["PARQUET", "--law", "chinchilla"], "needs N, D, loss; the table has Model, size .M., compute, val/loss, fmt"),
