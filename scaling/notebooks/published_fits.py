@@ -159,6 +159,28 @@ figures.effective_parameters(free, x={f"int{bits}": error for bits, error in ERR
 # %% [markdown]
 # **Conclude:** from 2 bits up the curve predicts a width it never saw to 0.025 nats per token or better; at 1 bit it is off by twice that.
 #
+# ## Quartet II: NVFP4 schemes (arXiv 2601.22813)
+#
+# Rows: the BF16 baseline, and the configurations with at least 18 runs of five groups, whether their forward pass has a Hadamard transform or not: 246 of the 574. Two laws: each scheme acts as fewer parameters
+# (effN), or as fewer parameters and fewer tokens (effN, effD). Numbers beside ours are those of an independent fit.
+
+# %%
+QUARTET2 = DATA / "quartet2-runs" / "runs.csv"
+if at_hand("quartet2-runs/runs.csv"):
+    kept = scaling.table(f"""FROM (SELECT *, concat("group", CASE WHEN fsquare THEN ' 16x16' ELSE '' END, CASE WHEN ffour_over_six OR sfour_over_six THEN ' 4/6' ELSE '' END) AS scheme
+        FROM '{QUARTET2}' WHERE "group" IN ('baseline', 'quartetv2', 'tetrajetv2', 'nvidia', 'forward_main'))
+        QUALIFY count(*) OVER (PARTITION BY scheme, fscale_override, sdelayed_amax, shadamard_dim) >= 18""")
+    print(len(kept), "rows")
+    sizes = SIZES | {"forward": "scheme"}
+    one = scaling.fit(kept, "quartet", columns=sizes | {"backward": "'baseline'"})
+    for scheme, told in {"quartetv2": 0.727, "quartetv2 4/6": 0.755, "tetrajetv2": 0.712, "nvidia": 0.676, "nvidia 4/6": 0.690, "forward_main": 0.732,
+                         "forward_main 4/6": 0.771, "forward_main 16x16": 0.695, "forward_main 16x16 4/6": 0.722}.items():
+        beside(f"effN {scheme}", one.params[f"effN[{scheme}]"], told, "reference")
+    for name, backward, told in (("effN", "'baseline'", 0.0091), ("effN and effD", "scheme", 0.0082)):
+        fit = scaling.fit(kept, "quartet", columns=sizes | {"backward": backward}, holdout="D/N > 500")
+        beside(f"{name}, D/N 780 held out", fit.metrics["held_out"]["rmse_nats"], told, "nats/token; reference")
+
+# %% [markdown]
 # ## Sun et al.: floating-point layouts (arXiv 2501.02423)
 #
 # The losses of these runs are not public; the printed constants must give the numbers that the paper states.

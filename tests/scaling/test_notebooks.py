@@ -58,6 +58,8 @@ def test_published_fits(monkeypatch):
     text, shown = executed("published_fits", monkeypatch, BITLAW_DATA=str(SHARED / "data"))
     assert "0.0010182740178" in text and shown == 4 and text.rstrip().endswith("nothing")
     assert numbers(text, "effN[FP4]")[0] == pytest.approx(0.640, abs=0.003) and numbers(text, "effD[FP4]")[0] == pytest.approx(0.889, abs=0.003)
+    pairs = re.findall(r"effN \w+[^\n]*? +([\d.]+) +reference ([\d.]+)\n", text)  # nine schemes of Quartet II
+    assert "246 rows" in text and len(pairs) == 9 and all(abs(float(ours) - float(told)) < 1e-3 for ours, told in pairs)
     assert numbers(text, "eff[int4]")[0] == pytest.approx(0.689, abs=0.005) and numbers(text, "rms error, 2 bits left out")[0] < 0.026
 
 
@@ -73,5 +75,5 @@ def test_published_fits_without_the_tables(notebook, monkeypatch, tmp_path):
         done = subprocess.run([sys.executable, str(NOTEBOOKS / "published_fits.py"), str(tmp_path)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         text = done.stdout
-    assert text.count(f"skipped: {tmp_path}") == 3 and "quest-runs/runs.csv is not here; set BITLAW_DATA" in text
+    assert text.count(f"skipped: {tmp_path}") == 4 and "quest-runs/runs.csv is not here; set BITLAW_DATA" in text
     assert numbers(text, "D_crit E4M3 (1e12 tokens)")[0] == pytest.approx(27.3, abs=0.05) and "E2M1 E4M3 E8M7" in text
