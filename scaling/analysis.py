@@ -1,21 +1,23 @@
 """The standard analysis of a folder of runs: which rows, which laws, which choice, what is held out. `bitlaw demo` and the report use it."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import duckdb
 
 from scaling.compare import Comparison, compare
 from scaling.fit import fit
+from scaling.observations import one_line, project
 from scaling.result import Fit
-from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
-from scaling.table import RUN_COLUMNS, Source, table
+from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
+from scaling.table import RUN_COLUMNS, Source, quote, table
 
 CHINCHILLA = ("chinchilla:tied", "chinchilla")
 PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
+RUN_ALIASES = {"N": "n_params", "D": "tokens"}  # what laws call columns of run tables
 DONE = "coalesce(status, 'done') = 'done'"
 MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
 CORPUS = "coalesce(CAST(data_sha256 AS VARCHAR), CAST(data AS VARCHAR))"  # as in finished_runs
@@ -56,16 +58,18 @@ class Analysis:
         return self.precision.best if self.precision else None
 
 
-def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int], None] | None = None) -> Analysis:
+def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int], None] | None = None, columns: Mapping[str, str] | None = None,
+            where: str | None = None) -> Analysis:
     """Fits Chinchilla to the unquantized runs and the precision law to all of them, the largest size held out when there are three.
 
     alpha = beta tied, and no offsets, unless the data say otherwise: every variant is fitted, and BIC on the fitted rows chooses. A law
     that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
-    `source` is no run table at all, or `bootstrap` is negative. source: whatever `scaling.table` takes; absent columns count as NULL.
+    `source` is no run table at all, or `bootstrap` is negative. source: whatever `scaling.table` takes; absent columns count as NULL. columns: column of a run table -> SQL expression over the
+    source's own, for tables with other names ({"n_params": '"Model Size"'}); N and D stand for n_params and tokens. where: SQL, rows to use.
     """
     if bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap}: need bootstrap >= 0")
-    whole = with_run_columns(table(source))
+    whole = with_run_columns(table(source), columns, where)
     relation, runs, notes = _analysed(whole)
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
     if runs and holdout is None:
@@ -113,11 +117,31 @@ def _analysed(whole: duckdb.DuckDBPyRelation) -> tuple[duckdb.DuckDBPyRelation, 
     return relation, runs, notes
 
 
-def with_run_columns(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """The relation with every column of a run table, the absent ones NULL. ValueError when it has no loss: then it is no run table."""
+def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, str] | None = None, where: str | None = None) -> duckdb.DuckDBPyRelation:
+    """The relation with every column of a run table, those of `columns` by their expressions, the absent ones NULL, and the rows where
+    `where`. ValueError when it has no loss: then it is no run table."""
+    given = {RUN_ALIASES.get(name, name): sql for name, sql in (columns or {}).items()}
+    unknown = next((name for name in given if name not in RUN_COLUMNS), None)
+    if unknown:
+        raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, seed, and {len(RUN_COLUMNS)} "
+                         "in all, listed by `bitlaw table`")
+    if given:
+        shadowed = {name.lower() for name in given}
+        kinds = RUN_COLUMNS | dict.fromkeys(RUN_ALIASES.values(), "DOUBLE")  # expressions of sizes need not be whole
+        select = [f"CAST(({sql}) AS {kinds[name]}) AS {name}" for name, sql in given.items()]
+        relation = project(relation, ", ".join(select + [quote(name) for name in relation.columns if name.lower() not in shadowed]), "columns")
+        with one_line("columns"):
+            columns_of(relation.project(", ".join(given)))  # relations are lazy: a cast that fails is told here
     missing = [name for name in ("n_params", "tokens", "loss") if name not in relation.columns]
     if missing:
-        raise ValueError(f"a run table needs {', '.join(missing)}; this one has {', '.join(relation.columns)}")
+        raise ValueError(f"a run table needs {', '.join(missing)}; this one has {', '.join(relation.columns)} "
+                         f"(name them: --columns {','.join(name + '=...' for name in missing)})")
+    if where:
+        flagged = project(relation, f"*, coalesce(CAST(({where}) AS BOOLEAN), false) AS keep_", f"where {where}")
+        relation = flagged.filter("keep_").project("* EXCLUDE (keep_)")
+    if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
+        order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]
+        relation = relation.project(f"*, 'row ' || row_number() OVER (ORDER BY {', '.join(order)}) AS run_id")
     absent = [f"CAST(NULL AS {kind}) AS {name}" for name, kind in RUN_COLUMNS.items() if name not in relation.columns]
     return relation.project(", ".join(["*", *absent]))
 

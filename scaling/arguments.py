@@ -31,7 +31,7 @@ def _table(p: Parser) -> None:
 
 
 def _rows(p: Parser) -> None:
-    p.add_argument("table", metavar="TABLE", help="folder of runs, or .csv, .parquet, .json")
+    p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query: \"FROM 'runs/*.parquet'\"")
     p.add_argument("--columns", type=assignments, default={}, metavar="N=SQL,...",
                    help='SQL expression of each input, e.g. N=n_params,D=\'"Training FLOP"/6/"Model Size"\'')
     p.add_argument("--where", metavar="SQL", help='rows to use; window functions may be used: "row_number() OVER (ORDER BY loss DESC) > 5"')
@@ -95,7 +95,10 @@ def _extrapolate(p: Parser) -> None:
 
 
 def _report(p: Parser) -> None:
-    p.add_argument("table", metavar="DIR", help="folder of runs, or a run table")
+    p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query")
+    p.add_argument("--columns", type=assignments, default={}, metavar="n_params=SQL,...",
+                   help="SQL expression of each column of a run table that has another name here; N, D stand for n_params, tokens")
+    p.add_argument("--where", metavar="SQL", help="rows to use")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
     p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while a sweep goes on")
@@ -107,7 +110,7 @@ _BUILDERS = {
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
     "predict": ("Predicts the loss of a run, with its interval.", _predict),
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.", _plan),
-    "report": ("Writes one self-contained HTML page about a folder of runs.\nExit code 1 when no candidate of a law converged.", _report),
+    "report": ("Writes one self-contained HTML page about a folder or a table of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
 
 

@@ -168,15 +168,15 @@ def _report(arguments) -> int:
     from scaling.report import report as write_report
 
     check_target(arguments.out)
-    analysis = _analyse(arguments.table, arguments.bootstrap)
+    analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
 
 
-def _analyse(source, bootstrap: int) -> Analysis:
+def _analyse(source, bootstrap: int, **rows) -> Analysis:
     from scaling.analysis import analyse
 
     with _progress() as progress:
-        return analyse(source, bootstrap=bootstrap, progress=progress)
+        return analyse(source, bootstrap=bootstrap, progress=progress, **rows)
 
 
 def _tell(analysis: Analysis, written: list[Path]) -> int:
@@ -287,9 +287,9 @@ def _cell(fitted: Fit, name: str) -> str:
 
 
 def _console() -> Console:
-    """stdout; wide enough for whole tables when it is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    """stdout; wide enough for whole tables when it is not a terminal. No markup: effN[FP4] is a name."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=160, markup=False)
 
 
 @contextmanager

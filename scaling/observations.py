@@ -48,13 +48,13 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     """The rows that `law` is to be fitted on; `weights`: SQL, how much each counts. ValueError, one line, for whatever makes them unusable."""
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
-    stages = [_project(relation, _mapped(law, mapping, relation.columns), "columns")]
+    stages = [project(relation, _mapped(law, mapping, relation.columns), "columns")]
     filters = {"status is not done": "status IS NULL OR CAST(status AS VARCHAR) = 'done'"} if "status" in stages[0].columns else {}
     filters |= {f"where {where}": where} if where else {}
     for reason, condition in filters.items():
-        flagged = _project(stages[-1], f"*, {_boolean(condition)} AS {KEEP}", reason)
+        flagged = project(stages[-1], f"*, {_boolean(condition)} AS {KEEP}", reason)
         stages.append(flagged.filter(KEEP).project(f"* EXCLUDE ({KEEP})"))
-    with _one_line(f"where {where}"):  # a count need not look at all that a projection says, but a filter does
+    with one_line(f"where {where}"):  # a count need not look at all that a projection says, but a filter does
         counts = [len(stage) for stage in stages]
     dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
     if not counts[-1]:
@@ -62,11 +62,11 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
     held = _boolean(holdout) if holdout else "false"
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
-    weighed = _project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
-    last = _project(weighed, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {held} AS {HELD}", f"holdout {holdout}")
+    weighed = project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
+    last = project(weighed, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {held} AS {HELD}", f"holdout {holdout}")
     texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
              for name, kind in zip(last.columns, last.types, strict=True)]
-    with _one_line(f"columns, weights {weights} or holdout {holdout}" if weights or holdout else "columns"):
+    with one_line(f"columns, weights {weights} or holdout {holdout}" if weights or holdout else "columns"):
         final = last.project(", ".join(texts)).fetchnumpy()
     return _checked(law, final, mapping, dropped, holdout, weights)
 
@@ -109,7 +109,7 @@ def _boolean(condition: str) -> str:
 
 
 @contextmanager
-def _one_line(what: str):
+def one_line(what: str):
     """Turns DuckDB's many-line errors into one line that says which of the caller's expressions was at fault."""
     try:
         yield
@@ -117,12 +117,12 @@ def _one_line(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
-def _project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
+def project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
     """`select` over `relation`; `what`, unless empty, is run once so that its errors are told here: relations are lazy.
 
     Not `relation.query(name, sql)`: a table of that name in the caller's connection would be read instead, silently.
     """
-    with _one_line(what):
+    with one_line(what):
         result = relation.project(select)
         if what:
             len(result)

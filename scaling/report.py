@@ -40,7 +40,7 @@ def _title(analysis: Analysis) -> str:
 
 
 def _unfinished(source: Source) -> int:
-    return folders.unfinished(Path(source)) if isinstance(source, (str, os.PathLike)) and Path(source).is_dir() else 0
+    return folders.unfinished(Path(source)) if isinstance(source, (str, os.PathLike)) and os.path.isdir(source) else 0
 
 
 def _head(analysis: Analysis, left: int) -> list[str]:

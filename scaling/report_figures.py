@@ -120,7 +120,7 @@ def _of_training(analysis: Analysis, source, add, plots) -> None:
 
 def _has_file(source, name: str) -> bool:
     """True for a folder with a file of that name below it."""
-    return isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and next(Path(source).rglob(name), None) is not None
+    return isinstance(source, (str, os.PathLike)) and os.path.isdir(source) and next(Path(source).rglob(name), None) is not None
 
 
 def _of_telemetry(analysis: Analysis, source, add, plots) -> None:

@@ -98,7 +98,7 @@ def run_table(analysis: Analysis) -> str:
     for run_id, status, n, tokens, precision, seed, loss, error, bits, speed, wall, step in rows:
         state = f"{status} at step {step}" if status == "diverged" and step is not None else status
         value = _number(loss, ".4f") + (f" ± {error:.4f}" if loss is not None and error is not None else "")
-        cells.append((run_id, state or "–", _number(n, ",.0f"), _number(tokens, ",.0f"), precision or "–", _number(seed, "d"), value,
+        cells.append((run_id, state or "–", _number(n, ",.0f"), _number(tokens, ",.0f"), precision or "–", _number(seed, ".0f"), value,
                       _number(bits, ".3f"), _number(speed, ",.0f"), _number(wall, ",.1f")))
         classes.append("" if status in ("done", None) else "bad")
     header = ("run", "status", "parameters", "tokens", "precision", "seed", "loss ± s.e.", "bits/byte", "tokens/s", "seconds")

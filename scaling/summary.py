@@ -92,9 +92,10 @@ def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
     if score["covered"] is None:
         return (f"How far off the prediction was: not stated; the design does not identify the law "
                 f"(condition number {fit.metrics['condition_number']:.1e}).")
-    return (f"How far off the prediction was: the {score['rows']} runs at {max(run.n_params for run in runs):,.0f} parameters, held out, "
+    interval = f"95% interval {score['bias_low']:+.3f} to {score['bias_high']:+.3f}" if score["rows"] > 1 else "one run, so no interval"
+    return (f"How far off the prediction was: the {score['rows']} run{'s' * (score['rows'] > 1)} at {max(run.n_params for run in runs):,.0f} parameters, held out, "
             f"came out {abs(score['bias_nats']):.3f} nats per token {'below' if score['bias_nats'] > 0 else 'above'} the prediction on average "
-            f"(mean error {score['bias_nats']:+.3f}, 95% interval {score['bias_low']:+.3f} to {score['bias_high']:+.3f}; root mean square "
+            f"(mean error {score['bias_nats']:+.3f}, {interval}; root mean square "
             f"{score['rmse_nats']:.3f}, {score['rmse']:.1%} of the loss); {score['covered'] * score['rows']:.0f} of {score['rows']} fell in "
             f"their {fit.level:.0%} prediction interval (±{score['half_width']:.3f}).")
 

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -48,12 +49,14 @@ _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", 
 TABLE_SUFFIXES = (".parquet", ".csv")
 _COUNTER = itertools.count()
 _FILES_AT_ONCE = 64
+_QUERY = re.compile(r"\s*(SELECT|FROM|WITH|ATTACH)\s", re.IGNORECASE)
 Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelation | Mapping[str, object]"
 
 
 def table(source: Source) -> duckdb.DuckDBPyRelation:
     """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
-    column to array, a data frame, or a relation (returned as it is).
+    column to array, a data frame, a relation (returned as it is), or a DuckDB query: text that begins with SELECT, FROM, WITH, or with the
+    ATTACH of a database and a semicolon: "ATTACH 'lab.duckdb' (READ_ONLY); FROM lab.runs".
 
     Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own), one row for each
     run_id whose run is over: where there are several copies of a run, a finished one. A damaged record is left out, with a line on stderr.
@@ -63,6 +66,8 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
         return source
     if isinstance(source, Mapping):
         return _from_arrays(source)
+    if isinstance(source, str) and _QUERY.match(source) and not os.path.exists(source):
+        return _from_query(source)[1]
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         return _from_file(path) if path.is_file() else _from_folders([path])
@@ -193,6 +198,17 @@ def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
         raise ValueError(f"{path}: {first_line(error)}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text in UTF-8, as {path.suffix} must be") from None
+
+
+@functools.cache
+def _from_query(query: str) -> tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation]:
+    """A connection of its own, so that what a query attaches is attached once however often the query is asked, and the lazy relation."""
+    connection = duckdb.connect()
+    try:
+        relation = connection.sql(query)
+    except duckdb.Error as error:
+        raise ValueError(f"query {query!r}: {first_line(error)}") from None
+    return connection, relation
 
 
 @functools.cache
