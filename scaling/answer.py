@@ -2,10 +2,11 @@
 
 A cell is a run that could be trained: the inputs of the law there and what it costs. A question is a number that follows from a law's
 constants, and how narrow its interval has to be. `first` chooses a design before there is a law, `propose` by what each cell is expected
-to do for the interval per unit of its cost (`scaling.design`), `verdict` says what a fit answers, `settled` whether that is the end.
+to do for the interval per unit of its cost (`scaling.design`), `verdict` says what a fit answers and whether that is narrow enough.
 
-Stopping at the first narrow interval would be wrong more often than the interval says: of many looks, the one that stops is the one whose
-residuals happened to be small. `settled` states what is asked for instead, and what it was measured to hold.
+Of many looks, the one that stops is the one whose residuals happened to be small: a search that ends at its first narrow 95 % interval
+is right less often (docs/answer.md has the numbers). So the intervals here are the 98 % ones, stated as 95 %: PRICE is the share of a
+single look's tail that they leave out.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from scaling.result import Fit
 MOST = 8  # runs of a round: enough to fill a cohort, few enough that the next fit still has a say
 ROUND_SHARE = 0.25  # of what is left of the budget that a round may take
 FIRST_SHARE = 0.5  # of the budget that the first design may take
+PRICE = 0.4  # of the tail of a single look that an interval leaves out when the first narrow one ends the search
 SPARE = 2  # runs of the first design beyond the constants of the law
 UNITS = {"loss": "nats per token", "loss_gap": "nats per token", "irreducible_loss": "nats per token", "optimal_params": "parameters",
          "optimal_tokens_per_param": "tokens per parameter", "critical_tokens": "tokens"}
@@ -51,7 +53,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one fit says. low, high: the interval at `level`. half_width: (high - low)/2; limit: below which it is narrow, both in the
+    """What one fit says. low, high: the interval, which covers at `level` also when it is the first narrow one. half_width: (high - low)/2; limit: below which it is narrow, both in the
     quantity's unit. reason: why the fit does not tell the quantity, empty when it does. law: label of the fit; runs: its rows."""
 
     value: float
@@ -118,8 +120,9 @@ def unit(question: Question, law: Law) -> str:
 
 
 def verdict(fit: Fit, question: Question) -> Verdict:
-    """What the fit answers. The interval of "loss" is that of the law's value with the law's discrepancy where `at` is out of range; it is
+    """What the fit answers, with the interval of a search that may stop here (PRICE). The interval of "loss" is that of the law's value with the law's discrepancy where `at` is out of range; it is
     refused (ValueError) more than 30 times out of it."""
+    promised, fit = fit.level, replace(fit, level=1.0 - PRICE * (1.0 - fit.level))
     if question.quantity == "loss":
         predicted = fit.predict(**question.at)
         beyond = fit.quantile * float(fit.discrepancy_at(predicted.extrapolated))
@@ -132,12 +135,7 @@ def verdict(fit: Fit, question: Question) -> Verdict:
     if not all(map(math.isfinite, (value, low, high))):
         reason = reason or f"not identified by this design (interval {low:.3g} to {high:.3g})"
     limit = question.until * abs(value) if question.relative else question.until
-    return Verdict(float(value), float(low), float(high), limit, reason, fit.label, int(fit.metrics["rows"]), fit.level)
-
-
-def settled(history: Sequence[Verdict]) -> bool:
-    """Whether the verdicts, one for each round, end the search: narrow in the last two rounds, by the same law."""
-    return len(history) > 1 and all(one.narrow for one in history[-2:]) and history[-1].law == history[-2].law
+    return Verdict(float(value), float(low), float(high), limit, reason, fit.label, int(fit.metrics["rows"]), promised)
 
 
 def first(cells: Sequence[Cell], count: int, budget: float) -> list[Cell]:

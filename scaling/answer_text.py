@@ -1,24 +1,21 @@
-"""`bitlaw answer`: its arguments, its lines on the terminal, and the rounds that it keeps beside the runs (answer.jsonl)."""
+"""`bitlaw answer`: its arguments, its lines on the terminal, and the sweep as the rounds see it."""
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from scaling.analysis import CHINCHILLA, PRECISION
-from scaling.answer import Cell, Question, Verdict, check_quantity, unit
+from scaling.answer import Cell, Question, check_quantity, unit
 from scaling.arguments import Parser, assignments, numbers
 from scaling.laws import Law, resolve
 from scaling.observations import DEFAULT_COLUMNS, LOGARITHMS
 from scaling.rounds import Answer, Round, candidates, constants_of, rounds
 from scaling.table import table
 
-FILE = "answer.jsonl"
 OVER = ("done", "diverged", "failed")
 
 
@@ -114,9 +111,7 @@ def run(asked: argparse.Namespace, source, budget: float) -> int:
         print(f"note: {remark}")
     if not source.measured():
         print("note: nothing was trained on this kind of device before: runs are ranked by FLOP, not by measured seconds, until some are")
-    path = source.root / FILE
-    kept = _Kept(path, question, told)
-    answer = rounds(question, sweep, laws, budget, bootstrap=asked.bootstrap, before=kept.read(), tell=kept.told)
+    answer = rounds(question, sweep, laws, budget, bootstrap=asked.bootstrap, tell=lambda one: print(line(one, told), flush=True))
     print(sentence(answer, question, told))
     return 0 if answer.settled else 1
 
@@ -144,33 +139,6 @@ def sentence(answer: Answer, question: Question, told: str) -> str:
     return f"{name} is not settled: {answer.ended}; with {last.runs} runs {have}{f' ({last.why})' if last.verdict is None else ''}."
 
 
-class _Kept:
-    """The rounds in a file, one JSON object a line: what a later launch on the same question goes on from. And on the terminal."""
-
-    def __init__(self, path: Path, question: Question, told: str):
-        self.path, self.told_unit = path, told
-        self.about = {"quantity": question.quantity, "at": dict(question.at), "until": question.until, "relative": question.relative}
-        self.last: dict | None = None
-
-    def read(self) -> list[Verdict]:
-        """The verdicts of earlier launches on this question. A line that is torn is left out."""
-        found = []
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-                if {key: row[key] for key in self.about} == self.about and row["verdict"]:
-                    found.append(Verdict(**row["verdict"]))
-            except (ValueError, TypeError, KeyError):
-                continue
-        self.last = vars(found[-1]) if found else None
-        return found
-
-    def told(self, one: Round) -> None:
-        print(f"round {one.number}: {one.runs} runs, {one.spent:.0f} s, {one}{f' {self.told_unit}' if one.verdict and not one.verdict.reason and self.told_unit else ''}", flush=True)
-        said = vars(one.verdict) if one.verdict else None
-        if said and said != self.last and self.path.parent.exists():
-            row = self.about | {"round": one.number, "runs": one.runs, "seconds": round(one.spent, 1), "verdict": said}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self.last = said
+def line(one: Round, told: str) -> str:
+    """A round as it is printed."""
+    return f"round {one.number}: {one.runs} runs, {one.spent:.0f} s, {one}{f' {told}' if told and one.verdict and not one.verdict.reason else ''}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scaling.analysis import CHINCHILLA, PRECISION
-from scaling.answer import SPARE, Cell, Question, Verdict, first, propose, settled, spread_out, verdict
+from scaling.answer import SPARE, Cell, Question, Verdict, first, propose, spread_out, verdict
 from scaling.compare import compare
 from scaling.fit import fit
 from scaling.laws import Law, resolve
@@ -53,7 +53,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Answer:
-    """settled: whether the last rounds answer the question; rounds: all of them; ended: why it stopped."""
+    """settled: whether the last round answers the question; rounds: all of them; ended: why it stopped."""
 
     settled: bool
     rounds: tuple[Round, ...]
@@ -93,19 +93,17 @@ def constants_of(laws: Sequence[str | Law], cells: Sequence[Mapping]) -> int:
 
 
 def rounds(question: Question, trainer: Trainer, laws: Sequence[str | Law], budget: float, *, loss: str = "least_squares", bootstrap: int = 0,
-           before: Sequence[Verdict] = (), tell: Callable[[Round], None] = lambda _: None) -> Answer:
-    """Looks and trains until the question is settled or the budget cannot settle it. budget: in the unit of the cells' costs. before:
-    verdicts of an earlier launch on the same question. tell: called after every look."""
-    history, looks, going = list(before), [], True
+           tell: Callable[[Round], None] = lambda _: None) -> Answer:
+    """Looks and trains until the question is settled or the budget cannot settle it. budget: in the unit of the cells' costs. loss: of
+    the fits; the Huber loss of `scaling.fit` is in effect a median, whose interval is wrong where few runs carry the answer (docs/answer.md). tell: called after every look."""
+    looks, going = [], True
     while True:
         source, there = trainer.table()
         fitted, why = fit_of(source, laws, loss, bootstrap)
         said = verdict(fitted, question) if fitted else None
-        if said and not (history and history[-1] == said):  # a look at the same runs is the same look
-            history.append(said)
         looks.append(Round(len(looks) + 1, len(there), trainer.spent(), said, why))
         tell(looks[-1])
-        if settled(history):
+        if said and said.narrow:
             return Answer(True, tuple(looks), "settled")
         if not going:
             return Answer(False, tuple(looks), "the training was stopped, by its budget or a signal; the same command goes on")
