@@ -13,6 +13,7 @@ from scaling.answer import Cell, Question, check_quantity, unit
 from scaling.arguments import Parser, assignments, numbers
 from scaling.laws import Law, resolve
 from scaling.observations import DEFAULT_COLUMNS, LOGARITHMS
+from scaling.reach import refuse_far
 from scaling.rounds import Answer, Round, candidates, constants_of, rounds
 from scaling.table import table
 
@@ -104,6 +105,9 @@ def run(asked: argparse.Namespace, source, budget: float) -> int:
     sweep = Sweep(source, resolved)
     cells = [inputs_of(run.row, resolved) for run in source.all()]
     constants_of(laws, cells)
+    if question.quantity == "loss":
+        spans = {name: (min(cell[name] for cell in cells), max(cell[name] for cell in cells)) for name in resolved[0].measures}
+        refuse_far(spans, {name: np.asarray(question.at[name]) for name in spans}, "answer")
     told = unit(question, resolved[0])
     print(f"{question.quantity}{''.join(f' {k}={v:g}' for k, v in question.at.items())}: {len(cells)} candidate runs in {source.root}; "
           f"half-width to reach {asked.until}{'' if question.relative else f' {told}' if told else ' (in its own unit)'}")
@@ -135,7 +139,7 @@ def sentence(answer: Answer, question: Question, told: str) -> str:
         v = answer.verdict
         return (f"{name} is {v.value:.4g}{measure}, {v.level:.0%} interval {v.low:.4g} to {v.high:.4g} (half-width {v.half_width:.3g}, below {v.limit:.3g}), "
                 f"from {last.runs} runs by {v.law}.")
-    have = "there is no interval" if last.verdict is None else str(last.verdict) + measure
+    have = "there is no interval" if last.verdict is None else str(last.verdict) + ("" if last.verdict.reason else measure)
     return f"{name} is not settled: {answer.ended}; with {last.runs} runs {have}{f' ({last.why})' if last.verdict is None else ''}."
 
 

@@ -95,12 +95,17 @@ def constants_of(laws: Sequence[str | Law], cells: Sequence[Mapping]) -> int:
 def rounds(question: Question, trainer: Trainer, laws: Sequence[str | Law], budget: float, *, loss: str = "least_squares", bootstrap: int = 0,
            tell: Callable[[Round], None] = lambda _: None) -> Answer:
     """Looks and trains until the question is settled or the budget cannot settle it. budget: in the unit of the cells' costs. loss: of
-    the fits; the Huber loss of `scaling.fit` is in effect a median, whose interval is wrong where few runs carry the answer (docs/answer.md). tell: called after every look."""
+    the fits; coverage at the stop was measured for least squares (docs/answer.md). tell: called after every look."""
     looks, going = [], True
     while True:
         source, there = trainer.table()
         fitted, why = fit_of(source, laws, loss, bootstrap)
-        said = verdict(fitted, question) if fitted else None
+        said = None
+        if fitted:
+            try:
+                said = verdict(fitted, question)
+            except ValueError as error:  # a design that identifies nothing yet
+                fitted, why = None, str(error)
         looks.append(Round(len(looks) + 1, len(there), trainer.spent(), said, why))
         tell(looks[-1])
         if said and said.narrow:

@@ -100,6 +100,17 @@ def test_the_interval_is_the_98_percent_one():
     assert said.narrow == (said.half_width < 0.1) and not verdict(fit, Question("alpha", {}, said.half_width)).narrow
 
 
+def test_a_constant_on_its_bound_settles_nothing():
+    """gamma beyond its box of 20 bits: it ends on its bound, has no error there, and optimal_bits would have an interval of no width."""
+    rng = np.random.default_rng(0)
+    trainer = Planted(world(rng) | {"gamma": 60.0}, rng)
+    trainer.train(first(trainer.cells(), 12, BUDGET))
+    fit = scaling.fit(trainer.table()[0], LAW, loss="least_squares")
+    assert {"gamma_w", "gamma_a"} & set(fit.metrics["at_bound"])
+    said = verdict(fit, Question("optimal_bits", {}, 0.3))
+    assert not said.narrow and "bound" in said.reason
+
+
 def test_a_budget_that_cannot_settle_it_says_so():
     end, _ = search(0, 1e-6, budget=5e11)
     assert not end.settled and end.rounds[-1].spent <= 5e11 and end.verdict.half_width > 1e-6
