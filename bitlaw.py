@@ -23,6 +23,7 @@ USAGE = """usage: bitlaw VERB ...
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
   plan FIT.json --compute 1e21         the best N, D and precision for a budget
+  answer QUANTITY --until H --budget TIME sweep=NAME    train only those runs of a sweep that settle a question
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
   wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
@@ -79,6 +80,8 @@ def _dispatch(verb: str, argv: list[str]) -> int:
         return importlib.import_module("trainer.cli").run(verb, argv)
     if verb == "sweep":
         return _sweep(argv)
+    if verb == "answer":
+        return _answer(argv)
     if verb == "data":
         return importlib.import_module("trainer.data").prepare(argv)
     return _demo(argv)
@@ -119,6 +122,18 @@ def _sweep(argv: list[str]) -> int:
         live.finish()
 
 
+def _answer(argv: list[str]) -> int:
+    """trainer and scaling in turns: the sweep's runs are the candidates, scaling says which are worth their time, trainer trains them."""
+    _part("scaling")
+    text = importlib.import_module("scaling.answer_text")
+    try:
+        asked = text.parse(argv)
+    except SystemExit as done:  # argparse leaves this way after printing --help
+        return int(done.code or 0)
+    source = importlib.import_module("trainer.cli").candidates(asked.overrides, asked.budget, asked.config_dir)
+    return text.run(asked, source, source.stop.max_wall)
+
+
 def _demo(argv: list[str]) -> int:
     """trainer, then scaling: the sweep `demo`, then its run table, fits, report and three sentences."""
     _part("scaling")
@@ -130,7 +145,7 @@ def _demo(argv: list[str]) -> int:
 
 
 PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "report", "data", "wandb-sync", "formats")
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "answer", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,12 +32,13 @@ Quantity = str | Callable[[Mapping[str, float]], float]
 class Suggestion:
     """One run to train. columns: N (parameters), D (tokens), bits. cost: in the caller's unit (seconds or FLOP). half_width: of the
     quantity's interval, in its own unit, expected once this run and those suggested before it are there; before: without this one.
-    gain: (before - half_width)/cost, the quantity's unit per unit of cost."""
+    index: its place among the candidates. gain: (before - half_width)/cost, the quantity's unit per unit of cost."""
 
     columns: Mapping[str, float]
     cost: float
     before: float
     half_width: float
+    index: int
 
     @property
     def gain(self) -> float:
@@ -45,14 +46,14 @@ class Suggestion:
 
 
 def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Quantity, *, at: Mapping[str, float] | None = None,
-              cost: Sequence[float] | Callable[[Mapping], float] | None = None, count: int | None = None) -> list[Suggestion]:
+              cost: Sequence[float] | Callable[[Mapping], float] | None = None, count: int | None = None, again: bool = True) -> list[Suggestion]:
     """Candidates by the expected reduction of the interval of `quantity` per unit of cost, the best first.
 
     candidates: law inputs of each run that could be trained: {"N": 1e6, "D": 2e7, "weights_bits": 4}. quantity: a constant or
     functional of the law at `at` ("optimal_bits", "optimal_params" at {"compute": 1e21}), "loss" (nats per token, predicted at `at`), or
     a function of the constants. cost: one number for each candidate, or a function of its inputs, in seconds or FLOP; 6 N D FLOP when
     not given. count: None ranks each candidate by itself; a number chooses that many one after the other, each given those before it
-    (a candidate may be chosen again: another seed).
+    (a candidate may be chosen again, as another seed, unless `again` is False).
 
     ValueError, one line: no candidates, a cost that is not positive, a quantity that the fit does not have, that is not finite, or of
     which no candidate can tell anything, or a fit whose design leaves a direction without any variance estimate.
@@ -65,19 +66,21 @@ def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Qua
         raise ValueError(f"next_runs: {fit.label} has constants without a finite standard error (condition number "
                          f"{fit.metrics['condition_number']:.1e}): its rows must first identify every constant at all")
     costs = _costs(candidates, cost)
-    target_K = _slopes(fit, _function(fit, quantity, dict(at or {})), f"quantity {quantity}")
-    rows_CK = np.stack([_slopes(fit, _log_loss(fit, candidate), f"candidate {dict(candidate)}") for candidate in candidates])
+    target_K = _slopes(fit, _function(fit, quantity, dict(at or {})), lambda _: f"quantity {quantity}")
+    rows_CK = _rows(fit, candidates)
     noise = _run_variance(fit)
     covariance_KK = np.eye(len(target_K))  # in units of the fit's standard deviations: before any new run
     if count is None:
         before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
         order = np.argsort(-(before - after_C) / costs, kind="stable")
-        return [Suggestion(dict(candidates[i]), float(costs[i]), before, float(after_C[i])) for i in order]
+        return [Suggestion(dict(candidates[i]), float(costs[i]), before, float(after_C[i]), int(i)) for i in order]
     chosen = []
-    for _ in range(count):
+    left_C = np.ones(len(candidates), dtype=bool)
+    for _ in range(count if again else min(count, len(candidates))):
         before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
-        best = int(np.argmax((before - after_C) / costs))
-        chosen.append(Suggestion(dict(candidates[best]), float(costs[best]), before, float(after_C[best])))
+        best = int(np.argmax(np.where(left_C, (before - after_C) / costs, -np.inf)))
+        left_C[best] = again
+        chosen.append(Suggestion(dict(candidates[best]), float(costs[best]), before, float(after_C[best]), best))
         towards_K = covariance_KK @ rows_CK[best]
         covariance_KK = covariance_KK - np.outer(towards_K, towards_K) / (noise + rows_CK[best] @ towards_K)
     return chosen
@@ -127,17 +130,25 @@ def _function(fit: Fit, quantity: Quantity, at: dict) -> Callable[[Mapping], flo
     return lambda p: float(function(p))
 
 
-def _log_loss(fit: Fit, candidate: Mapping) -> Callable[[Mapping], float]:
-    return lambda p: float(np.log(fit.law.predict(p, **candidate)))
+def _rows(fit: Fit, candidates: Sequence[Mapping]) -> np.ndarray:
+    """[C, K]: slopes of ln loss at every candidate; those with the same inputs are predicted at once."""
+    rows_CK = np.zeros((len(candidates), fit.scatter.shape[1]))
+    for names in dict.fromkeys(tuple(candidate) for candidate in candidates):
+        there = [i for i, candidate in enumerate(candidates) if tuple(candidate) == names]
+        columns = {name: np.array([candidates[i][name] for i in there]) for name in names}
+        rows_CK[there] = _slopes(fit, lambda p, columns=columns: np.log(fit.law.predict(p, **columns)), lambda i: f"candidate {dict(candidates[there[i]])}").T
+    return rows_CK
 
 
-def _slopes(fit: Fit, function: Callable[[Mapping], float], what: str) -> np.ndarray:
-    """[K]: change of `function` per standard deviation along each column of the scatter. ValueError when it is not finite."""
-    def value(coordinates: np.ndarray) -> float:
+def _slopes(fit: Fit, function: Callable[[Mapping], float | np.ndarray], what: Callable[[int], str]) -> np.ndarray:
+    """[K], or [K, C] of a function with C values: change of `function` per standard deviation along each column of the scatter. ValueError
+    when value i is not finite, which what(i) names."""
+    def value(coordinates: np.ndarray) -> float | np.ndarray:
         return function(constants(fit.law, fit.free, fit.ties, fit.fixed, coordinates))
 
     with np.errstate(all="ignore"):
         slopes = np.array([value(fit.coordinates + STEP * column) - value(fit.coordinates - STEP * column) for column in fit.scatter.T]) / (2 * STEP)
-    if not np.isfinite(slopes).all():
-        raise ValueError(f"next_runs: {what} is not finite near the fitted constants: the law diverges there")
+    bad = ~np.isfinite(slopes).all(axis=0)
+    if bad.any():
+        raise ValueError(f"next_runs: {what(int(np.argmax(bad)))} is not finite near the fitted constants: the law diverges there")
     return slopes

@@ -103,6 +103,14 @@ BAD = {
     "status of nothing": (["status", "nowhere"], ["nowhere"]),
     "status without a folder": (["status"], ["bitlaw status DIR"]),
     "data by no name": (["data", "nothing"], ["nothing", "synthetic"]),
+    "unknown quantity": (["answer", "optimal_bit", "--until", "0.3", "--budget", "1h", *TINY], ["'optimal_bit'", "optimal_bits", "gamma_w"]),
+    "quantity's input": (["answer", "loss_gap", "--until", "0.3", "--budget", "1h", *TINY], ["loss_gap", "--at N=..."]),
+    "until what": (["answer", "optimal_bits", "--until", "0", "--budget", "1h", *TINY], ["--until 0", "positive"]),
+    "no duration": (["answer", "optimal_bits", "--until", "0.3", "--budget", "soon", *TINY], ["--budget=soon", "540s, 9m, 1.5h"]),
+    "no axis of widths": (["answer", "optimal_bits", "--until", "0.3", "--budget", "1h", *TINY, "steps=3,4"], ["several widths", "precision.bits=3,4"]),
+    "no axis of sizes": (["answer", "optimal_bits", "--until", "0.3", "--budget", "1h", *TINY, "steps=3,4,5", "precision.bits=2,3,4"], ["N is ", "vary it"]),
+    "no axis of lengths": (["answer", "E", "--until", "0.3", "--budget", "1h", *TINY, "model.num_layers=1,2", "steps=3", "precision.bits=2,3,4"], ["D is ", "vary it"]),
+    "answer elsewhere": (["answer", "E", "--until", "0.3", "--budget", "1h", *TINY, "steps=3,4", "launcher=slurm"], ["launcher", "local"]),
     "formats takes nothing": (["formats", "int4"], ["int4", "takes none"]),
 }  # fmt: skip
 
@@ -240,6 +248,26 @@ def test_plugins(tmp_path, monkeypatch, capfd):
     record = folder.record()
     assert (record["data"], record["weights_format"], record["weights_bits"], record["data_sha256"]) == ("counting", "powers", 4.0, "counting to 11")
     assert record["loss"] < 1.0 < 2.0 < folder.metrics()[0]["loss"]
+
+
+@pytest.mark.slow
+def test_answer(capfd):
+    """A real sweep on synthetic text: no more than it takes is trained, the same command answers at once, and a budget that is too small says so."""
+    sweep = [o for o in TINY if not o.startswith("model.num_layers")] + ["model.num_layers=1,2,3", "steps=20,40,80", "precision.bits=2,3,4,32", "seed=0,1"]
+    command = ["answer", "loss", "--at", "N=1000,D=1500,weights_bits=4,activations_bits=4", "--until", "100%", "--budget", "60s", *sweep]
+    code = bitlaw.main(command)
+    while code == 1:  # a slow machine: compiling took the time, and the same command goes on
+        assert "goes on" in capfd.readouterr().out.splitlines()[-1]
+        code = bitlaw.main(command)
+    out = capfd.readouterr().out
+    records = [folder.record() for folder in folders("runs").values()]
+    assert code == 0 and 7 <= len(records) < 72 and {record["status"] for record in records} == {"done"}  # 5 constants and 2 runs, of 72
+    assert f": {len(records)} runs" in out and out.splitlines()[-1].startswith("loss is ")
+    assert bitlaw.main(command) == 0
+    assert f"round 1: {len(records)} runs" in capfd.readouterr().out and len(folders("runs")) == len(records)
+    assert bitlaw.main(["answer", "optimal_bits", "--at", "compute=1e15", "--until", "1e-9", "--budget", "1s", *sweep]) == 1
+    out = capfd.readouterr().out
+    assert out.splitlines()[-1].startswith("optimal_bits is not settled: ") and "does not depend on compute" in out
 
 
 # --- other processes ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """`bitlaw train` and `bitlaw sweep`."""
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,9 +19,10 @@ from trainer.config.launcher import SlurmSettings, launcher
 from trainer.config.schema import GROUPS, register_schemas
 from trainer.stopping import Stop
 from trainer.sweep import definition, execute, make_plan
+from trainer.sweep.candidates import Candidates
 from trainer.sweep.dry_run import print_plan
 from trainer.sweep.execute import OnProgress
-from trainer.sweep.options import LaunchOptions, take_options
+from trainer.sweep.options import LaunchOptions, seconds, take_options
 from trainer.sweep.show import report
 
 TRAIN_HELP = """usage: bitlaw train [--config-dir DIR] [--cfg] [-m] KEY=VALUE ...
@@ -74,10 +77,31 @@ def _split_flags(argv: list[str], known: tuple[str, ...]) -> tuple[dict, list[st
 
 def run(verb: str, argv: list[str], on_progress: OnProgress = lambda _: None) -> int:
     """Exit code of `bitlaw VERB ARGV`; bad input raises ValueError with one line. on_progress: of a sweep (`execute`)."""
+    with _one_line():
+        return _train(argv) if verb == "train" else _sweep(argv, on_progress)
+
+
+def candidates(overrides: list[str], budget: str, extra_dir: str | None = None) -> Candidates:
+    """The runs of a sweep, to be trained in groups within `budget`, a time as "540s" or "1.5h". ValueError, one line, for bad input."""
+    limit = seconds("--budget", budget)
+    if limit is None:
+        raise ValueError(f"--budget={budget} is not a time; accepted: such as 540s, 9m, 1.5h")
+    with _one_line():
+        configs, options = sweep_configs(overrides, extra_dir)
+    for key, value, accepted in (("dry_run", options.dry_run, "false"), ("max_wall", options.max_wall, "--budget"), ("launcher", options.launcher != "local", "local")):
+        if value:
+            raise ValueError(f"{key} is not possible in `bitlaw answer`; accepted: {accepted}")
+    use_devices(configs[0].options)
+    return Candidates(configs, options, limit)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors of Hydra, OmegaConf and YAML as a ValueError of one line."""
     from hydra.errors import HydraException
 
     try:
-        return _train(argv) if verb == "train" else _sweep(argv, on_progress)
+        yield
     except (OmegaConfBaseException, HydraException) as error:
         raise ValueError(explain(error)) from error
     except YAMLError as error:  # its text names file and line

@@ -22,11 +22,11 @@ def _age() -> float:
 class Stop:
     """Why training should end now; the loop asks after every dispatch."""
 
-    def __init__(self, max_wall: float | None = None):
-        """max_wall: seconds after the start of this process by which it wants to be over."""
+    def __init__(self, max_wall: float | None = None, since_start: bool = True):
+        """max_wall: seconds after the start of this process by which it wants to be over, or, without `since_start`, after now."""
         self.signal: signal.Signals | None = None
         self.max_wall = max_wall
-        self._deadline = None if max_wall is None else time.monotonic() - _age() + max_wall - min(RESERVE * max_wall, MAX_RESERVE_S)
+        self._deadline = None if max_wall is None else time.monotonic() - (_age() if since_start else 0.0) + max_wall - min(RESERVE * max_wall, MAX_RESERVE_S)
 
     @property
     def reason(self) -> str | None:
