@@ -132,25 +132,13 @@ def verdict(fit: Fit, question: Question) -> Verdict:
     else:
         estimate = fit.estimate(question.quantity, **question.at)
         value, low, high, reason = estimate.value, estimate.low, estimate.high, estimate.reason
-    held = "" if question.quantity == "loss" else _on_bound(fit, question)  # a loss within the data is the other constants' too
+    held = "" if question.quantity == "loss" else fit.on_bound(fit.quantity(question.quantity, question.at)[0])  # a loss within the data is the other constants' too
     if held:
         reason = reason or f"not identified by this design ({question.quantity} follows from {held}, which ended on its bound)"
     if not all(map(math.isfinite, (value, low, high))):
         reason = reason or f"not identified by this design (interval {low:.3g} to {high:.3g})"
     limit = question.until * abs(value) if question.relative else question.until
     return Verdict(float(value), float(low), float(high), limit, reason, fit.label, int(fit.metrics["rows"]), promised)
-
-
-def _on_bound(fit: Fit, question: Question) -> str:
-    """A constant that ended on its bound and moves the quantity, or "": it has no error there, so the interval would be too narrow, or 0."""
-    function = fit.quantity(question.quantity, question.at)[0]
-    for name in fit.metrics["at_bound"]:
-        step = 0.05 * np.array([one == name for one in fit.free])
-        with np.errstate(all="ignore"):
-            values = [float(function(fit.constants_at(fit.coordinates + sign * step))) for sign in (-1.0, 1.0)]
-        if not abs(values[1] - values[0]) <= 1e-9 * abs(values[0]):
-            return name
-    return ""
 
 
 def first(cells: Sequence[Cell], count: int, budget: float) -> list[Cell]:

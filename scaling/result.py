@@ -113,7 +113,21 @@ class Fit:
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
         name = name if isinstance(name, str) else getattr(name, "__name__", "function")
-        return Estimate(name, value, low, high, relative, self._reason(name, relative) or self._outside(name, value))
+        reason = self._reason(name, relative) or self._outside(name, value)
+        if not reason and error == 0.0 and (held := self.on_bound(function)):
+            reason = f"not identified by this design ({name} follows from {held}, which ended on its bound)"
+        return Estimate(name, value, low, high, relative, reason)
+
+    def on_bound(self, function: Callable[[Mapping], float]) -> str:
+        """A constant that ended on its bound and moves the function of the constants, or "": it has no error there, so that an interval
+        of the function is too narrow, or has no width at all."""
+        for name in self.metrics["at_bound"]:
+            step = 0.05 * np.array([one == name for one in self.free])
+            with np.errstate(all="ignore"):
+                values = [float(function(self.constants_at(self.coordinates + sign * step))) for sign in (-1.0, 1.0)]
+            if not abs(values[1] - values[0]) <= 1e-9 * abs(values[0]):
+                return name
+        return ""
 
     def identified(self, name: str, **columns) -> bool:
         """Whether the design identifies a parameter or functional: `estimate(...).identified`."""

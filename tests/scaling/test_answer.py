@@ -109,6 +109,7 @@ def test_a_constant_on_its_bound_settles_nothing():
     assert {"gamma_w", "gamma_a"} & set(fit.metrics["at_bound"])
     said = verdict(fit, Question("optimal_bits", {}, 0.3))
     assert not said.narrow and "bound" in said.reason
+    assert not fit.identified("optimal_bits") and "ended on its bound" in fit.estimate("optimal_bits").reason
 
 
 def test_a_budget_that_cannot_settle_it_says_so():
