@@ -194,6 +194,7 @@ def test_qwix_multiplies_what_we_multiply():
         _assert_same(grads[theirs], grads["float32"], bound)
 
 
+@pytest.mark.slow
 def test_gpu_layers_agree_and_are_counted(monkeypatch):
     monkeypatch.delitem(gpu.ARMS, "fp8_rowwise")
     result = gpu.measure(tokens=32, inputs=64, outputs=48, rounds=1, calls=1)

@@ -44,6 +44,7 @@ def test_the_optimum_of_the_planted_law():
     assert laws["kumar"].functionals["optimal_bits"](params) == pytest.approx(2.0 * OPTIMUM, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_intervals_cover_where_a_search_stops(monkeypatch):
     assert_covers(range(1000, 1100), 0.4, monkeypatch)
 

@@ -88,7 +88,8 @@ def test_one_run_is_a_cohort_of_one():
         _assert_same_bits(alone, member)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(THREE, marks=pytest.mark.slow), WIDE, pytest.param(SPLIT, marks=pytest.mark.slow)], ids=lambda layout: layout.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [THREE, WIDE, SPLIT], ids=lambda layout: layout.name)
 def test_layouts_agree(layout):
     """Across layouts: the float32 member to 1e-6 in loss after 6 steps; quantized members, where an ulp may tip a rounding, to 1e-3."""
     for run, here, there in zip(RUNS, trained(layout, *RUNS), trained(ONE, *RUNS)):

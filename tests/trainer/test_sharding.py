@@ -95,7 +95,8 @@ def test_same_losses_in_every_precision(name, sharding):
     _close(sharding, (f"precision={name}", "precision.pad=true", *NEEDS.get(name, ())))
 
 
-@pytest.mark.parametrize("overrides", [RANDOM, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["random", "mixed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [RANDOM, MIXED], ids=["random", "mixed"])
 def test_same_losses(overrides):
     """The state divided, and rounded at random."""
     _close(FSDP, overrides)

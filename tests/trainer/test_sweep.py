@@ -34,6 +34,7 @@ def test_branches_are_what_they_are_alone(tmp_path, one_device):
     assert len({record["loss"] for record, _, _ in together.values()}) == 4
 
 
+@pytest.mark.slow
 def test_default_layouts_agree(tmp_path, one_device, monkeypatch):
     """Four runs on four devices and one batch on four devices give, to rounding, what one device gives."""
     launch(tmp_path / "one", "steps=10,20", "seed=0,1", "precision.bits=32")

@@ -216,7 +216,8 @@ def test_statistics_are_the_same_however_the_step_is_cut(change):
         np.testing.assert_allclose(values, _sites()[role], rtol=2e-4, atol=1e-7, err_msg=role)
 
 
-@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_layers_that_quantize_nothing_are_left_out_of_the_mean(scan):
     """The probe's shares of a model whose last layer is exempt are those of the first layer, which is the same in either."""
     model = dataclasses.replace(MODEL, scan_layers=scan)

@@ -70,7 +70,8 @@ def test_parameters_arrive_unchanged(tmp_path, source):
     assert before == {path: path.read_bytes() for path in source.path.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("precision", [pytest.param("collage_light", marks=pytest.mark.slow), "bf16_stochastic"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["collage_light", "bf16_stochastic"])
 def test_weights_of_another_format_start_from_the_source(tmp_path, source, precision):
     """Nothing is trained yet (lr 0): two bfloat16 words hold the source's float32 to 16 bits, one word the nearest bfloat16 (stochastic: one
     of the two around it)."""
