@@ -49,9 +49,9 @@ class CohortRun:
         self.hyper: Hyper = program.put(jax.tree.map(lambda *xs: np.stack(xs), *hypers))
         self.states = program.init(self.hyper)
         self.windows = validation_windows(dataset.validation, members[0].config.eval_sequences, program.structure.seq_len)
-        program.prepare(self.states, self.hyper, self.windows, self._probed() if any(map(self._wants_probe, members)) else None)
         self._restore()
         link_branches(members)
+        program.prepare(self.states, self.hyper, self.windows, self._probed() if any(map(self._wants_probe, members)) else None)
 
     # --- state on the host ---
 
