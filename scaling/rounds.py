@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from scaling.analysis import CHINCHILLA, PRECISION
 from scaling.answer import SPARE, Cell, Question, Verdict, first, propose, spread_out, verdict
 from scaling.compare import compare
@@ -17,8 +19,6 @@ from scaling.observations import Observations
 from scaling.pose import pose
 from scaling.result import Fit
 from scaling.table import Source
-
-import numpy as np
 
 
 class Trainer(Protocol):
