@@ -112,7 +112,7 @@ def precision_figures(sample: int) -> dict:
     starts = np.where(live, problem.level - 1.0, low + (high - low) * low_discrepancy(sample, len(low)))  # every term alive
 
     def objective(z):
-        return scipy.special.huber(DELTA, np.nan_to_num(problem.residuals(z[None])[0], posinf=1e3)).sum()
+        return scipy.special.huber(DELTA, np.nan_to_num(problem.residuals(z[None])[0], nan=1e3, posinf=1e3, neginf=-1e3)).sum()
 
     bounds = list(zip(*problem.bounds(), strict=True))
     theirs_s, found = cpu_seconds(lambda: [scipy.optimize.minimize(objective, z, method="L-BFGS-B", bounds=bounds).fun for z in starts])

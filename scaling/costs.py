@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
+ALL_FULL: Mapping[str, float] = MappingProxyType({})  # a precision of which nothing is said
 FULL = 16.0  # bits of an operand of which nothing is said: 16-bit training is what 6 N D has always meant
 WIDTHS = ("weights_bits", "activations_bits", "output_gradients_bits")
 """What costs depend on. Not kv_bits: attention scores are not in 6 N D."""
@@ -49,11 +51,11 @@ class CostModel:
         weights, activations, _ = operand_widths(precision)
         return 2.0 * self.price(weights, activations)
 
-    def training(self, N, D, precision: Mapping = {}):  # noqa: B006 (read only)
+    def training(self, N, D, precision: Mapping = ALL_FULL):
         """Cost of training N parameters on D tokens, in FLOP of 16 bits."""
         return self.per_pair(precision) * N * D
 
-    def inference(self, N, tokens, precision: Mapping = {}):  # noqa: B006 (read only)
+    def inference(self, N, tokens, precision: Mapping = ALL_FULL):
         """Cost of reading or writing `tokens` tokens with N parameters, in FLOP of 16 bits."""
         return self.per_answer(precision) * N * tokens
 

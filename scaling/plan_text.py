@@ -1,6 +1,7 @@
 """What `bitlaw plan` prints: the plan as a table, the best of each precision below it, then what to know before believing it."""
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def _precisions(texts: list[str]) -> dict[str, dict]:
             raise ValueError(f"--precision {text}: not NAME:INPUT=VALUE,...")
         try:
             found[name] = mixed(assignments(rest))
-        except Exception as error:  # argparse's own error, raised outside of it
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise ValueError(f"--precision {text}: {error}") from None
     return found
 

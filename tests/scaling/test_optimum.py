@@ -140,14 +140,17 @@ def sun_terms(p, x):
 def sun_terms_by_width(p, x):
     """The best layout of P bits has E + 0.5 = delta P/(delta + nu), M + 0.5 = nu P/(delta + nu)."""
     total = p["delta"] + p["nu"]
-    share = lambda part: np.log(part / total * x["weights_bits"])  # noqa: E731
+
+    def share(part):
+        return np.log(part / total * x["weights_bits"])
+
     N, D = -p["alpha"] * np.log(x["N"]), -p["beta"] * np.log(x["D"])
     return N, D, 0.0, N - D - p["delta"] * share(p["delta"]) - p["nu"] * share(p["nu"])
 
 
-def sun(terms, inputs, functionals={}):  # noqa: B006
+def sun(terms, inputs, functionals=None):
     parameters = (*(amplitude(name) for name in ("n", "d", "eps", "k")), *(exponent(name, 0.01, 5.0) for name in ("alpha", "beta", "delta", "nu")))
-    return Law("sun_here", "Sun et al. 2025", "arXiv 2501.02423", ("N", "D", *inputs), parameters, terms, functionals=functionals)
+    return Law("sun_here", "Sun et al. 2025", "arXiv 2501.02423", ("N", "D", *inputs), parameters, terms, functionals=functionals or {})
 
 
 @pytest.mark.parametrize(("compute", "bits"), [(1e21, 4.19), (1e23, 4.72), (1e25, 5.31), (1e27, 5.98), (1e29, 6.73), (1e31, 7.58)])
