@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,11 +33,19 @@ UNITS = {"loss": "nats per token", "loss_gap": "nats per token", "irreducible_lo
 
 @dataclass(frozen=True)
 class Cell:
-    """A run that could be trained. key: by which whoever trains knows it; columns: inputs of a law; cost: seconds, or FLOP."""
+    """A run that could be trained. key: by which whoever trains knows it; columns: inputs of a law; cost: seconds, or FLOP; setup: the same
+    unit, spent once on all cells of the same `program`: compiling."""
 
     key: str
     columns: Mapping[str, float | str]
     cost: float
+    program: Hashable = None
+    setup: float = 0.0
+
+
+def total_cost(cells: Sequence[Cell]) -> float:
+    """Of training these cells together: every run, and every program once."""
+    return sum(cell.cost for cell in cells) + sum({cell.program: cell.setup for cell in cells}.values())
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def first(cells: Sequence[Cell], count: int, budget: float) -> list[Cell]:
         for dearest in sorted({cell.cost for cell in cells}, reverse=True):
             affordable = [cell for cell in cells if cell.cost <= dearest]
             chosen = spread_out(affordable, [], count, corners=True)
-            if len(chosen) >= min(count, len(cells)) and sum(cell.cost for cell in chosen) <= share * budget:
+            if len(chosen) >= min(count, len(cells)) and total_cost(chosen) <= share * budget:
                 return chosen
     return []
 
@@ -197,13 +205,13 @@ def propose(fit: Fit, question: Question, cells: Sequence[Cell], there: Sequence
     expected half-width is well below the limit, the round takes a quarter of the budget, or has MOST runs. Where the fit cannot say what a
     run would do (a constant without a finite error, or on its bound), cells far from those that are `there` are taken instead.
     """
-    affordable = [cell for cell in cells if cell.cost <= budget]
+    affordable = [cell for cell in cells if total_cost([cell]) <= budget]
     if not affordable:
         return []
     now = verdict(fit, question)
     try:
         ranked = next_runs(fit, [cell.columns for cell in affordable], question.quantity, at=question.at, again=False,
-                           cost=[cell.cost for cell in affordable], count=min(MOST, len(affordable)))
+                           cost=[total_cost([cell]) for cell in affordable], count=min(MOST, len(affordable)))
     except ValueError:  # the linearised model has nothing to say
         ranked = []
     if not ranked or not ranked[0].half_width < ranked[0].before:
@@ -211,12 +219,11 @@ def propose(fit: Fit, question: Question, cells: Sequence[Cell], there: Sequence
     else:
         order, expected = [affordable[one.index] for one in ranked], [one.half_width for one in ranked]
     goal = 0.0 if now.reason else 0.8 * now.limit * min(1.0, ranked[0].before / now.half_width) if ranked else 0.0
-    chosen, spent = [], 0.0
+    chosen = []
     for cell, half_width in zip(order, expected, strict=False):
-        if chosen and spent + cell.cost > max(ROUND_SHARE * budget, chosen[0].cost):
+        if chosen and total_cost([*chosen, cell]) > max(ROUND_SHARE * budget, total_cost(chosen[:1])):
             break
         chosen.append(cell)
-        spent += cell.cost
         if half_width <= goal:
             break
     return chosen

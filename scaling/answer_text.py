@@ -78,7 +78,8 @@ class Sweep:
         self.source, self.laws, self.failed = source, laws, []
 
     def cells(self) -> list[Cell]:
-        return [Cell(run.run_id, inputs_of(run.row, self.laws), run.seconds) for run in self.source.all() if run.status not in OVER]
+        return [Cell(run.run_id, inputs_of(run.row, self.laws), run.seconds, run.program, run.compile_seconds)
+                for run in self.source.all() if run.status not in OVER]
 
     def table(self):
         over = [run for run in self.source.all() if run.status in ("done", "diverged")]

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from scaling.analysis import CHINCHILLA, PRECISION
-from scaling.answer import SPARE, Cell, Question, Verdict, first, propose, spread_out, verdict
+from scaling.answer import SPARE, Cell, Question, Verdict, first, propose, spread_out, total_cost, verdict
 from scaling.compare import compare
 from scaling.fit import fit
 from scaling.laws import Law, resolve
@@ -129,7 +129,7 @@ def _next(question: Question, trainer: Trainer, laws, fitted: Fit | None, there:
         batch = propose(fitted, question, cells, there, left)
     else:
         wanted = constants_of(laws, [*(cell.columns for cell in cells), *there]) + SPARE
-        affordable = [cell for cell in cells if cell.cost <= left]
+        affordable = [cell for cell in cells if total_cost([cell]) <= left]
         batch = first(cells, wanted, left) if not there else spread_out(affordable, there, max(wanted - len(there), 2))
     return batch, "" if batch else f"what is left of the budget, {left:.3g}, pays for none of the next runs"
 

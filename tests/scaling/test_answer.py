@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 import scaling
 from benchmarks.planted import OPTIMUM, Planted, world
 from scaling import answer_text
-from scaling.answer import Cell, Question, check_quantity, first, propose, spread_out, verdict
+from scaling.answer import Cell, Question, check_quantity, first, propose, spread_out, total_cost, verdict
 from scaling.laws import laws
 from scaling.rounds import constants_of, rounds
 
@@ -26,6 +27,13 @@ def search(seed, until, noise=0.01, budget=BUDGET):
     rng = np.random.default_rng(seed)
     trainer = Planted(world(rng), rng, noise)
     return rounds(Question("optimal_bits", {}, until), trainer, (LAW,), budget), OPTIMUM * trainer.truth["gamma"]
+
+
+def planted_fit():
+    """(a fit to the first runs of one world, its trainer)."""
+    trainer = Planted(world(np.random.default_rng(0)), np.random.default_rng(0))
+    trainer.train(first(trainer.cells(), 12, BUDGET))
+    return scaling.fit(trainer.table()[0], LAW, loss="least_squares"), trainer
 
 
 def assert_covers(seeds, until, monkeypatch):
@@ -70,6 +78,20 @@ def test_a_first_design_keeps_to_the_budget():
     assert first(CELLS, 9, 1e9) == []
 
 
+def test_a_program_is_compiled_once_for_its_cells():
+    """By hand: two runs of one size and one of another are 2 + 3 + 4 s of training and 10 + 20 s of compiling."""
+    cells = [Cell("a", {}, 2.0, "small", 10.0), Cell("b", {}, 3.0, "small", 10.0), Cell("c", {}, 4.0, "large", 20.0)]
+    assert total_cost(cells) == 39.0 and total_cost(cells[:2]) == 15.0 and total_cost([]) == 0.0
+    compiling = [replace(cell, program=cell.columns["N"], setup=1e12) for cell in CELLS]
+    sizes = {budget: {cell.columns["N"] for cell in first(compiling, 9, budget)} for budget in (1.5e12, 2.2e12, 1e13)}
+    assert sizes == {1.5e12: set(), 2.2e12: {1e3, 1e4}, 1e13: {1e3, 1e4, 1e5}}  # a third program, and its runs, for more than half of 2.2e12
+    fit, trainer = planted_fit()
+    cells = [replace(cell, program=cell.columns["N"], setup=1e13) for cell in trainer.cells()]
+    assert propose(fit, Question("optimal_bits", {}, 1e-3), cells, trainer.table()[1], 0.99e13) == []
+    chosen = propose(fit, Question("optimal_bits", {}, 1e-3), cells, trainer.table()[1], 4.8e13)
+    assert len({cell.program for cell in chosen}) == 1 and len(chosen) > 1
+
+
 def test_spread_out_goes_where_nothing_is():
     there = [cell.columns for cell in CELLS if cell.columns["N"] < 1e5]
     assert all(cell.columns["N"] == 1e5 for cell in spread_out(CELLS, there, 4))
@@ -77,9 +99,8 @@ def test_spread_out_goes_where_nothing_is():
 
 def test_proposals_are_the_best_per_cost_and_affordable():
     """The first is what `next_runs` ranks first; none twice; no more than a quarter of what is left unless one alone is more."""
-    trainer = Planted(world(np.random.default_rng(0)), np.random.default_rng(0))
-    trainer.train(first(trainer.cells(), 12, BUDGET))
-    fit, cells = scaling.fit(trainer.table()[0], LAW, loss="least_squares"), trainer.cells()
+    fit, trainer = planted_fit()
+    cells = trainer.cells()
     question = Question("optimal_bits", {}, 1e-3)
     chosen = propose(fit, question, cells, trainer.table()[1], 1e11)
     best = scaling.next_runs(fit, [c.columns for c in cells if c.cost <= 1e11], "optimal_bits", cost=[c.cost for c in cells if c.cost <= 1e11])[0]
@@ -92,9 +113,7 @@ def test_the_interval_is_the_98_percent_one():
     """Against the fit's own linearised error: low and high at the Student quantile of 98 %."""
     from scipy.stats import t
 
-    trainer = Planted(world(np.random.default_rng(0)), np.random.default_rng(0))
-    trainer.train(first(trainer.cells(), 12, BUDGET))
-    fit = scaling.fit(trainer.table()[0], LAW, loss="least_squares")
+    fit, _ = planted_fit()
     said, plain = verdict(fit, Question("alpha", {}, 0.1)), fit.estimate("alpha")
     ratio = t.ppf(0.99, fit.metrics["dof"]) / t.ppf(0.975, fit.metrics["dof"])
     assert np.log(said.high / said.value) / np.log(plain.high / plain.value) == pytest.approx(ratio, rel=1e-9)

@@ -15,24 +15,28 @@ import jax
 
 from trainer import compiled, describe
 from trainer.config import TrainConfig
+from trainer.step import StepStructure
 from trainer.stopping import Stop
 from trainer.sweep import rates
 from trainer.sweep.execute import execute
 from trainer.sweep.options import LaunchOptions
 from trainer.sweep.plan import Plan, PlannedRun, make_plan
-from trainer.sweep.rates import FLOPS_PER_S, Rate
+from trainer.sweep.rates import COMPILE_S, FLOPS_PER_S, Rate
 from trainer.sweep.show import reason
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One run of the sweep. row: its columns of the run table that are known before it begins, n_params, tokens and widths among them.
-    status: done, diverged or failed by its record, None before. seconds: expected of training, without compiling and evaluating."""
+    status: done, diverged or failed by its record, None before. seconds: expected of training, without evaluating; program: equal for runs
+    that one group can train in one program; compile_seconds: expected of compiling it, for every group anew since groups differ in size."""
 
     run_id: str
     row: dict
     status: str | None
     seconds: float
+    program: StepStructure
+    compile_seconds: float
 
 
 class Candidates:
@@ -71,12 +75,13 @@ class Candidates:
 def _candidate(run: PlannedRun, known: Sequence[Rate]) -> Candidate:
     model, config = run.structure.model, run.config
     row = describe.config_columns(config, run.dataset, model) | {"tokens": config.tokens, "steps": config.steps}
-    return Candidate(run.run_id, row, run.status, config.tokens * seconds_per_token(known, model.flops_per_token(config.seq_len)))
+    per_token, compiling = expected(known, model.flops_per_token(config.seq_len))
+    return Candidate(run.run_id, row, run.status, config.tokens * per_token, run.structure, compiling)
 
 
-def seconds_per_token(known: Sequence[Rate], flops_per_token: float) -> float:
-    """Of one run in a cohort: by the newest cohort of the nearest model, on a scale of ratios; FLOPS_PER_S where nothing is known."""
-    if not known:
-        return flops_per_token / FLOPS_PER_S
-    near = min(reversed(known), key=lambda rate: abs(math.log(rate.flops_per_token / flops_per_token)))
-    return near.seconds_per_token * flops_per_token / near.flops_per_token
+def expected(known: Sequence[Rate], flops_per_token: float) -> tuple[float, float]:
+    """(seconds of a token of one run in a cohort, seconds of compiling) by the newest cohort of the nearest model that tells, on a scale of
+    ratios; FLOPS_PER_S and COMPILE_S where none does."""
+    nearest = sorted(reversed(known), key=lambda rate: abs(math.log(rate.flops_per_token / flops_per_token)))
+    per_token = nearest[0].seconds_per_token * flops_per_token / nearest[0].flops_per_token if nearest else flops_per_token / FLOPS_PER_S
+    return per_token, next((rate.compile_seconds for rate in nearest if rate.compile_seconds), COMPILE_S)
