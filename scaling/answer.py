@@ -211,7 +211,8 @@ def propose(fit: Fit, question: Question, cells: Sequence[Cell], there: Sequence
     now = verdict(fit, question)
     try:
         ranked = next_runs(fit, [cell.columns for cell in affordable], question.quantity, at=question.at, again=False,
-                           cost=[total_cost([cell]) for cell in affordable], count=min(MOST, len(affordable)))
+                           cost=[cell.cost for cell in affordable], shared=[(cell.program, cell.setup) for cell in affordable],
+                           count=min(MOST, len(affordable)))
     except ValueError:  # the linearised model has nothing to say
         ranked = []
     if not ranked or not ranked[0].half_width < ranked[0].before:

@@ -13,7 +13,7 @@ one tenth of a standard deviation to each side, so the law and the quantity may 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,13 +46,15 @@ class Suggestion:
 
 
 def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Quantity, *, at: Mapping[str, float] | None = None,
-              cost: Sequence[float] | Callable[[Mapping], float] | None = None, count: int | None = None, again: bool = True) -> list[Suggestion]:
+              cost: Sequence[float] | Callable[[Mapping], float] | None = None, shared: Sequence[tuple[Hashable, float]] | None = None,
+              count: int | None = None, again: bool = True) -> list[Suggestion]:
     """Candidates by the expected reduction of the interval of `quantity` per unit of cost, the best first.
 
     candidates: law inputs of each run that could be trained: {"N": 1e6, "D": 2e7, "weights_bits": 4}. quantity: a constant or
     functional of the law at `at` ("optimal_bits", "optimal_params" at {"compute": 1e21}), "loss" (nats per token, predicted at `at`), or
     a function of the constants. cost: one number for each candidate, or a function of its inputs, in seconds or FLOP; 6 N D FLOP when
-    not given. count: None ranks each candidate by itself; a number chooses that many one after the other, each given those before it
+    not given. shared: for each candidate (what, cost), a cost on top that those of the same `what` pay once together, as the compiling of a
+    program. count: None ranks each candidate by itself; a number chooses that many one after the other, each given those before it
     (a candidate may be chosen again, as another seed, unless `again` is False).
 
     ValueError, one line: no candidates, a cost that is not positive, a quantity that the fit does not have, that is not finite, or of
@@ -66,21 +68,25 @@ def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Qua
         raise ValueError(f"next_runs: {fit.label} has constants without a finite standard error (condition number "
                          f"{fit.metrics['condition_number']:.1e}): its rows must first identify every constant at all")
     costs = _costs(candidates, cost)
+    owners, once_C = ([owner for owner, _ in shared], np.array([extra for _, extra in shared])) if shared else (None, np.zeros(len(candidates)))
     target_K = _slopes(fit, _function(fit, quantity, dict(at or {})), lambda _: f"quantity {quantity}")
     rows_CK = _rows(fit, candidates)
     noise = _run_variance(fit)
     covariance_KK = np.eye(len(target_K))  # in units of the fit's standard deviations: before any new run
     if count is None:
         before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
+        costs = costs + once_C
         order = np.argsort(-(before - after_C) / costs, kind="stable")
         return [Suggestion(dict(candidates[i]), float(costs[i]), before, float(after_C[i]), int(i)) for i in order]
     chosen = []
     left_C = np.ones(len(candidates), dtype=bool)
     for _ in range(count if again else min(count, len(candidates))):
         before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
-        best = int(np.argmax(np.where(left_C, (before - after_C) / costs, -np.inf)))
+        best = int(np.argmax(np.where(left_C, (before - after_C) / (costs + once_C), -np.inf)))
         left_C[best] = again
-        chosen.append(Suggestion(dict(candidates[best]), float(costs[best]), before, float(after_C[best]), best))
+        chosen.append(Suggestion(dict(candidates[best]), float(costs[best] + once_C[best]), before, float(after_C[best]), best))
+        if owners:
+            once_C = np.where([owner == owners[best] for owner in owners], 0.0, once_C)
         towards_K = covariance_KK @ rows_CK[best]
         covariance_KK = covariance_KK - np.outer(towards_K, towards_K) / (noise + rows_CK[best] @ towards_K)
     return chosen
