@@ -1,6 +1,10 @@
-"""A trainer that trains nothing: losses are drawn from a planted law with noise. Costs are FLOP."""
+"""Trainers that train nothing, for measuring `answer`: losses are drawn from a planted law with noise, or looked up in a run table. Costs are
+FLOP, 6 N D a run."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import duckdb
 import numpy as np
 
 from scaling.answer import Cell
@@ -23,12 +27,19 @@ def world(rng) -> dict:
 OPTIMUM = 1.2564312086261697  # x e^-x * 2 = 1 - e^-x: where (1 - e^-x)^2 / x is largest
 
 
+@dataclass(frozen=True)
+class Seeded(Cell):
+    """A cell with the seed that its run would have."""
+
+    seed: int = 0
+
+
 class Planted:
     """A `scaling.rounds.Trainer`. noise: deviation of ln loss, Gaussian, of every run."""
 
     def __init__(self, truth, rng, noise=0.004, seeds=SEEDS):
         self.truth, self.rng, self.noise = truth, rng, noise
-        self._cells = [Cell(f"{n}-{d}-{b:g}-{s}", {"N": float(n), "D": float(d), "weights_bits": b, "activations_bits": b}, 6.0 * n * d)
+        self._cells = [Seeded(f"{n}-{d}-{b:g}-{s}", {"N": float(n), "D": float(d), "weights_bits": b, "activations_bits": b}, 6.0 * n * d, seed=s)
                        for s in range(seeds) for n in SIZES for d in BUDGETS for b in WIDTHS]
         self._done, self._losses = [], []
 
@@ -42,11 +53,29 @@ class Planted:
         return (columns | {"loss": np.array(self._losses)} if there else None), there
 
     def train(self, cells):
-        for cell in cells:
-            loss = planted_loss(self.truth, cell.columns["N"], cell.columns["D"], cell.columns["weights_bits"])
-            self._losses.append(loss * np.exp(self.noise * self.rng.standard_normal()))
+        self._losses += [self._loss(cell) for cell in cells]
         self._done += cells
         return True
 
     def spent(self):
         return sum(cell.cost for cell in self._done)
+
+    def _loss(self, cell):
+        loss = planted_loss(self.truth, cell.columns["N"], cell.columns["D"], cell.columns["weights_bits"])
+        return loss * np.exp(self.noise * self.rng.standard_normal())
+
+
+class Recorded(Planted):
+    """The finished runs of a run table (CSV or Parquet); nothing but what is asked for is seen of their losses."""
+
+    def __init__(self, path: str):
+        rows = duckdb.read_csv(path) if path.endswith(".csv") else duckdb.read_parquet(path)
+        rows = rows.filter("status = 'done'").project("run_id, n_params, tokens, coalesce(weights_bits, 32), coalesce(activations_bits, 32), seed, loss")
+        self._cells, self._recorded, self._done, self._losses = [], {}, [], []
+        for run_id, n, d, weights, activations, seed, loss in rows.fetchall():
+            columns = {"N": float(n), "D": float(d), "weights_bits": float(weights), "activations_bits": float(activations)}
+            self._cells.append(Seeded(run_id, columns, 6.0 * n * d, seed=seed))
+            self._recorded[run_id] = loss
+
+    def _loss(self, cell):
+        return self._recorded[cell.key]
