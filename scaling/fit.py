@@ -2,21 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from scaling.laws import Law, resolve
 from scaling.observations import Observations, observe
 from scaling.pose import pose
-from scaling.priors import with_priors
-from scaling.problem import Problem, constants
+from scaling.problem import constants
 from scaling.result import MAX_CONDITION, Fit
 from scaling.ridges import confounded, ridges, undetermined
-from scaling.solve import Solution, solve
+from scaling.stages import Joined, Stage, first_stage, joined, solved
 from scaling.statistics import mean_interval
 from scaling.table import Source
 from scaling.uncertainty import bootstrap as resample
-from scaling.uncertainty import cell_index, discrepancy, spread
+from scaling.uncertainty import Spread, cell_index, discrepancy, spread
 
 LOSSES = ("huber", "least_squares", "lad")
 LAD_DELTA = 1e-6  # of the Huber loss that stands for least absolute deviations: residuals are a thousand times larger
@@ -34,7 +34,7 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     tables; a quoted name is a column). where, holdout: SQL; held-out rows are predicted, never fitted. bootstrap: number of cell
     resamples. loss: "huber" (with `delta`), "least_squares" or "lad" (least absolute deviations: Huber with delta 1e-6). ties:
     {"beta": "alpha"} makes beta equal alpha; fixed: {"n_w": 0.0}, or another fit's params. base: SQL; all constants that these rows
-    determine are fitted on them alone and then held (Quartet's two stages). priors: {"alpha": (0.35, 0.05)}, mean and standard
+    determine are fitted on them alone and then held (Quartet's two stages; intervals hold the uncertainty of both). priors: {"alpha": (0.35, 0.05)}, mean and standard
     deviation of a Gaussian on an exponent or offset, for E and scales (value, relative deviation) of a log-normal. weights: SQL, how
     much a row counts. level: of the intervals. progress(done, total) is called during the bootstrap.
     Levels of a factor: 1 for the one called baseline, bf16, fp32, ... or for the one in fixed: {"effN[FP8]": 1}.
@@ -53,33 +53,33 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
         raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
-    if base:
-        first = fit(table, resolved, columns=columns, where=f"({where}) AND ({base})" if where else base, loss=loss, delta=delta,
-                    ties=ties, fixed=fixed, priors=priors, weights=weights)
-        if not first.converged:
-            raise ValueError(f"base={base!r}: the fit of these {first.metrics['rows']} rows did not converge, so nothing can be held at it")
-        fixed, priors = dict(first.params) | fixed, None
-        notes = [f"{', '.join(first.free)} are held at their fit to the {first.metrics['rows']} rows where {base}"]
-    observed = observe(table, resolved, columns, where, holdout, weights)
-    problem, more = pose(resolved, observed, ties, fixed)
+    observed = observe(table, resolved, columns, where, holdout, weights, base)
     reach = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
-    problem, solution = with_priors(problem, reach, priors) if priors else (problem, solve(problem, reach))
+    first = first_stage(resolved, observed, ties, fixed, priors, reach, base) if base else None
+    problem, more = pose(resolved, observed, ties, first.params | fixed if first else fixed)
+    last = solved(problem, reach, None if first else priors)
+    solution = last.solution
+    if first:
+        notes = [f"{', '.join(first.problem.free)} were fitted to the {first.problem.log_loss.size} rows where {base} and held for the others"]
     if solution.agree == 1:
         more.append(f"only one of {solution.starts} starts ended at this optimum: a lower one may exist")
-    return _assemble(problem, solution, observed, label, notes + more, level, bootstrap, seed, progress,
+    return _assemble(last, first, observed, label, notes + more, level, bootstrap, seed, progress,
                      {"loss": loss, "delta": reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
 
 
-def _assemble(problem: Problem, solution: Solution, observed: Observations, label: str, notes: list[str], level: float, num_draws: int,
+def _assemble(last: Stage, first: Stage | None, observed: Observations, label: str, notes: list[str], level: float, num_draws: int,
               seed: int, progress, asked: dict) -> Fit:
     """The solved problem with its uncertainty, held-out score and metrics, as a Fit."""
-    law, delta, required = problem.law, asked["delta"], problem.law.measures
-    around = spread(problem, solution.z, delta)
-    coordinates = problem.plain(solution.z[None])[0]
-    draws = np.zeros((0, len(problem.free)))
-    if num_draws:
-        draws = resample(problem, solution.z, cell_index(problem.columns, required), delta, num_draws, seed, progress)
+    problem, solution, delta = last.problem, last.solution, asked["delta"]
+    law, required = problem.law, problem.law.measures
+    around, draws, drift = _trusted(last, delta, num_draws, seed, progress)
+    found = Joined(problem.free, problem.ties, problem.fixed, last.coordinates, around.scatter, draws)
+    if first:
+        earlier, first_draws, first_drift = _trusted(first, delta, num_draws, seed + 1, progress)
+        found = joined(first, last, (earlier.scatter, around.scatter), (first_draws, draws))
+        around = replace(around, dof=around.dof - len(first.problem.free), at_bound=(*earlier.at_bound, *around.at_bound))
+        drift = max(drift, first_drift)
     residuals = problem.residuals(solution.z[None])[0]
     rows = residuals.size
     mean_square = float(np.mean(residuals**2))
@@ -87,20 +87,29 @@ def _assemble(problem: Problem, solution: Solution, observed: Observations, labe
         "objective": solution.objective, "gradient_norm": solution.gradient, "converged": solution.converged, "starts": solution.starts,
         "starts_agree": solution.agree, "condition_number": around.condition, "rows": rows, "dof": around.dof,
         "dropped": observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
-        "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(problem.free) * np.log(rows)),
-        "discrepancy": discrepancy(problem, solution.z, delta, required, around.condition), "at_bound": list(around.at_bound), "held_out": None,
-        "notes": notes, "ridges": ridges(law, problem.free, coordinates, around.scatter),
+        "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(found.free) * np.log(rows)),
+        "discrepancy": drift, "at_bound": list(around.at_bound), "held_out": None,
+        "notes": notes, "ridges": ridges(law, found.free, found.coordinates, found.scatter),
         "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),
-        "confounded": confounded(problem.free, around.scatter), "columns": observed.mapping, "bootstrap": num_draws, **asked,
+        "confounded": confounded(found.free, found.scatter), "columns": observed.mapping, "bootstrap": num_draws, **asked,
     }
-    params = constants(law, problem.free, problem.ties, problem.fixed, coordinates)
-    ranges = _ranges(law, problem.columns, required)
-    bare = Fit(law, label, params, {}, metrics, level, problem.free, problem.ties, problem.fixed, coordinates, around.scatter, draws, ranges)
-    metrics = _with_held_out(bare, observed)
-    estimates = {name: bare.estimate(name) for name in params if name not in problem.fixed}
-    intervals = {name: (e.low, e.high) for name, e in estimates.items()}
-    return Fit(law, label, params, intervals, metrics, level, problem.free, problem.ties, problem.fixed, coordinates, around.scatter, draws,
-               ranges)
+    params = constants(law, found.free, found.ties, found.fixed, found.coordinates)
+    bare = Fit(law, label, params, {}, metrics, level, found.free, found.ties, found.fixed, found.coordinates, found.scatter, found.draws,
+               _ranges(law, problem.columns, required))
+    scored = replace(bare, metrics=_with_held_out(bare, observed))
+    estimates = {name: bare.estimate(name) for name in params if name not in found.fixed}
+    return replace(scored, intervals={name: (e.low, e.high) for name, e in estimates.items()})
+
+
+def _trusted(stage: Stage, delta: float, num_draws: int, seed: int, progress) -> tuple[Spread, np.ndarray, float]:
+    """(covariance, draws [S, F], discrepancy) of one stage."""
+    problem, z_F = stage.problem, stage.solution.z
+    required = problem.law.measures
+    around = spread(problem, z_F, delta)
+    draws = np.zeros((0, len(problem.free)))
+    if num_draws:
+        draws = resample(problem, z_F, cell_index(problem.columns, required), delta, num_draws, seed, progress)
+    return around, draws, discrepancy(problem, z_F, delta, required, around.condition)
 
 
 def _ranges(law: Law, columns: Mapping[str, np.ndarray], required: tuple[str, ...]) -> dict[str, tuple[float, float]]:

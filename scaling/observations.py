@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import duckdb
 import numpy as np
@@ -21,7 +21,7 @@ DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forwa
                    "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
                    "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
 """Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
-KEEP, WEIGHT, HELD = '"bitlaw keep"', '"bitlaw weight"', '"bitlaw held out"'  # columns of its own: no table has such names
+KEEP, WEIGHT, HELD, BASE = '"bitlaw keep"', '"bitlaw weight"', '"bitlaw held out"', '"bitlaw base"'  # columns of its own: no table has such names
 LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 """Columns of run tables that hold the natural logarithm of what the law takes."""
 
@@ -29,7 +29,8 @@ LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 @dataclass(frozen=True)
 class Observations:
     """Rows of a fit. columns: input -> float64 [rows], names [rows] for factors; loss: float64 [rows], nats per token; held: bool [rows];
-    mapping: input -> SQL expression used; dropped: reason -> number of rows left out; weights: float64 [rows] or None."""
+    mapping: input -> SQL expression used; dropped: reason -> number of rows left out; weights: float64 [rows] or None; base: bool [rows],
+    those of a first stage, or None."""
 
     columns: dict[str, np.ndarray]
     loss: np.ndarray
@@ -37,6 +38,13 @@ class Observations:
     mapping: dict[str, str]
     dropped: dict[str, int]
     weights: np.ndarray | None = None
+    base: np.ndarray | None = None
+
+    def only(self, keep: np.ndarray) -> Observations:
+        """The rows where `keep`."""
+        weights, base = (None if values is None else values[keep] for values in (self.weights, self.base))
+        return replace(self, columns={name: values[keep] for name, values in self.columns.items()}, loss=self.loss[keep], held=self.held[keep],
+                       weights=weights, base=base)
 
     def rows(self, keep: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(columns, loss) of the rows where `keep`."""
@@ -44,8 +52,9 @@ class Observations:
 
 
 def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, where: str | None = None,
-            holdout: str | None = None, weights: str | None = None) -> Observations:
-    """The rows that `law` is to be fitted on; `weights`: SQL, how much each counts. ValueError, one line, for whatever makes them unusable."""
+            holdout: str | None = None, weights: str | None = None, base: str | None = None) -> Observations:
+    """The rows that `law` is to be fitted on; `weights`: SQL, how much each counts; `base`: SQL, those of a first stage. ValueError, one line,
+    for whatever makes them unusable."""
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
     stages = [project(relation, _mapped(law, mapping, relation.columns), "columns")]
@@ -63,12 +72,13 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     held = _boolean(holdout) if holdout else "false"
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
     weighed = project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
-    last = project(weighed, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {held} AS {HELD}", f"holdout {holdout}")
+    based = project(weighed, f"*, {_boolean(base) if base else 'false'} AS {BASE}", f"base {base}" if base else "")
+    last = project(based, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {BASE}, {held} AS {HELD}", f"holdout {holdout}")
     texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
              for name, kind in zip(last.columns, last.types, strict=True)]
     with one_line(f"columns, weights {weights} or holdout {holdout}" if weights or holdout else "columns"):
         final = last.project(", ".join(texts)).fetchnumpy()
-    return _checked(law, final, mapping, dropped, holdout, weights)
+    return _checked(law, final, mapping, dropped, holdout, weights, base)
 
 
 def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str]:
@@ -129,7 +139,8 @@ def project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb
     return result
 
 
-def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None, weights: str | None) -> Observations:
+def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None, weights: str | None,
+             base: str | None) -> Observations:
     operands = {operand.input: operand for operand in law.operands}
     factors = {factor.input for factor in law.factors}
     columns = {}
@@ -146,15 +157,17 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
     _refuse(loss, "loss", mapping["loss"], law, infinite_allowed=False)
     weight = np.ma.filled(np.ma.asarray(arrays[WEIGHT.strip('"')], dtype=np.float64), np.nan)
     _refuse(weight, "weights", weights, law, infinite_allowed=False)
-    held = np.asarray(np.ma.filled(arrays[HELD.strip('"')], False), dtype=bool)
+    held, based = (np.asarray(np.ma.filled(arrays[name.strip('"')], False), dtype=bool) for name in (HELD, BASE))
     if holdout and (held.all() or not held.any()):
         raise ValueError(f"holdout={holdout!r} selects {'every row' if held.all() else 'no row'} of {held.size}; "
                          "it must leave rows to fit and rows to test")
+    if base and not (based & ~held).any():
+        raise ValueError(f"base={base!r} selects no row of the {int((~held).sum())} that are fitted; it must select those of the first stage")
     filled = {name: columns[name] if name in columns else np.full(loss.shape, operands[name].untouched) for name in law.inputs}
     # SQL gives rows in any order (window functions do shuffle them); sums must not depend on it.
     order = np.lexsort((*filled.values(), loss))
     return Observations({name: values[order] for name, values in filled.items()}, loss[order], held[order], mapping, dropped,
-                        weight[order] if weights else None)
+                        weight[order] if weights else None, based[order] if base else None)
 
 
 def _numeric(values, operand: Operand | None) -> np.ma.MaskedArray:

@@ -44,6 +44,8 @@ def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
     columns, loss = observed.rows(~observed.held)
     if loss.size != fit.metrics["rows"]:
         raise ValueError(f"table: {loss.size} rows to fit, but {fit.label} was fitted to {fit.metrics['rows']}; give the table of the fit")
+    if fit.metrics["base"]:
+        raise ValueError(f"{fit.label} was fitted in two stages (base {fit.metrics['base']}): refits would fit all constants at once; fit without base")
     if fit.metrics["priors"]:
         raise ValueError(f"{fit.label} was fitted with priors on {', '.join(fit.metrics['priors'])}: refits would need them too; fit without")
     weights = None if observed.weights is None else observed.weights[~observed.held]

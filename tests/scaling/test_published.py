@@ -120,7 +120,7 @@ def test_quartet_in_two_stages_on_the_notebook_runs():
     for name, value in published.items():
         assert base.params[name] == pytest.approx(value, rel=2e-3)
     fit = scaling.fit(runs, "quartet", base="forward = 'BF16' AND backward = 'BF16'", where="forward = 'BF16' OR backward = 'BF16'", delta=1e-4)
-    assert fit.params["A"] == pytest.approx(base.params["A"], rel=1e-6) and set(fit.fixed) > set(published)
+    assert fit.params["A"] == pytest.approx(base.params["A"], rel=1e-6) and set(fit.free) > set(published)
     told = {"effD[SR]": 0.8935, "effD[RTN]": 0.9281, "effD[EDEN128]": 0.9506, "effN[QuEST]": 0.6452, "effN[RTN]": 0.6061, "effN[SR]": 0.4330,
             "effN[EDEN128]": 0.6391, "effN[EDEN32]": 0.6750}
     for name, value in told.items():

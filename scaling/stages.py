@@ -1,0 +1,85 @@
+"""Fits in two stages, as Quartet's (arXiv 2505.14669, appendix): some rows fit all constants that they determine, which are then held while
+the rest is fitted to all rows. The second stage inherits the uncertainty of the first.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scaling.laws import Law
+from scaling.observations import Observations
+from scaling.pose import pose
+from scaling.priors import with_priors
+from scaling.problem import Problem, constants
+from scaling.solve import Solution, solve
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What was solved, and how far it can be trusted: scatter [F, K], draws [S, F] (see `scaling.result.Fit`), both in plain coordinates."""
+
+    problem: Problem
+    solution: Solution
+
+    @property
+    def coordinates(self) -> np.ndarray:
+        """[F]: plain coordinates of the optimum."""
+        return self.problem.plain(self.solution.z[None])[0]
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Every constant of this stage, fitted, tied or held."""
+        problem = self.problem
+        return constants(problem.law, problem.free, problem.ties, problem.fixed, self.coordinates)
+
+
+def solved(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]] | None) -> Stage:
+    """One stage. priors: see `scaling.fit`."""
+    return Stage(*with_priors(problem, delta, priors)) if priors else Stage(problem, solve(problem, delta))
+
+
+def first_stage(law: Law, observed: Observations, ties: Mapping, fixed: Mapping, priors: Mapping | None, delta: float, base: str) -> Stage:
+    """The fit to the rows of `base` that are not held out. ValueError when it does not converge."""
+    rows = observed.only(observed.base & ~observed.held)
+    stage = solved(pose(law, rows, ties, fixed)[0], delta, priors)
+    if not stage.solution.converged:
+        raise ValueError(f"base={base!r}: the fit of these {rows.loss.size} rows did not converge, so nothing can be held at it")
+    return stage
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Both stages as one fit: names of what was fitted in either, and scatter [F, K] and draws [S, F] of all of it."""
+
+    free: tuple[str, ...]
+    ties: dict[str, str]
+    fixed: dict[str, float]
+    coordinates: np.ndarray
+    scatter: np.ndarray
+    draws: np.ndarray
+
+
+def joined(first: Stage, second: Stage, scatters: tuple[np.ndarray, np.ndarray], draws: tuple[np.ndarray, np.ndarray]) -> Joined:
+    """The constants of both stages with their joint covariance, to first order.
+
+    The second stage's optimum moves with what is held: by G = -(J2'J2)^-1 J2'J1, J1 and J2 the Jacobian of its residuals by the constants of the
+    first and of the second stage. So its covariance is its own and G V1 G' (the two-step estimator of Murphy and Topel 1985, with stages whose
+    scatter is independent).
+    """
+    early, late = first.problem, second.problem
+    free = (*early.free, *late.free)
+    fixed = {name: value for name, value in late.fixed.items() if name not in early.free and name not in early.ties}
+    ties = dict(early.ties) | dict(late.ties)
+    both = replace(late, free=free, ties=ties, fixed=fixed, priors={})
+    coordinates = np.concatenate([first.coordinates, second.coordinates])
+    z_F = both.centred(coordinates[None])[0]
+    jacobian = both.jacobian(z_F[None])[1][0] @ np.linalg.inv(both.slopes_of_centre(z_F))
+    count = len(early.free)
+    moves = -np.linalg.pinv(jacobian[:, count:]) @ jacobian[:, :count]  # [F2, F1]
+    with np.errstate(invalid="ignore"):
+        inherited = moves @ np.where(np.isfinite(scatters[0]), scatters[0], 0.0)
+    scatter = np.block([[scatters[0], np.zeros((count, scatters[1].shape[1]))], [inherited, scatters[1]]])
+    drawn = np.concatenate([draws[0], draws[1] + (draws[0] - first.coordinates) @ moves.T], axis=1) if len(draws[0]) else np.zeros((0, len(free)))
+    return Joined(free, ties, fixed, coordinates, scatter, drawn)
