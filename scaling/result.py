@@ -142,7 +142,7 @@ class Fit:
         ValueError when the design identifies nothing (condition number), for inputs that the law does not take, or, without
         `extrapolate`, when N, D or compute lies more than 30 times outside of its fitted range.
         """
-        if self.metrics["condition_number"] > MAX_CONDITION:
+        if self.metrics["condition_number"] > MAX_CONDITION or not self.converged:
             raise ValueError(f"prediction {self._reason('', 0.0)}")
         columns = self._arrays(columns)
         for name in self.law.measures:
@@ -167,8 +167,9 @@ class Fit:
 
     def discrepancy_at(self, extrapolated: np.ndarray) -> np.ndarray:
         """Standard deviation of ln loss that the law's form adds at a factor `extrapolated` beyond the data: 0 inside, and growing
-        with the root of the factor's logarithm."""
-        return float(self.metrics["discrepancy"]) * np.sqrt(np.log(np.maximum(extrapolated, 1.0)))
+        with the root of the factor's logarithm; infinite at an infinite factor."""
+        grown = float(self.metrics["discrepancy"]) * np.sqrt(np.log(np.clip(extrapolated, 1.0, 1e300)))
+        return np.where(np.isinf(extrapolated), np.inf, grown)
 
     def _arrays(self, columns: Mapping) -> dict[str, np.ndarray]:
         """Columns as arrays: names of levels as they are, names of formats as their numbers, the rest float64."""
@@ -237,6 +238,8 @@ class Fit:
     def _reason(self, name: str, relative: float) -> str:
         condition = float(self.metrics["condition_number"])
         why = f"condition number {condition:.1e}"
+        if not self.converged:
+            return f"not identified: the fit did not converge ({why})"
         if name in self.metrics["at_bound"] or self.ties.get(name) in self.metrics["at_bound"]:
             return f"not identified by this design ({why}; {name} ended on its bound)"
         if self.metrics["dof"] < 1 or condition > MAX_CONDITION:
@@ -261,7 +264,8 @@ class Fit:
     def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.
 
-        An operand beyond its neutral width counts as that width; one that was always neutral has no range.
+        An operand beyond its neutral width counts as that width; one that was always neutral has no range. Infinite where every fitted row
+        has 0 of an input (no mantissa bits) and the point has not.
         """
         factors = [np.ones(())]
         operands = {operand.input: operand for operand in self.law.operands}
@@ -269,9 +273,11 @@ class Fit:
             operand = operands.get(name)
             values = (operand.clip(columns.get(name, operand.untouched)) if operand else
                       math.prod(columns.get(part, math.inf) for part in name.split("*")))
+            values = np.asarray(values, dtype=np.float64)
             with np.errstate(divide="ignore", invalid="ignore"):
-                factor = np.maximum(values / high, low / np.asarray(values, dtype=np.float64))
-            factors.append(np.where(np.isfinite(factor), np.maximum(factor, 1.0), 1.0))  # 0 bits, an error of 0: the edge of the scale, not beyond it
+                factor = np.maximum(values / high, low / values)
+            edge = (values == 0.0) | np.isinf(values)  # 0 bits, an error of 0, a law without D: the edge of the scale, not beyond it
+            factors.append(np.where(edge, 1.0, np.maximum(factor, 1.0)))
         factors = np.broadcast_arrays(*factors)
         return np.max(factors, axis=0)
 

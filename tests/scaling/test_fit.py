@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,6 +230,25 @@ def test_rows_that_are_not_done_are_dropped_and_counted():
     status[:3], table["loss"][:3] = "diverged", np.nan
     fit = scaling.fit(table | {"status": status}, "kumar:tied")
     assert fit.metrics["rows"] == 45 and fit.metrics["dropped"] == {"status is not done": 3}
+
+
+def test_an_unconverged_fit_states_nothing(epoch):
+    """Python's face as well: no constant, no functional, no prediction, no plan."""
+    fit = scaling.fit(law="chinchilla", **epoch)
+    broken = replace(fit, metrics=dict(fit.metrics) | {"converged": False})
+    for name, columns in (("alpha", {}), ("optimal_params", {"compute": 1e21})):
+        assert fit.identified(name, **columns) and "did not converge" in broken.estimate(name, **columns).reason
+    for ask in (lambda: broken.predict(N=1e9, D=1e10), lambda: scaling.plan(broken, compute=1e21)):
+        with pytest.raises(ValueError, match="did not converge"):
+            ask()
+
+
+def test_an_input_that_was_always_zero_has_no_distance_to_go_by(epoch):
+    """Mantissa bits of 0 in every run tell nothing of 7: no factor bounds how far that is."""
+    sun = scaling.laws["sun"]
+    fit = replace(scaling.fit(law="chinchilla", **epoch), law=sun, params=dict(sun.published["sun"]), ranges={"exp_bits": (2.0, 5.0), "man_bits": (0.0, 0.0)})
+    assert fit._extrapolation({"exp_bits": np.array(4.0), "man_bits": np.array([0.0, 7.0])}).tolist() == [1.0, math.inf]
+    assert fit.discrepancy_at(np.array([1.0, math.inf])).tolist() == [0.0, math.inf]
 
 
 def test_unconverged_fits_say_so(monkeypatch):
