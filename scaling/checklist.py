@@ -109,7 +109,7 @@ def _measurement(fitted: Fit, records: dict[str, list]) -> dict[str, str | None]
 
 def _fitting(fitted: Fit) -> dict[str, str | None]:
     m = fitted.metrics
-    rules = {"huber": f"sum of Huber losses, delta {m['delta']:g}", "least_squares": "sum of squares / 2", "lad": "sum of absolute values"}
+    rules = {"huber": f"sum of Huber losses, delta {m['delta']:g}", "least_squares": "sum of squares / 2", "lad": f"sum of absolute values, as Huber losses of delta {m['delta']:g}"}
     return {"objective": f"{rules.get(m['loss'], m['loss'])}, of ln predicted - ln observed; value {m['objective']:.10g}",
             "optimizer and starts": f"starts over boxes of the constants, the best polished by Levenberg-Marquardt; {m['starts_agree']} of {m['starts']} "
             "polished starts agree", "convergence": f"{'converged' if m['converged'] else 'not converged'}, gradient {m['gradient_norm']:.1e}",

@@ -26,7 +26,8 @@ TARP_REACH = 3.0  # distance of the reference points, in standard errors
 @dataclass(frozen=True)
 class Coverage:
     """level: nominal. covered: name -> share of the simulations whose interval holds the truth; "a new run": mean share of the fitted
-    rows' prediction intervals that hold a new run there. ranks: free parameter -> [S], in (0, 1). tarp: [S], in (0, 1)."""
+    rows' prediction intervals that hold a new run there. ranks: free parameter -> those of the S in which it
+    did not end on its bound, in (0, 1). tarp: [S], in (0, 1)."""
 
     level: float
     simulations: int
@@ -105,7 +106,8 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
         if progress:
             progress(start + size, simulations)
     shares = {name: count / simulations for name, count in hits.items()} | {"a new run": run_hits / simulations}
-    return Coverage(fit.level, simulations, shares, dict(zip(fit.free, np.array(ranks).T, strict=True)), np.array(tarp))
+    by_name = {name: found[~np.isnan(found)] for name, found in zip(fit.free, np.array(ranks).T, strict=True)}
+    return Coverage(fit.level, simulations, shares, {name: found for name, found in by_name.items() if found.size}, np.array(tarp))
 
 
 def _asked(fit: Fit, names) -> dict[str, dict]:
@@ -137,10 +139,11 @@ def _simulated(fit: Fit, problem: Problem, z_F: np.ndarray, delta: float) -> Fit
 
 
 def _ranks(again: Fit, truth_F: np.ndarray) -> np.ndarray:
+    """[F]; NaN for a constant without an error, which ended on its bound."""
     errors = np.sqrt((again.scatter**2).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = (truth_F - again.coordinates) / errors
-    return stdtr(max(again.metrics["dof"], 1), np.where(np.isnan(ratio), 0.0, ratio))
+    return stdtr(max(again.metrics["dof"], 1), np.where(errors > 0.0, ratio, np.nan))
 
 
 def _tarp(again: Fit, truth_F: np.ndarray, rng: np.random.Generator) -> float:

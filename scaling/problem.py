@@ -164,6 +164,21 @@ class Problem:
                 jacobian[:, :, self.free.index(name)] = slope_SR / (STEP * total_SR)
         return np.log(total_SR) - self.log_loss, jacobian
 
+    def check_derivatives(self) -> None:
+        """ValueError when the law loses a derivative: it uses a function that drops imaginary parts, and the complex steps see a constant that
+        does nothing where a finite difference sees one that does."""
+        low, high = self.box()
+        middle = 0.5 * (np.maximum(low, -1e3) + np.minimum(high, 1e3))
+        residuals, jacobian = (part[0] for part in self.jacobian(middle[None]))
+        for i, name in enumerate(self.free):
+            step = 1e-4 * np.eye(len(middle))[i]
+            with np.errstate(invalid="ignore"):
+                change = np.abs(self.residuals((middle + step)[None]) - self.residuals((middle - step)[None]))[0]
+            seen = np.isfinite(residuals) & np.isfinite(change)
+            if seen.any() and not jacobian[seen, i].any() and change[seen].max() > 1e-8:
+                raise ValueError(f"law {self.law.name}: its derivative by {name} is lost; log_terms and combine must be analytic in the constants: "
+                                 "no abs, real, sign or rounding of them (write sqrt(x*x) for abs(x))")
+
     def _share(self, theta: Mapping, parts_SKR: np.ndarray, k: int) -> np.ndarray:
         """[S, R]: d loss / d ln(term k): the term itself in a plain sum."""
         if self.law.combine is None:

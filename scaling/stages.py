@@ -36,7 +36,8 @@ class Stage:
 
 
 def solved(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]] | None) -> Stage:
-    """One stage. priors: see `scaling.fit`."""
+    """One stage. priors: see `scaling.fit`. ValueError for a law that loses a derivative."""
+    problem.check_derivatives()
     return Stage(*with_priors(problem, delta, priors)) if priors else Stage(problem, solve(problem, delta))
 
 

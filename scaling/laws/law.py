@@ -19,7 +19,8 @@ A law that is no plain sum says how its terms make the loss. Only the starts the
                combine=lambda p, terms, x: terms[2] + np.exp(p["gamma"] * np.log(terms[0] + terms[1])))
 
 `log_terms` and `combine` must be written with array functions only (`namespace(value)` gives numpy or jax.numpy): they are called with
-complex numpy parameters, because derivatives are taken by complex steps, which are exact to rounding and compile nothing.
+complex numpy parameters, because derivatives are taken by complex steps, which are exact to rounding and compile nothing. So they must be analytic
+in the parameters: no abs, sign or rounding of them; a fit refuses a law whose derivative is lost that way.
 """
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from scaling.laws.mse_efficiency import error_of
 from scaling.observations import observe
 from scaling.pose import pose
 from scaling.starts import candidates
+from tests.scaling import fake_runs
 
 GRID_N, GRID_D = (part.ravel() for part in np.meshgrid([3e7, 1e8, 3e8, 1e9, 3e9], [1e9, 3e9, 1e10, 3e10, 1e11]))
 
@@ -211,3 +212,15 @@ def test_levels_broadcast_against_sizes_and_resamples():
     for column, scheme in enumerate(("int4", "baseline")):
         one = laws["free_efficiency"].predict({name: np.full((4, 1), value) for name, value in p.items()}, N=n[:, 0], D=1e10, scheme=scheme)
         np.testing.assert_allclose(one, np.tile(both[:, column], (4, 1)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("blind", [np.abs, np.real, lambda value: np.sign(np.real(value)) * np.abs(value)])
+def test_a_law_that_loses_a_derivative_is_refused(blind):
+    """abs, real and sign drop the imaginary part that a derivative travels in: alpha stayed at its start, and the fit called itself converged."""
+    def log_terms(p, x):
+        return -blind(p["alpha"]) * np.log(x["N"]), -p["beta"] * np.log(x["D"]), 0.0
+
+    law = Law(name="blind", about="A/N^alpha + B/D^beta + E", cite="none", inputs=("N", "D"), log_terms=log_terms,
+              parameters=(amplitude("A"), amplitude("B"), amplitude("E"), exponent("alpha"), exponent("beta")))
+    with pytest.raises(ValueError, match="law blind: its derivative by alpha is lost"):
+        scaling.fit(fake_runs.rows(noise=0.003), law)
