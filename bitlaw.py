@@ -22,7 +22,7 @@ USAGE = """usage: bitlaw VERB ...
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
-  plan FIT.json --compute 1e21         the best N, D and precision for a budget
+  plan FIT.json --compute 1e21         the best N, D and precision for a budget; --regions: which pass in which precision; --next: which run
   answer QUANTITY --until H --budget TIME sweep=NAME    train only those runs of a sweep that settle a question
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set

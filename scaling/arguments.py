@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 from scaling.plugins import module_names
@@ -79,14 +80,29 @@ def _predict(p: Parser) -> None:
 def _plan(p: Parser) -> None:
     p.add_argument("fit", metavar="FIT.json")
     p.add_argument("--compute", type=float, metavar="FLOP", help="budget of training and inference, in FLOP of 16 bits: 1e21")
-    p.add_argument("--cost-model", default="bits", metavar="NAME", help="bits (default: 6 N D bits/16), bit_operations, flops, a100, h100, h200, "
+    p.add_argument("--cost-model", metavar="NAME", help="bits (default: 6 N D bits/16), bit_operations, flops, a100, h100, h200, "
                    "b200, v5p, v6e (each also :int or :float), or your own speed-ups: speedups:4=2,8=1.6")
     p.add_argument("--fix", type=assignments, default={}, metavar="N=1e9,...", help="hold N, D, or inputs of the law: weights_bits=4")
     p.add_argument("--bits", type=widths, metavar="4,8,16", help="widths to choose from (default: any within those trained)")
     p.add_argument("--precision", action="append", default=[], metavar="NAME:INPUT=VALUE,...", help="a precision to choose from, by law inputs "
                    "and widths of costs: w4a8:weights_bits=4,activations_bits=8; give it again for each")
     p.add_argument("--inference-tokens", type=float, default=0.0, metavar="D", help="tokens to be served, at 2 N FLOP each, from the same budget")
-    p.add_argument("--memory", type=float, metavar="BYTES", help="of the weights: N weights_bits/8 at most")
+    p.add_argument("--memory", type=float, metavar="BYTES", help="of the weights: N weights_bits/8 at most; the table is then the iso-memory frontier")
+    regions = p.add_argument_group("regions of forward and backward precision (Quartet), instead of a plan")
+    regions.add_argument("--regions", nargs="?", const="training+inference", metavar="BUDGET", help="the D/N at which the best --scheme changes, for each "
+                         "size: for a budget of training+inference (default), or training alone")
+    regions.add_argument("--scheme", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="FP8:FP8, FP4:FP8:forward_speedup=2,eff_N=0.64; "
+                         "keys: forward_speedup, backward_speedup (over the base precision, default 1), eff_N, eff_D, or inputs of the law, such as "
+                         "forward=QuEST,backward=RTN or weights_bits=4; give it again for each")
+    regions.add_argument("--sizes", type=positives, metavar="1e8,1e9", help="parameters N_max (default: the powers of ten that may be predicted)")
+    regions.add_argument("--out", metavar="FILE", help="the map as .png, .pdf or .svg")
+    runs = p.add_argument_group("the next runs to train, instead of a plan")
+    runs.add_argument("--next", metavar="QUANTITY", help="rank --candidates by how much each is expected to shrink the interval of a constant, a "
+                      "functional of the law, or loss: optimal_bits, alpha, loss")
+    runs.add_argument("--at", type=assignments, default={}, metavar="compute=1e15,...", help="what the quantity depends on")
+    runs.add_argument("--candidates", nargs="+", default=[], metavar="NAME=V1,V2", help="the runs that could be trained, all combinations: "
+                      "N=1e6,2e6 D=2e7,4e7 bits=4,8; bits stands for all widths of the law")
+    runs.add_argument("--count", type=int, metavar="K", help="choose K, each given those before it (default: rank each by itself)")
     _extrapolate(p)
 
 
@@ -109,7 +125,8 @@ _BUILDERS = {
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
     "predict": ("Predicts the loss of a run, with its interval.", _predict),
-    "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.", _plan),
+    "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.\nOr, with --regions, which forward and "
+             "backward precision is the best for which size and data; with --next, which runs to train next.", _plan),
     "report": ("Writes one self-contained HTML page about a folder or a table of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
 
@@ -191,3 +208,33 @@ def widths(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of bits; give 4,8,16") from None
+
+
+def positives(text: str) -> list[float]:
+    """"1e8,1e9" -> [1e8, 1e9], as an argparse type."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < math.inf for value in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive numbers; give 1e8,1e9")
+    return found
+
+
+def keyed(texts: list[str], option: str, bare: bool = False) -> dict[str, dict[str, float | str]]:
+    """["w4:weights_bits=4,activations_bits=16"] -> {"w4": {"weights_bits": 4.0, ...}}. bare: a name alone will do. ValueError naming the
+    text that is none, or a name that is there twice."""
+    found = {}
+    for text in texts:
+        name, sign, rest = text.rpartition(":")
+        if bare and "=" not in rest:
+            name, rest = text, ""
+        elif not (name and sign):
+            raise ValueError(f"{option} {text}: not NAME:INPUT=VALUE,...")
+        if name in found:
+            raise ValueError(f"{option} {text}: the name {name} is given twice")
+        try:
+            found[name] = mixed(assignments(rest)) if rest else {}
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise ValueError(f"{option} {text}: {error}") from None
+    return found
