@@ -117,7 +117,24 @@ def _report(p: Parser) -> None:
     p.add_argument("--where", metavar="SQL", help="rows to use")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
+    _tuned(p)
     p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while a sweep goes on")
+
+
+def _tuned(p: Parser) -> None:
+    p.add_argument("--tuned", type=names, default=["lr"], metavar="COLUMN,...", help="columns that searches went over, for the best of k (default lr)")
+
+
+def _stats(p: Parser) -> None:
+    p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query")
+    p.add_argument("--columns", type=assignments, default={}, metavar="n_params=SQL,...", help="SQL expression of each column that has another name here: of "
+                   "a run table (N, D stand for n_params, tokens), or correct, questions, question, model of accuracies")
+    p.add_argument("--where", metavar="SQL", help="rows to use")
+    _tuned(p)
+    p.add_argument("--independent-evaluation", action="store_true", help="runs were evaluated on different tokens: the evaluation's error is taken off the "
+                   "variance between seeds")
+    p.add_argument("--reference", metavar="MODEL", help="the model that the others are paired with, question by question (default: the first)")
+    p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
 
 
 _BUILDERS = {
@@ -127,6 +144,8 @@ _BUILDERS = {
     "predict": ("Predicts the loss of a run, with its interval.", _predict),
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.\nOr, with --regions, which forward and "
              "backward precision is the best for which size and data; with --next, which runs to train next.", _plan),
+    "stats": ("Statistics of a sweep that need no law: variance between seeds and cells, loss gaps by matched seed, expected best of k runs of a "
+              "search, accuracies with their intervals.", _stats),
     "report": ("Writes one self-contained HTML page about a folder or a table of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
 

@@ -164,12 +164,18 @@ def _plan(arguments) -> int:
     return run_plan(arguments, _console())
 
 
+def _stats(arguments) -> int:
+    from scaling.stats_text import run_stats
+
+    return run_stats(arguments, _console())
+
+
 def _report(arguments) -> int:
     from scaling.report import report as write_report
 
     check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
-    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
+    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh, arguments.tuned)])
 
 
 def _analyse(source, bootstrap: int, **rows) -> Analysis:
@@ -305,4 +311,4 @@ def _progress():
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "report": _report}
+VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "stats": _stats, "report": _report}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from scaling import page
 from scaling.analysis import Analysis
 from scaling.result import MAX_CONDITION, Fit
+from scaling.searches import TUNED, searches
 from scaling.statistics import columns_of, paired_gaps
 from scaling.summary import noise_level
 from scaling.table import curves, telemetry
@@ -20,8 +22,8 @@ MAX_COLUMNS = 200  # steps in a heat map
 MADE_OF = "Final validation loss of each run"
 
 
-def figures(analysis: Analysis, source) -> list[str]:
-    """Numbered HTML figures. source: where the analysis came from; a folder may hold training curves."""
+def figures(analysis: Analysis, source, tuned: Sequence[str] = TUNED) -> list[str]:
+    """Numbered HTML figures. source: where the analysis came from; a folder may hold training curves. tuned: columns of searches."""
     from scaling import plots  # matplotlib takes most of a second to import; tables, fits and the CLI do without it
 
     made: list[str] = []
@@ -33,6 +35,7 @@ def figures(analysis: Analysis, source) -> list[str]:
         if analysis.runs:
             _of_losses(analysis, add, plots)
             _of_precisions(analysis, add)
+            _of_searches(analysis, tuned, add, plots)
         _of_training(analysis, source, add, plots)
         _of_telemetry(analysis, source, add, plots)
     return ["<h2>Figures</h2>", *made] if made else [page.paragraph("No run has finished with a finite loss: there is nothing to draw.")]
@@ -98,6 +101,15 @@ def _of_precisions(analysis: Analysis, add) -> None:
         f"Left: loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, mean over the pairs with its 95% interval"
         + ("; grey: the standard deviation of such a difference between seeds alone. " if noise else ". ")
         + "Middle: time per token as the runs were trained, whatever else ran beside them. Right: what weights and optimizer state take; gradients and activations come on top.")
+
+
+def _of_searches(analysis: Analysis, tuned: Sequence[str], add, plots) -> None:
+    """Best of k, where cells were searched."""
+    found = searches(analysis.relation, tuned)
+    if found:
+        add("Best of k", plots.best_of_k(found, analysis.runs), "What tuning is expected to reach.",
+            f"Expected lowest validation loss of a search of k runs over {', '.join(tuned)}, one panel per size, one line per precision and token budget"
+            " (thicker: more tokens). From the runs made, without bias: the mean over all choices of k different ones.")
 
 
 def _of_training(analysis: Analysis, source, add, plots) -> None:
