@@ -15,6 +15,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog.split()[-1]}: {message} (`{self.prog} --help` lists what is accepted)")
 
 
+class Merge(argparse.Action):
+    """NAME=VALUE lists of an option that is given more than once, together. A name that is there twice is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest) or {}
+        twice = next((name for name in values if name in before), None)
+        if twice:
+            raise ValueError(f"{option_string}: {twice} is given twice: {before[twice]} and {values[twice]}")
+        setattr(namespace, self.dest, before | values)
+
+
+LISTS = ("--fix", "--tie", "--prior", "--at")  # not --columns: SQL has signs of its own
+
+
+def joined(argv: list[str]) -> list[str]:
+    """["--fix", "a=4", "b=8"] -> ["--fix", "a=4,b=8"]: one more NAME=VALUE after a list of them belongs to it."""
+    made: list[str] = []
+    for text in argv:
+        if len(made) > 1 and made[-2] in LISTS and re.match(r"\w+(\[[^\[\]]+\])?=", text):
+            made[-1] += f",{text}"
+        else:
+            made.append(text)
+    return made
+
+
 def parser(verb: str) -> Parser:
     """The parser of a verb. ValueError for a verb that is not of this part."""
     if verb not in _BUILDERS:
@@ -33,13 +58,13 @@ def _table(p: Parser) -> None:
 
 def _rows(p: Parser) -> None:
     p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query: \"FROM 'runs/*.parquet'\"")
-    p.add_argument("--columns", type=assignments, default={}, metavar="N=SQL,...",
+    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="N=SQL,...",
                    help='SQL expression of each input, e.g. N=n_params,D=\'"Training FLOP"/6/"Model Size"\'')
     p.add_argument("--where", metavar="SQL", help='rows to use; window functions may be used: "row_number() OVER (ORDER BY loss DESC) > 5"')
     p.add_argument("--holdout", metavar="SQL", help='rows to predict and not to fit, e.g. "N = max(N) OVER ()"')
     p.add_argument("--loss", default="huber", help="huber (default), least_squares or lad (least absolute deviations)")
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
-    p.add_argument("--fix", type=assignments, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
+    p.add_argument("--fix", type=assignments, action=Merge, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
     p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
     p.add_argument("--weights", metavar="SQL", help="how much each row counts")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
@@ -50,8 +75,8 @@ def _fit(p: Parser) -> None:
     _rows(p)
     p.add_argument("--law", required=True, metavar="NAME|FORMULA", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain; or a "
                    'formula, "E + A/N^alpha + B/D^beta", with further inputs and boxes after semicolons: "...; width; alpha=0:1"')
-    p.add_argument("--tie", type=assignments, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
-    p.add_argument("--prior", type=assignments, default={}, metavar="alpha=0.35:0.05,...", help="Gaussian priors, mean:deviation (relative for E)")
+    p.add_argument("--tie", type=assignments, action=Merge, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
+    p.add_argument("--prior", type=assignments, action=Merge, default={}, metavar="alpha=0.35:0.05,...", help="Gaussian priors, mean:deviation (relative for E)")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
     p.add_argument("--resample", default="cells", metavar="KIND", help="of --bootstrap: cells (default) or wild")
     p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
@@ -82,7 +107,7 @@ def _plan(p: Parser) -> None:
     p.add_argument("--compute", type=float, metavar="FLOP", help="budget of training and inference, in FLOP of 16 bits: 1e21")
     p.add_argument("--cost-model", metavar="NAME", help="bits (default: 6 N D bits/16), bit_operations, flops, a100, h100, h200, "
                    "b200, v5p, v6e (each also :int or :float), or your own speed-ups: speedups:4=2,8=1.6")
-    p.add_argument("--fix", type=assignments, default={}, metavar="N=1e9,...", help="hold N, D, or inputs of the law: weights_bits=4")
+    p.add_argument("--fix", type=assignments, action=Merge, default={}, metavar="N=1e9,...", help="hold N, D, or inputs of the law: weights_bits=4")
     p.add_argument("--bits", type=widths, metavar="4,8,16", help="widths to choose from (default: any within those trained)")
     p.add_argument("--precision", action="append", default=[], metavar="NAME:INPUT=VALUE,...", help="a precision to choose from, by law inputs "
                    "and widths of costs: w4a8:weights_bits=4,activations_bits=8; give it again for each")
@@ -99,7 +124,7 @@ def _plan(p: Parser) -> None:
     runs = p.add_argument_group("the next runs to train, instead of a plan")
     runs.add_argument("--next", metavar="QUANTITY", help="rank --candidates by how much each is expected to shrink the interval of a constant, a "
                       "functional of the law, or loss: optimal_bits, alpha, loss")
-    runs.add_argument("--at", type=assignments, default={}, metavar="compute=1e15,...", help="what the quantity depends on")
+    runs.add_argument("--at", type=assignments, action=Merge, default={}, metavar="compute=1e15,...", help="what the quantity depends on")
     runs.add_argument("--candidates", nargs="+", default=[], metavar="NAME=V1,V2", help="the runs that could be trained, all combinations: "
                       "N=1e6,2e6 D=2e7,4e7 bits=4,8; bits stands for all widths of the law")
     runs.add_argument("--count", type=int, metavar="K", help="choose K, each given those before it (default: rank each by itself)")
@@ -112,7 +137,7 @@ def _extrapolate(p: Parser) -> None:
 
 def _report(p: Parser) -> None:
     p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query")
-    p.add_argument("--columns", type=assignments, default={}, metavar="n_params=SQL,...",
+    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...",
                    help="SQL expression of each column of a run table that has another name here; N, D stand for n_params, tokens")
     p.add_argument("--where", metavar="SQL", help="rows to use")
     p.add_argument("--out", required=True, metavar="FILE.html")
@@ -127,7 +152,7 @@ def _tuned(p: Parser) -> None:
 
 def _stats(p: Parser) -> None:
     p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query")
-    p.add_argument("--columns", type=assignments, default={}, metavar="n_params=SQL,...", help="SQL expression of each column that has another name here: of "
+    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...", help="SQL expression of each column that has another name here: of "
                    "a run table (N, D stand for n_params, tokens), or correct, questions, question, model of accuracies")
     p.add_argument("--where", metavar="SQL", help="rows to use")
     _tuned(p)
@@ -249,7 +274,7 @@ def keyed(texts: list[str], option: str, bare: bool = False) -> dict[str, dict[s
         if bare and "=" not in rest:
             name, rest = text, ""
         elif not (name and sign):
-            raise ValueError(f"{option} {text}: not NAME:INPUT=VALUE,...")
+            raise ValueError(f"{option} {text}: not NAME:INPUT=VALUE,..., such as w4a8:weights_bits=4,activations_bits=8")
         if name in found:
             raise ValueError(f"{option} {text}: the name {name} is given twice")
         try:

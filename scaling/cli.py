@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.arguments import numbers, parser, priors
+from scaling.arguments import joined, numbers, parser, priors
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def run(verb: str, argv: list[str]) -> int:
     """Runs `bitlaw verb argv`. Returns the exit code."""
     try:
-        arguments = parser(verb).parse_args(argv)
+        arguments = parser(verb).parse_args(joined(argv))
         load_plugins(arguments.plugins)
         return VERBS[verb](arguments)
     except ValueError as error:

@@ -160,7 +160,7 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fit
     ("report", ["none", "--out", "x.html", "--plugins", "json,no.such"], "--plugins no.such: cannot be imported"),
     ("table", ["RUNS", "--out", "x.csv", "--plugins", "a,,b"], "argument --plugins: '' is not the name of a module"),
     ("predict", ["FIT.json", "N=1", "--plugins", "../mine.py"], "argument --plugins: '../mine.py' is not the name of a module"),
-    ("explain", [], "explain: unknown; scaling has table, fit, compare, predict, plan, report"),
+    ("explain", [], "explain: unknown; scaling has table, fit, compare, predict, plan, stats, report"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
