@@ -52,7 +52,10 @@ def parser(verb: str) -> Parser:
 
 
 def _table(p: Parser) -> None:
-    p.add_argument("sources", nargs="+", metavar="DIR", help="folders of runs")
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="folders of runs, or one .csv, .parquet, .json or DuckDB query")
+    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...",
+                   help="SQL expression of each column of a run table that has another name here; N, D stand for n_params, tokens")
+    p.add_argument("--where", metavar="SQL", help="rows to write")
     p.add_argument("--out", required=True, metavar="FILE", help="FILE.parquet or FILE.csv")
 
 
@@ -163,7 +166,7 @@ def _stats(p: Parser) -> None:
 
 
 _BUILDERS = {
-    "table": ("Writes the run table of folders of runs.", _table),
+    "table": ("Writes the run table of folders of runs, or a table of yours with the columns of one (absent ones NULL, its own kept).", _table),
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
     "predict": ("Predicts the loss of a run, with its interval.", _predict),

@@ -33,8 +33,14 @@ def search_section(analysis: Analysis, tuned: Sequence[str]) -> list[str]:
 
 
 def accuracy_section(analysis: Analysis) -> list[str]:
-    """Accuracies, where the table has them."""
-    if not accuracies.carries(analysis.relation.columns) or not (found := accuracies.accuracies(analysis.relation)):
+    """Accuracies, where the table has them, or why they cannot be told: a report is never an error."""
+    if not accuracies.carries(analysis.relation.columns):
+        return []
+    try:
+        found = accuracies.accuracies(analysis.relation)
+    except ValueError as error:
+        return [page.paragraph(f"No accuracies: {error}.", "note")]
+    if not found:
         return []
     text = "Credible intervals (95%): of one accuracy under a uniform prior, of two models on the same questions under a uniform prior on the four outcomes."
     return ["<h2>Accuracies</h2>", page.table(ACCURACY_HEADER, [accuracy_cells(one) for one in found], (1, 2, 4, 5, 7)), page.paragraph(text, "note")]

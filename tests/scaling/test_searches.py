@@ -101,6 +101,13 @@ def test_report_shows_searches_where_there_are_some(tmp_path):
     text = scaling.report(table, tmp_path / "r.html", scaling.analyse(table, bootstrap=0)).read_text(encoding="utf-8")
     assert "<h2>Searches over lr</h2>" in text and "What tuning is expected to reach." in text and f"{by_hand(table, 'int4', 2):.4f}" in text
     assert "between cells" in text and "between seeds" in text
+    counted = table | {"correct": np.full(24, 45), "questions": np.full(24, 60), "model": table["run_id"]}
+    text = scaling.report(counted, tmp_path / "r.html", scaling.analyse(counted, bootstrap=0)).read_text(encoding="utf-8")
+    low, high = stats.beta.ppf([0.025, 0.975], 46, 16)
+    assert "<h2>Accuracies</h2>" in text and text.count(f"{low:.2%} to {high:.2%}") == 24
+    wrong = table | {"correct": np.full(24, 61), "questions": np.full(24, 60)}
+    text = scaling.report(wrong, tmp_path / "r.html", scaling.analyse(wrong, bootstrap=0)).read_text(encoding="utf-8")
+    assert "No accuracies: proportion: successes=61, trials=60" in text
     plain = fake_runs.rows(sizes={"2k": 2_304})
     text = scaling.report(plain, tmp_path / "r.html", scaling.analyse(plain, bootstrap=0)).read_text(encoding="utf-8")
     assert "Searches over" not in text and "between cells" not in text and "What tuning" not in text
