@@ -10,7 +10,7 @@ from rich.table import Table
 
 from scaling.arguments import keyed, mixed
 from scaling.files import check_target, write_whole
-from scaling.reach import MAX_REACH, refuse_far
+from scaling.reach import MAX_REACH, reaches, refuse_far
 from scaling.regions import BUDGETS, Scheme, boundary, spans
 from scaling.result import Estimate, Fit
 
@@ -35,7 +35,7 @@ def run_regions(fit: Fit, arguments, console: Console) -> int:
         check_target(arguments.out, SUFFIXES)
     schemes = schemes_of(fit, arguments.scheme)
     at = baseline(fit, None, mixed(dict(arguments.fix)))
-    sizes = sorted(arguments.sizes or _sizes(fit, schemes, budget, arguments.extrapolate))
+    sizes = sorted(arguments.sizes or _sizes(fit, schemes, budget))
     rows, limits = [], {}
     for size in sizes:
         limits[size] = _ratios(fit, schemes, size, budget, arguments.extrapolate)
@@ -44,7 +44,7 @@ def run_regions(fit: Fit, arguments, console: Console) -> int:
             end = following and _boundary(fit, at, schemes[span.best], schemes[following.best], size, span, following, budget)
             rows.append((size, schemes[span.best].name, span.low, span.high, end))
     console.print(_table(fit, rows, budget))
-    for line in _facts(fit, schemes, limits, arguments.extrapolate):
+    for line in _facts(fit, schemes, rows, limits, arguments.extrapolate):
         print(line)
     if arguments.out:
         print(f"written: {_draw(fit, schemes, at, sizes, limits, arguments)}")
@@ -68,7 +68,7 @@ def schemes_of(fit: Fit, texts: Sequence[str]) -> list[Scheme]:
     return found
 
 
-def _sizes(fit: Fit, schemes: Sequence[Scheme], budget: str, extrapolate: bool) -> list[float]:
+def _sizes(fit: Fit, schemes: Sequence[Scheme], budget: str) -> list[float]:
     """The powers of ten from the smallest fitted size to the largest that may be predicted; the fitted ends where there is none."""
     low, high = fit.ranges["N"]
     largest = high * MAX_REACH / max(scheme.growth(budget)[0] for scheme in schemes)
@@ -119,29 +119,30 @@ def _table(fit: Fit, rows: list[tuple], budget: str) -> Table:
     return made
 
 
-def _facts(fit: Fit, schemes: Sequence[Scheme], limits: dict, extrapolate: bool) -> list[str]:
+def _facts(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], limits: dict, extrapolate: bool) -> list[str]:
+    """What each scheme is, what was looked at, and how far that lies from the runs."""
     lines = []
     for scheme in schemes:
         own = ", ".join(f"{key}={value}" for key, value in scheme.inputs.items())
         lines.append(f"{scheme.name}: forward {scheme.forward_speedup:g}x, backward {scheme.backward_speedup:g}x, so training "
                      f"{scheme.training_speedup:.4g}x; " + (f"the law at {own}" if own else f"effN {scheme.eff_N:g}, effD {scheme.eff_D:g}, taken as exact"))
-    far = []
     for size, (low, high) in limits.items():
-        (N_low, N_high), (D_low, D_high) = fit.ranges["N"], fit.ranges["D"]
-        if extrapolate and (size < N_low / MAX_REACH or size > N_high * MAX_REACH):
-            far.append(f"{size:.4g} parameters are {max(size / N_high, N_low / size):.3g} times outside of the fitted {N_low:.4g} to {N_high:.4g}")
-        elif not extrapolate and (low > LOWEST or high < HIGHEST):
+        if not extrapolate and (low > LOWEST or high < HIGHEST):
             lines.append(f"{size:.4g} parameters: D/N from {low:.4g} to {high:.4g} is within {MAX_REACH:g} times of what was fitted; --extrapolate looks further")
-    return lines + [f"extrapolated: {sentence}" for sentence in far]
+        ends = [ratio for N, _, _, ratio, end in rows if N == size and end is not None]
+        for at in [{"N": size, "D": size * ratio} for ratio in ends] or [{"N": size}]:
+            where = f"boundary at {at['D'] / size:.4g} tokens per parameter: " if "D" in at else ""
+            lines += [f"extrapolated: {where}{sentence}" for _, sentence in reaches(fit.ranges, at).values()]
+    return lines
 
 
 def _draw(fit: Fit, schemes: Sequence[Scheme], at, sizes: list[float], limits: dict, arguments):
-    """Writes the map of the sizes asked for, and half a decade to each side, over the ratios looked at."""
+    """Writes the map from the smallest to the largest size, half a decade to each side of a single one, over the ratios looked at."""
     from scaling.figures.region_map import region_map
     from scaling.figures.sheet import PAPER
 
     margin = math.sqrt(10.0) if len(sizes) == 1 else 1.0
     ends = np.array(list(limits.values()))
-    ratios = (max(float(ends[:, 0].min()), 10.0 if arguments.extrapolate else LOWEST), min(float(ends[:, 1].max()), 3000.0 if arguments.extrapolate else HIGHEST))
+    ratios = (10.0, 3000.0) if arguments.extrapolate else (float(ends[:, 0].min()), float(ends[:, 1].max()))
     figure = region_map(fit, schemes, (sizes[0] / margin, sizes[-1] * margin), ratios, at=at, budget=arguments.regions, extrapolate=arguments.extrapolate)
     return write_whole(arguments.out, lambda partial: figure.savefig(partial, format=arguments.out.rsplit(".", 1)[1], dpi=PAPER["savefig.dpi"]), SUFFIXES)

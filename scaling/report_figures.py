@@ -113,8 +113,8 @@ def _of_roles(analysis: Analysis, add) -> None:
     if means:
         hidden = len(means) - role_losses.MAX_ROWS
         add("What rounding loses", role_losses.figure(means), "What rounding loses, by role.",
-            "Of one batch's values at the end of a run, in the role's first product; means over layers, sites and the runs of a precision. Keys and values (kv), scores and "
-            "probabilities are attention's. Empty: no run quantizes the role." + (f" {hidden} wider precisions are not drawn." if hidden > 0 else ""))
+            "Of one batch's values at the end of a run, in the role's first product; means over layers, sites and the runs of a precision. Keys and "
+            "values (kv), scores and probabilities are attention's. Empty: no run quantizes the role." + (f" {hidden} wider precisions are not drawn." if hidden > 0 else ""))
 
 
 def _of_searches(analysis: Analysis, tuned: Sequence[str], add, plots) -> None:

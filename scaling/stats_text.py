@@ -66,7 +66,8 @@ def _of_runs(relation, arguments, console: Console) -> None:
     if gaps:
         console.print(_gap_table(gaps, reference))
     else:
-        print("gaps by matched seed: " + ("no quantized run matches an unquantized one in all but the precision" if reference else "no unquantized run to take them against"))
+        print("gaps by matched seed: " + ("no quantized run matches an unquantized one in all but the precision" if reference
+                                          else "no unquantized run to take them against"))
     found = searches(relation, arguments.tuned)
     if found:
         console.print(_search_table(found, arguments.tuned))

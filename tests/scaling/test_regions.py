@@ -77,7 +77,8 @@ def test_command_line_prints_the_published_boundaries_and_draws_them(planted, tm
     assert [row[1] for row in rows] == ["FP8:FP4", "FP4:FP4"] * 4
     assert {float(row[0]): float(row[3]) for row in rows if row[1] == "FP8:FP4"} == pytest.approx(PUBLISHED, abs=0.06)
     assert "FP4:FP8: forward 2x, backward 1x, so training 1.2x; effN 0.64, effD 1, taken as exact" in out
-    assert "extrapolated: 1e+11 parameters are 33.3 times outside of the fitted 3e+07 to 3e+09" in out
+    assert "extrapolated: boundary at 169.8 tokens per parameter: N = 1e+11 parameters is 33.3 times above the fitted range, 3e+07 to 3e+09" in out
+    assert "extrapolated: boundary at 169.8 tokens per parameter: D = 1.698e+13 tokens is 170 times above the fitted range, 1e+09 to 1e+11" in out
     assert matplotlib.image.imread(tmp_path / "map.png").shape[1] == 680  # 3.4 inches
 
 
