@@ -56,7 +56,7 @@ def figure(means: dict[str, np.ndarray]) -> Figure:
                     continue
                 face = shades(norm(share)) if share > 0 else "#f7f7f7"
                 axis.add_patch(matplotlib.patches.Rectangle((column - 0.48, row - 0.45), 0.96, 0.9, color=face, lw=0))
-                dark = share > 0.03
+                dark = share > 0.01
                 axis.text(column, row, _told(share), ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
         axis.set_xticks(range(len(kept)), [ROLES[i].replace("output_", "output\n") for i in kept])
         axis.set_xlim(-0.6, len(kept) - 0.4)
