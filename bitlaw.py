@@ -22,8 +22,9 @@ USAGE = """usage: bitlaw VERB ...
   fit TABLE --law NAME                 fit a scaling law
   compare TABLE --laws A,B --holdout SQL
   predict FIT.json N=1e9 D=2e10 ...    a prediction with its interval
-  plan FIT.json --compute 1e21         the best N, D and precision for a budget
+  plan FIT.json --compute 1e21         the best N, D and precision for a budget; --regions: which pass in which precision; --next: which run
   answer QUANTITY --until H --budget TIME sweep=NAME    train only those runs of a sweep that settle a question
+  stats TABLE                          variance between seeds, gaps by matched seed, best of k, accuracies: no law needed
   report DIR --out report.html         one self-contained page
   data NAME                            prepare a data set
   wandb-sync DIR [--again]             replay finished runs to Weights & Biases ($WANDB_MODE, offline by default)
@@ -67,7 +68,7 @@ def _formats(argv: list[str]) -> int:
 def _dispatch(verb: str, argv: list[str]) -> int:
     if verb == "formats":
         return _formats(argv)
-    if verb in ("table", "fit", "compare", "predict", "plan", "report"):
+    if verb in ("table", "fit", "compare", "predict", "plan", "stats", "report"):
         _part("scaling")
         return importlib.import_module("scaling.cli").run(verb, argv)
     _part("trainer")
@@ -145,7 +146,7 @@ def _demo(argv: list[str]) -> int:
 
 
 PLAIN = ("demo", "status", "wandb-sync", "formats")  # verbs whose line of USAGE says it all
-VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "answer", "report", "data", "wandb-sync", "formats")
+VERBS = ("demo", "train", "sweep", "status", "table", "fit", "compare", "predict", "plan", "answer", "stats", "report", "data", "wandb-sync", "formats")
 
 
 def main(argv: list[str] | None = None) -> int:

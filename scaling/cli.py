@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.arguments import numbers, parser, priors
+from scaling.arguments import joined, numbers, parser, priors
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
-from scaling.table import TABLE_SUFFIXES, table, write_table
+from scaling.table import RUN_COLUMNS, TABLE_SUFFIXES, is_query, table, write_table
 
 if TYPE_CHECKING:
     from scaling.analysis import Analysis
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def run(verb: str, argv: list[str]) -> int:
     """Runs `bitlaw verb argv`. Returns the exit code."""
     try:
-        arguments = parser(verb).parse_args(argv)
+        arguments = parser(verb).parse_args(joined(argv))
         load_plugins(arguments.plugins)
         return VERBS[verb](arguments)
     except ValueError as error:
@@ -56,13 +56,27 @@ def conclude(folder: str | Path) -> int:
 
 def _table(arguments) -> int:
     check_target(arguments.out, TABLE_SUFFIXES)
-    relation = table(arguments.sources)
+    relation = _rows_of(arguments.sources)
+    if arguments.columns or arguments.where or not all(name in relation.columns for name in RUN_COLUMNS):
+        from scaling.analysis import with_run_columns
+
+        relation = with_run_columns(relation, arguments.columns, arguments.where)
     if not len(relation):
-        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is")
+        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is" if not arguments.where
+                         else f"where {arguments.where}: selects no row")
     out = write_table(relation, arguments.out)
     states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
     print(f"{out}: {sum(states.values())} runs ({', '.join(f'{number} {state}' for state, number in states.items())})")
     return 0
+
+
+def _rows_of(sources: list[str]):
+    """Folders of runs together, or one file or query. ValueError for a mixture: which row is a copy of which, only folders tell."""
+    others = [source for source in sources if not Path(source).is_dir() and (Path(source).is_file() or is_query(source))]
+    if others and len(sources) > 1:
+        raise ValueError(f"table: {others[0]} is a file or a query, which is read alone; put several together by a query: "
+                         "\"FROM 'a.csv' UNION ALL BY NAME FROM 'b.csv'\"")
+    return table(others[0] if others else sources)
 
 
 def _fit(arguments) -> int:
@@ -164,12 +178,18 @@ def _plan(arguments) -> int:
     return run_plan(arguments, _console())
 
 
+def _stats(arguments) -> int:
+    from scaling.stats_text import run_stats
+
+    return run_stats(arguments, _console())
+
+
 def _report(arguments) -> int:
     from scaling.report import report as write_report
 
     check_target(arguments.out)
     analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
-    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
+    return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh, arguments.tuned)])
 
 
 def _analyse(source, bootstrap: int, **rows) -> Analysis:
@@ -305,4 +325,4 @@ def _progress():
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "report": _report}
+VERBS = {"table": _table, "fit": _fit, "compare": _compare, "predict": _predict, "plan": _plan, "stats": _stats, "report": _report}

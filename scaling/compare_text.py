@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from scaling.compare import Comparison
-from scaling.files import check_target
+from scaling.files import check_target, locked
 from scaling.held_out import LeftOut, Pooled, pool
 from scaling.observations import observe
 from scaling.thresholdout import SPENT, Thresholdout, guarded, load_guard
@@ -58,14 +58,11 @@ def with_guard(comparison: Comparison, arguments) -> tuple[Comparison, list[str]
     path, mark = Path(arguments.guard), held_out_mark(comparison, arguments)
     asked = {name: getattr(arguments, f"guard_{name}") for name in ("threshold", "scale", "budget")}
     given = {name: value for name, value in asked.items() if value is not None}
-    guard = load_guard(path) if path.exists() else Thresholdout(**given, seed=arguments.seed, held_out=mark)
-    if guard.held_out != mark:
-        raise ValueError(f"guard {path}: belongs to other held-out rows; a new held-out set needs a new file")
-    for name, value in given.items():
-        if getattr(guard, name) != value:
-            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows are in use")
-    seen = guarded(comparison, guard.ask)
-    guard.save(path)
+    with locked(path):  # reading, asking and writing are one step: two comparisons at once must not spend the same answer twice
+        guard = load_guard(path) if path.exists() else Thresholdout(**given, seed=arguments.seed, held_out=mark)
+        _refuse_guard(guard, path, mark, given)
+        seen = guarded(comparison, guard.ask)
+        guard.save(path)
     lines = [f"guard: {fitted.label}: held-out error from the {fitted.metrics['held_out']['source']} rows" if
              fitted.metrics["held_out"]["source"] in ("training", "held-out") else f"guard: {fitted.label}: {fitted.metrics['held_out']['source']}"
              for fitted in seen.fits]
@@ -73,6 +70,15 @@ def with_guard(comparison: Comparison, arguments) -> tuple[Comparison, list[str]
     lines.append(f"guard: {path}: {guard.asked} questions so far, {left} of {guard.budget} answers left (threshold {guard.threshold:g}, noise "
                  f"{guard.scale:g})" + ("; these rows have been used up, hold out others" if not left else ""))
     return seen, lines
+
+
+def _refuse_guard(guard: Thresholdout, path: Path, mark: str, given: dict) -> None:
+    """ValueError when the guard is of other rows or has other settings."""
+    if guard.held_out != mark:
+        raise ValueError(f"guard {path}: belongs to other held-out rows; a new held-out set needs a new file")
+    for name, value in given.items():
+        if getattr(guard, name) != value:
+            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows are in use")
 
 
 def check_guard(arguments) -> None:

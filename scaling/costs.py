@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -31,7 +31,8 @@ class CostModel:
     """price(a, b): cost of one FLOP of a product of operands of widths a and b (arrays of bits that broadcast), 1 for 16 x 16 bits.
 
     about: the rule, one line. widths: bits at which the price jumps, () when it is smooth: no other width can be the best one.
-    rate: dense peak of the device at 16 bits, FLOP/s, None when the model is of no device. source: where the rates are from.
+    rate: dense peak of the device at 16 bits, FLOP/s, None when the model is of no device. source: where the rates are from. doubts: width
+    -> what is not certain of the rate there.
     """
 
     name: str
@@ -40,6 +41,14 @@ class CostModel:
     widths: tuple[float, ...] = ()
     rate: float | None = None
     source: str = ""
+    doubts: Mapping[float, str] = field(default_factory=dict)
+
+    def doubts_of(self, precision: Mapping) -> list[str]:
+        """What is not certain of the rates that a precision is priced at; empty for most."""
+        weights, activations, gradients = (float(width) for width in operand_widths(precision))
+        wider = (max(weights, activations), max(weights, gradients), max(activations, gradients))
+        used = {next((width for width in self.widths if width >= bits), math.inf) for bits in wider} if self.doubts else set()
+        return [text for width, text in self.doubts.items() if width in used]
 
     def per_pair(self, precision: Mapping) -> np.ndarray:
         """Training cost per parameter and token, in FLOP of 16 bits: 6 at 16 bits. `precision`: see `operand_widths`."""
@@ -105,28 +114,38 @@ def speedups(factors: Mapping[float, float]) -> CostModel:
 
 @dataclass(frozen=True)
 class Device:
-    """rates: dtype -> (bits of an operand, dense peak in FLOP/s); no structured sparsity. source: the vendor's document."""
+    """rates: dtype -> (bits of an operand, dense peak in FLOP/s); no structured sparsity. source: the vendor's document. doubts: dtype -> why its
+    rate is not certain, told wherever it is used.
+
+    Vendor figures are those printed in the document named. Those that NVIDIA prints with sparsity alone are halved (H200, B200), so they are as coarse
+    as what is printed: half of 2.2 PFLOPS for the TF32 of B200, where eight of them are 18, half of 2.25. What a document leaves out and others
+    report is secondary, and in `doubts`. The whitepapers' rates of A100 and H100 also follow from units and clocks (tests/scaling/test_costs.py).
+    """
 
     name: str
     rates: Mapping[str, tuple[float, float]]
     source: str
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
 
 T = 1e12
 _HOPPER = {"int8": (8, 1978.9 * T), "float8": (8, 1978.9 * T), "bfloat16": (16, 989.4 * T), "tf32": (19, 494.7 * T), "float32": (32, 66.9 * T)}
 DEVICES = {device.name: device for device in (
     Device("a100", {"int4": (4, 1248 * T), "int8": (8, 624 * T), "bfloat16": (16, 312 * T), "tf32": (19, 156 * T), "float32": (32, 19.5 * T)},
-           "NVIDIA A100 Tensor Core GPU Architecture whitepaper, table of peak rates (A100 SXM, without sparsity); no FP8"),
-    Device("h100", _HOPPER, "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04, table of peak rates (H100 SXM5, without sparsity)"),
-    Device("h200", _HOPPER, "NVIDIA H200 datasheet: the rates of H100 SXM5 (it prints them with sparsity: 1,979 BF16, 3,958 FP8)"),
+           "vendor: NVIDIA A100 Tensor Core GPU Architecture whitepaper, table of peak rates (A100 SXM, without sparsity); no FP8"),
+    Device("h100", _HOPPER, "vendor: NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04, table of peak rates (H100 SXM5, without sparsity)"),
+    Device("h200", _HOPPER, "vendor: NVIDIA H200 datasheet, the rates of H100 SXM5 (it prints them with sparsity: 1,979 BF16, 3,958 FP8)"),
     Device("b200", {"float4": (4, 9000 * T), "float6": (6, 4500 * T), "float8": (8, 4500 * T), "int8": (8, 4500 * T), "bfloat16": (16, 2250 * T),
                     "tf32": (19, 1100 * T), "float32": (32, 75 * T)},
-           "NVIDIA Blackwell datasheet, HGX B200, per GPU: half of the printed rates with sparsity (FP4 18, FP8/FP6 9, INT8 9, BF16 4.5, "
-           "TF32 2.2 PFLOPS; FP32 75 TFLOPS)"),
+           "vendor: NVIDIA Blackwell datasheet, HGX B200, per GPU, half of the printed rates with sparsity (FP4 18, FP8/FP6 9, INT8 9, BF16 4.5, "
+           "TF32 2.2 PFLOPS); FP32 75 TFLOPS",
+           {"float32": "B200's FP32 rate of 75 TFLOPS is the datasheet's; an earlier NVIDIA brief is reported with 80"}),
     Device("v5p", {"int8": (8, 918 * T), "float8": (8, 459 * T), "bfloat16": (16, 459 * T)},
-           "Google Cloud, TPU v5p system architecture: BF16 459, FP8 459 TFLOP/s; INT8 918 TOP/s from the announcement of 6 December 2023"),
-    Device("v6e", {"int8": (8, 1836 * T), "bfloat16": (16, 918 * T)},
-           "Google Cloud, TPU v6e system architecture: peak compute per chip, BF16 918 TFLOP/s, INT8 1836 TOP/s"),
+           "vendor: Google Cloud, TPU v5p (BF16 459 TFLOP/s) and the comparison in TPU7x (FP8 459); INT8 918 is secondary",
+           {"int8": "v5p's INT8 rate of 918 TOPS is not in Google's system architecture, which prints BF16 alone; it is known from reports of the announcement "
+                    "of 6 December 2023. v5p:float plans without it"}),
+    Device("v6e", {"int8": (8, 1836 * T), "float8": (8, 918 * T), "bfloat16": (16, 918 * T)},
+           "vendor: Google Cloud, TPU v6e, peak compute per chip (BF16 918 TFLOP/s, INT8 1836 TOP/s) and the comparison in TPU7x (FP8 918)"),
 )}
 
 
@@ -144,9 +163,10 @@ def device(name: str, kind: str = "") -> CostModel:
     for bits, rate in kept.values():
         rates[float(bits)] = max(rate, rates.get(float(bits), 0.0))
     full = name + (f":{kind}" if kind else "")
+    doubts = {float(made.rates[dtype][0]): text for dtype, text in made.doubts.items() if dtype in kept and made.rates[dtype][1] == rates[made.rates[dtype][0]]}
     listed = ", ".join(f"{dtype} {rate / T:g}" for dtype, (_, rate) in kept.items())
     return CostModel(full, f"6 N D at the dense peak of the fastest dtype as wide, TFLOP/s: {listed}", _stepped(rates, full),
-                     tuple(sorted(rates)), rates[FULL], made.source)
+                     tuple(sorted(rates)), rates[FULL], made.source, doubts)
 
 
 SMOOTH = {model.name: model for model in (

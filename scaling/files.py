@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and one process at a time where that matters."""
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+PATIENCE_S = 30.0  # for a file that another process has locked
 
 
 def check_target(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> Path:
@@ -29,3 +34,42 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object], suffix
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def locked(path: str | os.PathLike, patience: float = PATIENCE_S) -> Iterator[None]:
+    """Nobody else is inside `locked(path)` meanwhile, in this process or another. ValueError when it stays taken for `patience` seconds.
+
+    The lock is the system's, on a hidden file beside `path`: it ends with the process that holds it, however that ends, so none is ever
+    stale. Who holds it removes the file, so who gets a lock looks whether its file is still the one there.
+    """
+    path = Path(path)
+    beside, since = path.with_name(f".{path.name}.lock"), time.monotonic()
+    while True:
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(handle, beside):
+                break
+        except BlockingIOError:
+            if time.monotonic() - since > patience:
+                os.close(handle)
+                raise ValueError(f"{path}: another process has it locked since {patience:g} seconds; wait for it to end") from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    """Whether the open file is the one called `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

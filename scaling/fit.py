@@ -51,6 +51,9 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
         raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
     if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:
         raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
+    twice = next((name for name in ties or () if name in (fixed or {})), None)
+    if twice:
+        raise ValueError(f"ties: {twice}={ties[twice]}: {twice} is also fixed, at {fixed[twice]:g}; give one of the two")
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
     observed = observe(table, resolved, columns, where, holdout, weights, base)

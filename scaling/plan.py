@@ -158,7 +158,9 @@ def _choices(fit: Fit, model: CostModel, fix: Mapping, bits, precisions) -> tupl
 def _width_choices(fit: Fit, model: CostModel, fix: Mapping, swept: tuple[str, ...], bits: list | None) -> tuple[Choices, list[str]]:
     """The widths asked for, those at which the price jumps, or all, within those trained."""
     if not swept:
-        raise ValueError(f"plan: bits={bits}: {fit.label} has no width left to choose; it sees {', '.join(fit.law.inputs)}")
+        given = ", ".join(f"{name}={fix[name]:g}" for name in fit.at_width(1.0) if name in fix)
+        raise ValueError(f"plan: bits={bits}: {fit.label} has no width left to choose; " +
+                         (f"fixed are {given}: leave one of them free, or bits out" if given else f"it sees {', '.join(fit.law.inputs)}"))
     if bits is not None and not (bits and all(isinstance(b, (int, float)) and 0 < b < math.inf for b in bits)):
         raise ValueError(f"plan: bits={bits}: need positive numbers of bits")
     low = max(fit.ranges.get(name, (0.0, math.inf))[0] for name in swept)
@@ -256,6 +258,11 @@ def _notes(fit: Fit, budget: Budget, best: Optimum, choices: Choices, swept: tup
         for end, word in ((choices.low, "fewer"), (choices.high, "more")):
             if abs(width - end) <= EDGE * end:
                 notes.append(f"the best width is at the end of those trained, {end:g} bits: {word} may be better still")
+    if len(swept) > 1 and not fit.one_knob:
+        each = ",".join(f"{name}={width}" for name, width in zip(swept, (4, 8, 16), strict=False))
+        notes.append(f"{', '.join(swept)} share one width here; for widths of their own --fix {each}, or to choose among several a --precision "
+                     f"NAME:{each} for each (in Python fix, precisions)")
+    notes += budget.model.doubts_of(best.precision)
     spent = float(budget.cost(best.N, best.D, best.precision))
     if budget.compute is not None and spent < 0.999 * budget.compute:
         notes.append(f"{spent / budget.compute:.3g} of the budget is spent: " + ("N and D are given" if budget.N and budget.D else

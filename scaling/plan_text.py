@@ -1,13 +1,12 @@
 """What `bitlaw plan` prints: the plan as a table, the best of each precision below it, then what to know before believing it."""
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from scaling.arguments import assignments, mixed
+from scaling.arguments import keyed, mixed
 from scaling.plan import Plan, plan
 from scaling.result import load
 
@@ -16,8 +15,16 @@ HOUR = 3600.0
 
 def run_plan(arguments, console: Console) -> int:
     """`bitlaw plan` after its arguments are parsed. Returns the exit code. ValueError, one line, for what cannot be planned."""
-    made = plan(load(arguments.fit), compute=arguments.compute, cost_model=arguments.cost_model, fix=_fixed(arguments.fix), bits=arguments.bits,
-                precisions=_precisions(arguments.precision) or None, inference_tokens=arguments.inference_tokens, memory=arguments.memory,
+    _refuse_mixed(arguments)
+    fit = load(arguments.fit)
+    if arguments.regions:
+        from scaling.regions_text import run_regions
+        return run_regions(fit, arguments, console)
+    if arguments.next:
+        from scaling.next_text import run_next
+        return run_next(fit, arguments, console)
+    made = plan(fit, compute=arguments.compute, cost_model=arguments.cost_model or "bits", fix=_fixed(arguments.fix), bits=arguments.bits,
+                precisions=keyed(arguments.precision, "--precision") or None, inference_tokens=arguments.inference_tokens, memory=arguments.memory,
                 extrapolate=arguments.extrapolate)
     console.print(plan_table(made))
     if made.frontier:
@@ -27,26 +34,27 @@ def run_plan(arguments, console: Console) -> int:
     return 0
 
 
+REGIONS, NEXT, PLAN = ("scheme", "sizes", "out"), ("at", "candidates", "count"), ("compute", "bits", "precision", "inference_tokens", "memory")
+
+
+def _refuse_mixed(arguments) -> None:
+    """ValueError for options that say nothing beside the others."""
+    asked = [name for name in ("regions", "next") if getattr(arguments, name)]
+    if len(asked) > 1:
+        raise ValueError("plan: --regions and --next are two questions; ask one")
+    foreign = {"regions": (*NEXT, *PLAN, "cost_model"), "next": (*REGIONS, *PLAN, "fix")}.get(*asked, "") if asked else (*REGIONS, *NEXT)
+    given = next((name for name in foreign if getattr(arguments, name)), None)
+    if given:
+        home = "--regions" if given in REGIONS else "--next" if given in NEXT else "a plan"
+        raise ValueError(f"plan: --{given.replace('_', '-')} belongs to {home}" + (f", not to --{asked[0]}" if asked else ": it says nothing here"))
+
+
 def _fixed(pairs: Mapping[str, str]) -> dict:
     fixed = mixed(dict(pairs))
     bad = next((name for name in ("N", "D") if isinstance(fixed.get(name), str)), None)
     if bad:
         raise ValueError(f"--fix {bad}={fixed[bad]}: not a number")
     return fixed
-
-
-def _precisions(texts: list[str]) -> dict[str, dict]:
-    """["w4:weights_bits=4,activations_bits=16"] -> {"w4": {...}}."""
-    found = {}
-    for text in texts:
-        name, sign, rest = text.partition(":")
-        if not (name and sign):
-            raise ValueError(f"--precision {text}: not NAME:INPUT=VALUE,...")
-        try:
-            found[name] = mixed(assignments(rest))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise ValueError(f"--precision {text}: {error}") from None
-    return found
 
 
 def plan_table(made: Plan) -> Table:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scaling.result import Fit
+from scaling.searches import Search
 from scaling.statistics import Gap, Run
 
 INK, FAINT = "#222222", "#d9d9d9"
@@ -224,6 +225,25 @@ def fit_against_data(runs: Sequence[Run], predicted: dict[str, float], held: set
     right.set_xlabel("training compute 6ND (FLOP)")
     right.set_ylabel("observed over predicted (%)")
     _legend(figure, [(name, colour, marker) for (name, colour), marker in zip(colours.items(), MARKERS * 9, strict=False)], "precision", held)
+    return figure
+
+
+def best_of_k(found: Sequence[Search], runs: Sequence[Run]) -> Figure:
+    """Expected lowest loss of k runs of each search: one panel per size, precisions by colour, token budgets by width of the line."""
+    sizes = sorted({search.n_params for search in found})[-8:]
+    budgets = sorted({search.tokens for search in found})
+    colours = {name: colour for name, colour in precision_colours(runs).items() if any(search.precision == name for search in found)}
+    figure, axes = _panels(len(sizes), sharey=False)
+    for axis, n in zip(axes, sizes, strict=True):
+        axis.set_title(f"{count_label(n)} parameters")
+        for search in (search for search in found if search.n_params == n):
+            width = 0.9 + 1.3 * budgets.index(search.tokens) / max(len(budgets) - 1, 1)
+            axis.plot(range(1, len(search.curve) + 1), search.curve, "o-", color=colours[search.precision], lw=width, ms=3.2)
+        axis.set_xlabel("runs in the search, k")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+    for axis in axes[::4]:
+        axis.set_ylabel("expected lowest loss (nats/token)")
+    _legend(figure, [(name, colour, "o") for name, colour in colours.items()], "precision", set())
     return figure
 
 

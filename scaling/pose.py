@@ -19,14 +19,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     columns = law.complete(columns)
     fixed = {name: value for name, value in fixed.items() if name in law.names or not any(f.level(name) for f in law.factors)}
     fixed = _baselines(law, fixed) | fixed
-    for name in (*ties, *ties.values(), *fixed):
-        law.parameter(name)  # refuses unknown names
-    for tied, source in ties.items():
-        if tied == source or ties.get(source) == tied:
-            raise ValueError(f"ties: {tied}={source} is a circle; tie {tied} to a constant that is not tied to it")
-    amplitudes = set(law.amplitudes) & {*ties, *ties.values()}
-    if amplitudes:
-        raise ValueError(f"ties: {sorted(amplitudes)[0]} is an amplitude; amplitudes can be fixed, not tied")
+    _refuse_constants(law, ties, fixed)
     reduction = law.reduce(columns)
     fixed = {name: float(value) for name, value in (dict(reduction.fixed) | dict(fixed)).items() if name not in reduction.absent}
     merged = {t: s for t, s in (dict(reduction.ties) | dict(ties)).items() if t not in reduction.absent and t not in fixed}
@@ -38,6 +31,35 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     notes = list(reduction.notes) + _warnings(columns)
     weights = None if observed.weights is None else observed.weights[~observed.held]
     return Problem(law, columns, np.log(loss), free, merged, fixed, weights), notes
+
+
+def _refuse_constants(law: Law, ties: Mapping[str, str], fixed: Mapping[str, float]) -> None:
+    """ValueError for constants held where the law does not take them, and for ties that mean nothing."""
+    for name, value in fixed.items():
+        parameter = law.parameter(name)  # refuses unknown names
+        if not parameter.takes(value):
+            raise ValueError(f"fixed {name}={value:g}: law {law.name} takes for {name} {parameter.accepted}")
+    for tied, source in ties.items():
+        kinds = []
+        for name in (tied, source):
+            if name not in law.names:
+                raise ValueError(f"ties: {tied}={source}: {name!r} is no constant of law {law.name}; it has {', '.join(law.names)}"
+                                 + (f" (to hold {tied} at a number, fix it)" if name == source and _is_number(name) else ""))
+            kinds.append(law.parameter(name).kind)
+            if law.parameter(name).multiplies:
+                raise ValueError(f"ties: {name} is an amplitude; amplitudes can be fixed, not tied")
+        if tied == source or ties.get(source) == tied:
+            raise ValueError(f"ties: {tied}={source} is a circle; tie {tied} to a constant that is not tied to it")
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"ties: {tied}={source}: {tied} is an {kinds[0]} and {source} an {kinds[1]}; tie constants of one kind".replace("an s", "a s"))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _baselines(law: Law, fixed: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Gaussian priors on constants, and how much they weigh against rows whose noise the fit itself has to tell."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,14 +18,7 @@ def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float
     prior of precision 1/sd^2 enters the objective times E[psi^2]/E[psi'], both estimated from the residuals of the first fit.
     """
     for name, (mean, sd) in priors.items():
-        problem.law.parameter(name)
-        if name not in problem.free:
-            raise ValueError(f"priors: {name} is not fitted here (tied, fixed, or not seen by these rows); give a prior on one of "
-                             f"{', '.join(problem.free)}")
-        if name in problem.amplitudes and name != "E":
-            raise ValueError(f"priors: {name} trades off with its exponent; give the prior on the exponent, or on E")
-        if not sd > 0 or (problem.law.parameter(name).logarithmic and not mean > 0):
-            raise ValueError(f"priors {name}={mean:g}, {sd:g}: need a positive deviation, and a positive value for a positive constant")
+        _refuse_prior(problem, name, mean, sd)
     first = solve(problem, delta)
     residuals = problem.residuals(first.z[None])[0]
     own = np.ones_like(residuals) if problem.weights is None else problem.weights
@@ -33,3 +27,17 @@ def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float
     posed = replace(problem, priors={name: (float(problem.law.parameter(name).coordinate(mean)), unit / sd**2)
                                      for name, (mean, sd) in priors.items()})
     return posed, solve(posed, delta, first.z[None])
+
+
+def _refuse_prior(problem: Problem, name: str, mean: float, sd: float) -> None:
+    """ValueError for a prior on what is not fitted, or outside of where it can be."""
+    parameter, told = problem.law.parameter(name), f"priors {name}={mean:g}, {sd:g}"
+    possible = [free for free in problem.free if free == "E" or free not in problem.amplitudes]
+    if name not in problem.free:
+        raise ValueError(f"priors: {name} is not fitted here (tied, fixed, or not seen by these rows); give a prior on one of {', '.join(possible)}")
+    if name in problem.amplitudes and name != "E":
+        raise ValueError(f"priors: {name} trades off with its exponent; give the prior on one of {', '.join(possible)}")
+    if not 0 < sd < math.inf:
+        raise ValueError(f"{told}: need a positive deviation, and a finite one" + (", relative to the value" if parameter.logarithmic else ""))
+    if not parameter.takes(mean) or (parameter.logarithmic and not mean > 0):
+        raise ValueError(f"{told}: law {problem.law.name} takes for {name} {'a positive number' if parameter.multiplies else parameter.accepted}")

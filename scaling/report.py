@@ -6,6 +6,7 @@ what is missing and why, never an error.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from scaling import folders, page
@@ -14,7 +15,9 @@ from scaling.files import check_target, write_whole
 from scaling.gallery import exhibits, table
 from scaling.report_account import account
 from scaling.report_figures import MIN_EXHIBITS, figures
+from scaling.report_statistics import accuracy_section, search_section, variance_table
 from scaling.report_tables import candidate_table, constants_table, gap_table, held_out_table, method_notes, run_table
+from scaling.searches import TUNED
 from scaling.statistics import columns_of
 from scaling.summary import summary
 from scaling.table import Source
@@ -22,14 +25,15 @@ from scaling.table import Source
 MAX_LISTED = 60  # runs shown before the list is folded
 
 
-def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None, refresh: int | None = None) -> Path:
+def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None, refresh: int | None = None, tuned: Sequence[str] = TUNED) -> Path:
     """Writes the report of `source` (a run folder or table) to the HTML file `out` and returns its path.
 
-    fits: an `analyse(source)` that has been made already. refresh: seconds after which the page loads itself anew. ValueError, one line, when the source is no run table or `out` cannot be.
+    fits: an `analyse(source)` that has been made already. refresh: seconds after which the page loads itself anew. tuned: columns that a search went over, whose
+    best of k is then shown. ValueError, one line, when the source is no run table or `out` cannot be.
     """
     check_target(out)
     analysis = fits or analyse(source)
-    body = [*_head(analysis, _unfinished(source)), *figures(analysis, source), *_tables(analysis)]
+    body = [*_head(analysis, _unfinished(source)), *figures(analysis, source, tuned), *_tables(analysis, tuned)]
     text = page.page(_title(analysis), body, refresh)
     return write_whole(out, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -73,7 +77,7 @@ def _head(analysis: Analysis, left: int) -> list[str]:
     return parts
 
 
-def _tables(analysis: Analysis) -> list[str]:
+def _tables(analysis: Analysis, tuned: Sequence[str]) -> list[str]:
     """Constants, candidates, held-out runs, gaps, method and runs."""
     parts = []
     for comparison in filter(None, (analysis.precision, analysis.chinchilla)):
@@ -85,7 +89,8 @@ def _tables(analysis: Analysis) -> list[str]:
     if scored:
         parts += ["<h2>Held-out predictions</h2>", *held_out_table(scored, analysis)]
     if analysis.gaps or analysis.noise:
-        parts += ["<h2>Seed noise and matched gaps</h2>", *gap_table(analysis)]
+        parts += ["<h2>Seed noise and matched gaps</h2>", *gap_table(analysis), *variance_table(analysis)]
+    parts += [*search_section(analysis, tuned), *accuracy_section(analysis)]
     shown = exhibits(analysis.runs, analysis.relation)
     if len(shown) >= MIN_EXHIBITS:
         parts += ["<h2>Gallery of precisions</h2>", table(shown, analysis.reference), page.paragraph(

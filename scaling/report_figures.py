@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from scaling import page
 from scaling.analysis import Analysis
 from scaling.result import MAX_CONDITION, Fit
+from scaling.searches import TUNED, searches
 from scaling.statistics import columns_of, paired_gaps
 from scaling.summary import noise_level
 from scaling.table import curves, telemetry
@@ -16,12 +18,13 @@ from scaling.table import curves, telemetry
 MIN_EXHIBITS = 2  # precisions beside the reference that make a gallery
 MAX_MAPS = 3  # runs whose telemetry is drawn
 TELEMETRY_ROLES = ("weights", "activations", "output_gradients")
+ATTENTION_ROLES = ("kv", "scores", "probabilities")  # of the one site "attention", so their maps have rows of their own
 MAX_COLUMNS = 200  # steps in a heat map
 MADE_OF = "Final validation loss of each run"
 
 
-def figures(analysis: Analysis, source) -> list[str]:
-    """Numbered HTML figures. source: where the analysis came from; a folder may hold training curves."""
+def figures(analysis: Analysis, source, tuned: Sequence[str] = TUNED) -> list[str]:
+    """Numbered HTML figures. source: where the analysis came from; a folder may hold training curves. tuned: columns of searches."""
     from scaling import plots  # matplotlib takes most of a second to import; tables, fits and the CLI do without it
 
     made: list[str] = []
@@ -33,6 +36,8 @@ def figures(analysis: Analysis, source) -> list[str]:
         if analysis.runs:
             _of_losses(analysis, add, plots)
             _of_precisions(analysis, add)
+            _of_searches(analysis, tuned, add, plots)
+            _of_roles(analysis, add)
         _of_training(analysis, source, add, plots)
         _of_telemetry(analysis, source, add, plots)
     return ["<h2>Figures</h2>", *made] if made else [page.paragraph("No run has finished with a finite loss: there is nothing to draw.")]
@@ -100,6 +105,27 @@ def _of_precisions(analysis: Analysis, add) -> None:
         + "Middle: time per token as the runs were trained, whatever else ran beside them. Right: what weights and optimizer state take; gradients and activations come on top.")
 
 
+def _of_roles(analysis: Analysis, add) -> None:
+    """What each role loses to rounding, where records say so."""
+    from scaling import role_losses
+
+    means = role_losses.role_losses(analysis.runs, analysis.relation)
+    if means:
+        hidden = len(means) - role_losses.MAX_ROWS
+        add("What rounding loses", role_losses.figure(means), "What rounding loses, by role.",
+            "Of one batch's values at the end of a run, in the role's first product; means over layers, sites and the runs of a precision. Keys and "
+            "values (kv), scores and probabilities are attention's. Empty: no run quantizes the role." + (f" {hidden} wider precisions are not drawn." if hidden > 0 else ""))
+
+
+def _of_searches(analysis: Analysis, tuned: Sequence[str], add, plots) -> None:
+    """Best of k, where cells were searched."""
+    found = searches(analysis.relation, tuned)
+    if found:
+        add("Best of k", plots.best_of_k(found, analysis.runs), "What tuning is expected to reach.",
+            f"Expected lowest validation loss of a search of k runs over {', '.join(tuned)}, one panel per size, one line per precision and token budget"
+            " (thicker: more tokens). From the runs made, without bias: the mean over all choices of k different ones.")
+
+
 def _of_training(analysis: Analysis, source, add, plots) -> None:
     """Training curves, when the source is a folder that has them."""
     if not _has_file(source, "metrics.jsonl"):
@@ -128,24 +154,28 @@ def _of_telemetry(analysis: Analysis, source, add, plots) -> None:
     each precision and its sources of scales."""
     if not _has_file(source, "telemetry.jsonl"):
         return
-    measured = telemetry(source).filter(f"exponent IS NOT NULL AND role IN {TELEMETRY_ROLES}")
+    measured = telemetry(source).filter(f"exponent IS NOT NULL AND role IN {TELEMETRY_ROLES + ATTENTION_ROLES}")
     present = {str(run_id) for run_id in columns_of(measured.project("run_id").distinct())["run_id"]}
-    names = ("precision", "weights_source", "activations_source", "output_gradients_source")
+    names = ("precision", *(f"{role}_source" for role in (*TELEMETRY_ROLES, *ATTENTION_ROLES)))
     wanted = analysis.relation.project(", ".join(("run_id", "n_params", "tokens", "seed", *names))).order("n_params DESC, tokens DESC, seed, run_id")
     kinds: dict[tuple, tuple[str, float]] = {}
     for run_id, n_params, _, _, *kind in zip(*columns_of(wanted).values(), strict=True):
         if str(run_id) in present and n_params is not None:
             kinds.setdefault(tuple(kind), (str(run_id), float(n_params)))
+    left = f" {len(kinds) - MAX_MAPS} further kinds of run with telemetry are not drawn." if len(kinds) > MAX_MAPS else ""
     for (precision, *sources), (run_id, n_params) in list(kinds.items())[:MAX_MAPS]:
-        steps, places, exponent, underflow = _grids(columns_of(measured.filter("run_id = '{}'".format(run_id.replace("'", "''")))))
+        mine = measured.filter("run_id = '{}'".format(run_id.replace("'", "''")))
         kinds_of_scale = " and ".join(sorted({str(source) for source in sources if source is not None}))
-        add(f"Scales of {run_id}", plots.heat_maps(steps, places, exponent, underflow), f"Scales and what they lose: {precision}, {kinds_of_scale}.",
-            f"Run {run_id}, {plots.count_label(n_params)} parameters. Above: log2 of the scale by layer and linear layer, mean over the scales of a "
-            "tensor. Below: share of a tensor's values that were not zero and were quantized to zero; white: none."
-            + (f" {len(kinds) - MAX_MAPS} further kinds of run with telemetry are not drawn." if len(kinds) > MAX_MAPS else ""))
+        for roles, where, rows_are in ((TELEMETRY_ROLES, "", "layer and linear layer"), (ATTENTION_ROLES, " in attention", "layer")):
+            rows = columns_of(mine.filter(f"role IN {roles}"))
+            if not rows["step"]:
+                continue
+            add(f"Scales of {run_id}{where}", plots.heat_maps(*_grids(rows, roles)), f"Scales and what they lose{where}: {precision}, {kinds_of_scale}.",
+                f"Run {run_id}, {plots.count_label(n_params)} parameters. Above: log2 of the scale by {rows_are}, mean over the scales of a "
+                f"tensor. Below: share of a tensor's values that were not zero and were quantized to zero; white: none.{left}", bool(where))
 
 
-def _grids(rows: dict) -> tuple[list[int], list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _grids(rows: dict, wanted: Sequence[str] = TELEMETRY_ROLES) -> tuple[list[int], list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Steps (at most MAX_COLUMNS of them), places, and role -> exponent and underflow as [places, steps], from columns of telemetry. Where a
     step was written twice the last one counts."""
     every = sorted({int(step) for step in rows["step"]})
@@ -154,7 +184,7 @@ def _grids(rows: dict) -> tuple[list[int], list[str], dict[str, np.ndarray], dic
     places = sorted(order, key=lambda place: place[0])
     row_of, column_of = {place: i for i, place in enumerate(places)}, {step: i for i, step in enumerate(steps)}
     found = set(map(str, rows["role"]))
-    roles = [role for role in TELEMETRY_ROLES if role in found]
+    roles = [role for role in wanted if role in found]
     grids = tuple({role: np.full((len(places), len(steps)), np.nan) for role in roles} for _ in range(2))
     for name, grid in zip(("exponent", "underflow"), grids, strict=True):
         for step, layer, site, role, value in zip(*(rows[key] for key in ("step", "layer", "site", "role", name)), strict=True):

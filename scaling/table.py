@@ -66,7 +66,7 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
         return source
     if isinstance(source, Mapping):
         return _from_arrays(source)
-    if isinstance(source, str) and _QUERY.match(source) and not os.path.exists(source):
+    if isinstance(source, str) and is_query(source):
         return _from_query(source)[1]
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -77,6 +77,11 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
         raise ValueError(f"table: {type(source).__name__} is no table; give folders of runs, a file, a DuckDB relation, a data frame, or a mapping of "
                          "column to array")
     return _from_folders([Path(item) for item in source])
+
+
+def is_query(source: str) -> bool:
+    """Whether `table` reads the text as a query and not as a path."""
+    return bool(_QUERY.match(source)) and not os.path.exists(source)
 
 
 def write_table(relation: duckdb.DuckDBPyRelation, path: str | os.PathLike) -> Path:

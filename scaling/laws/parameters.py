@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SPAN = (-4.0, 4.0)
+BOX_SLACK = 1e-9  # relative: a constant solved in logs that ended on its bound comes back from them rounded
 BASELINES = ("baseline", "bf16", "bfloat16", "fp32", "float32", "f32", "fp16", "none", "noquantizer", "16", "32")
 """Names, in any case, of a level whose efficiency is 1 unless the caller fixes another."""
 
@@ -40,6 +41,19 @@ class Parameter:
     def logarithmic(self) -> bool:
         """Whether the solver moves in the logarithm of this parameter (of its inverse, for a divisor)."""
         return self.kind in ("amplitude", "divisor", "scale")
+
+    def takes(self, value) -> bool:
+        """Whether the constant may be held at `value`: inside the box, to rounding, or where `held` puts it; an amplitude may be 0, a term left out."""
+        low, high = self.low * (1 - BOX_SLACK * np.sign(self.low)), self.high * (1 + BOX_SLACK * np.sign(self.high))
+        return bool(np.isfinite(value)) and (value == self.held or (low <= value <= high and not (self.kind == "divisor" and value == 0)))
+
+    @property
+    def accepted(self) -> str:
+        """What `takes` takes, in words."""
+        if self.multiplies:
+            return "a positive number" + (", or 0 to leave its term out" if self.kind == "amplitude" else "")
+        outside = f", or {self.held:g}" if not self.low <= self.held <= self.high else ""
+        return f"a number from {self.low:g} to {self.high:g}{outside}"
 
     def value(self, coordinate):
         """The constant at a solver coordinate (arrays, complex ones too)."""

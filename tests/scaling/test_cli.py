@@ -131,6 +131,18 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fit
     ("fit", ["RUNS", "--law", "kumar", "--columns", "N"], "'N' is not NAME=VALUE"),
     ("fit", ["RUNS", "--law", "kumar", "--columns", "N=size"], 'Referenced column "size" not found'),
     ("fit", ["RUNS", "--law", "kumar", "--fix", "n_w=none"], "--fix n_w=none: not a number"),
+    ("fit", ["RUNS", "--law", "kumar", "--fix", "alpha=-1"], "fixed alpha=-1: law kumar takes for alpha a number from 0.01 to 2.5, or 0"),
+    ("fit", ["RUNS", "--law", "kumar", "--fix", "gamma_w=21"], "fixed gamma_w=21: law kumar takes for gamma_w a number from 0.1 to 20"),
+    ("fit", ["RUNS", "--law", "kumar", "--fix", "E=nan"], "fixed E=nan: law kumar takes for E a positive number, or 0 to leave its term out"),
+    ("fit", ["RUNS", "--law", "kumar", "--fix", "beta=0.3", "--tie", "beta=alpha"], "ties: beta=alpha: beta is also fixed, at 0.3; give one of the two"),
+    ("fit", ["RUNS", "--law", "kumar", "--tie", "beta=0.3"], "'0.3' is no constant of law kumar; it has A, B, E, alpha, beta, gamma_w, n_w, gamma_a, n_a, gamma_kv, n_kv (to hold beta at a number, fix it)"),
+    ("fit", ["RUNS", "--law", "kumar", "--tie", "gamma_w=alpha"], "ties: gamma_w=alpha: gamma_w is a scale and alpha an exponent; tie constants of one kind"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "alpha"], "'alpha' is not NAME=VALUE"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "alpha=x"], "--prior alpha=x: not MEAN:DEVIATION, such as alpha=0.35:0.05"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "alpha=nan:1"], "priors alpha=nan, 1: law kumar takes for alpha a number from 0.01 to 2.5, or 0"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "alpha=5:0.1"], "priors alpha=5, 0.1: law kumar takes for alpha a number from 0.01 to 2.5, or 0"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "alpha=0.3:inf"], "priors alpha=0.3, inf: need a positive deviation, and a finite one"),
+    ("fit", ["RUNS", "--law", "kumar", "--prior", "A=3:1"], "priors: A trades off with its exponent; give the prior on one of E, alpha, beta, gamma_w, n_w"),
     ("fit", ["RUNS", "--law", "kumar", "--delta", "x"], "argument --delta: invalid float value: 'x'"),
     ("fit", ["RUNS", "--law", "kumar", "--resample", "rows"], "--resample rows: unknown; use cells or wild"),
     ("fit", ["RUNS", "--law", "kumar", "--resample", "wild"], "--resample wild: needs resamples, and --bootstrap is 0"),
@@ -148,7 +160,7 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fit
     ("report", ["none", "--out", "x.html", "--plugins", "json,no.such"], "--plugins no.such: cannot be imported"),
     ("table", ["RUNS", "--out", "x.csv", "--plugins", "a,,b"], "argument --plugins: '' is not the name of a module"),
     ("predict", ["FIT.json", "N=1", "--plugins", "../mine.py"], "argument --plugins: '../mine.py' is not the name of a module"),
-    ("explain", [], "explain: unknown; scaling has table, fit, compare, predict, plan, report"),
+    ("explain", [], "explain: unknown; scaling has table, fit, compare, predict, plan, stats, report"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(verb, argv, message, demo_runs, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

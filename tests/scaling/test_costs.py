@@ -72,3 +72,22 @@ def test_a_width_without_a_rate_is_refused():
     with pytest.raises(ValueError, match="cost model v6e: has no rate for 32 bits; the widths that it has are 8, 16"):
         cost_model("v6e").training(1e6, 1e6, {"bits": 32})
     assert speedups({32: 0.2}).training(1.0, 1.0, {"bits": 32}) == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(("name", "dtype", "units", "per_clock", "gigahertz"), [
+    # tensor cores x multiply-adds of one per clock, and CUDA cores; boost clocks of the whitepapers
+    ("a100", "bfloat16", 108 * 4, 256, 1.41), ("a100", "int8", 108 * 4, 512, 1.41), ("a100", "int4", 108 * 4, 1024, 1.41), ("a100", "tf32", 108 * 4, 128, 1.41),
+    ("a100", "float32", 108 * 64, 1, 1.41), ("h100", "bfloat16", 132 * 4, 512, 1.83), ("h100", "float8", 132 * 4, 1024, 1.83), ("h100", "int8", 132 * 4, 1024, 1.83),
+    ("h100", "tf32", 132 * 4, 256, 1.83), ("h100", "float32", 132 * 128, 1, 1.98),
+])
+def test_whitepaper_rates_follow_from_units_and_clocks(name, dtype, units, per_clock, gigahertz):
+    assert DEVICES[name].rates[dtype][1] == pytest.approx(2 * units * per_clock * gigahertz * 1e9, rel=1e-3)
+
+
+def test_a_rate_that_is_not_certain_is_told_where_it_is_used():
+    v5p = cost_model("v5p")
+    assert [text[:10] for text in v5p.doubts_of({"bits": 8})] == ["v5p's INT8"] == [text[:10] for text in v5p.doubts_of({"weights_bits": 4, "activations_bits": 8})]
+    assert v5p.doubts_of({"bits": 16}) == [] == v5p.doubts_of({"weights_bits": 4})  # 16-bit activations: no product is an INT8 one
+    assert cost_model("v5p:float").doubts_of({"bits": 8}) == [] == cost_model("h100").doubts_of({"bits": 8})
+    assert cost_model("b200").doubts_of({"bits": 8}) == [] and "75 TFLOPS" in cost_model("b200").doubts_of({"bits": 32})[0]
+    assert cost_model("v6e:float").training(1e9, 1e9, {"bits": 8}) == cost_model("v6e").training(1e9, 1e9, {"bits": 16})

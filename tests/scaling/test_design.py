@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import scaling
+from scaling.cli import run
 from tests.scaling import fake_runs
 
 NOISE = 0.004
@@ -118,3 +119,32 @@ def test_refusals(candidates, quantity, options, message):
     fit = scaling.fit(fake_runs.rows(**STRAIGHT), "chinchilla")
     with pytest.raises(ValueError, match=re.escape(message)):
         scaling.next_runs(fit, candidates, quantity, **options)
+
+
+def test_command_line_ranks_as_next_runs_does(tmp_path, capsys):
+    """A grid of candidates with a common width; costs of the model asked for; the order and the numbers of the library."""
+    fit = scaling.fit(fake_runs.rows(), "kumar:tied+plain")
+    path = str(fit.save(tmp_path / "FIT.json"))
+    assert run("plan", [path, "--next", "gamma_w", "--candidates", "N=5e3,2e4", "D=1e6,4e6", "bits=3,6", "--cost-model", "bits"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    candidates = [{"N": n, "D": d, "weights_bits": w, "activations_bits": w} for n in (5e3, 2e4) for d in (1e6, 4e6) for w in (3.0, 6.0)]
+    expected = scaling.next_runs(fit, candidates, "gamma_w", cost=[6 * c["N"] * c["D"] * c["weights_bits"] / 16 for c in candidates])
+    assert len(rows) == 8 and [[float(cell) for cell in row[:4]] for row in rows] == [list(one.columns.values()) for one in expected]
+    assert [float(row[6]) for row in rows] == pytest.approx([one.half_width for one in expected], rel=1e-3)
+    assert run("plan", [path, "--next", "loss", "--at", "N=1e5,D=1e7", "--candidates", "N=2e4", "D=4e6", "--count", "2"]) == 0
+    assert capsys.readouterr().out.count("4.8e+11") == 2
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--next", "alpha"], "--candidates: also needs N, D: N=1e6,2e6 D=2e7,4e7"),
+    (["--next", "alpha", "--candidates", "N=1e4", "D=1e6", "width=3"], "--candidates width=3: not NAME=V1,V2 of a name among N, D, weights_bits"),
+    (["--next", "alpha", "--candidates", "N=1e4,-2", "D=1e6"], "--candidates N=1e4,-2: -2.0 is no positive number"),
+    (["--next", "alpha", "--candidates", "N=1e9", "D=1e6"], "plan --next: N = 1e+09 parameters is"),
+    (["--next", "alpha", "--memory", "9"], "plan: --memory belongs to a plan, not to --next"),
+    (["--candidates", "N=1e4"], "plan: --candidates belongs to --next: it says nothing here"),
+])
+def test_command_line_refusals(tmp_path, argv, message, capsys):
+    path = str(scaling.fit(fake_runs.rows(), "kumar:tied+plain").save(tmp_path / "FIT.json"))
+    assert run("plan", [path, *argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

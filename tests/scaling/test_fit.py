@@ -196,7 +196,7 @@ GOOD = {"N": [1e3, 2e3, 4e3] * 3, "D": [1e5] * 3 + [2e5] * 3 + [4e5] * 3, "loss"
     ({}, {"holdout": "N > 1e9"}, "holdout='N > 1e9' selects no row of 9"),
     ({}, {"holdout": "N > 0"}, "holdout='N > 0' selects every row of 9"),
     ({}, {"columns": {"P": "N"}}, "columns: 'P' is no input of law chinchilla; it takes N, D, loss"),
-    ({}, {"ties": {"gamma": "alpha"}}, "parameter 'gamma' of law chinchilla: unknown; it has A, B, E, alpha, beta"),
+    ({}, {"ties": {"gamma": "alpha"}}, "ties: gamma=alpha: 'gamma' is no constant of law chinchilla; it has A, B, E, alpha, beta"),
     ({}, {"ties": {"A": "B"}}, "ties: A is an amplitude; amplitudes can be fixed, not tied"),
     ({}, {"loss": "cauchy"}, "loss='cauchy': unknown; use huber, least_squares or lad"),
     ({}, {"delta": 0.0}, "delta=0.0"),

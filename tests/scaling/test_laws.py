@@ -128,3 +128,15 @@ def test_a_law_of_ones_own_registers_and_keeps_its_name():
     with pytest.raises(ValueError, match="already registered"):
         registry.add(Law(name="own", about="", cite="", inputs=(), parameters=(), log_terms=lambda p, x: ()))
     assert mine.predict({"A": 2.0, "E": 1.0, "alpha": 0.5}, N=4.0) == pytest.approx(2.0)
+
+
+def test_every_published_constant_and_variant_may_be_held():
+    """A box that excludes a law's own published constants is too small; what lies beyond one by a part in a million is refused."""
+    for name in laws:
+        for constants in (*laws[name].published.values(), *(variant.get("fixed", {}) for variant in laws[name].variants.values())):
+            law = laws[name].at_levels(laws[name].named_levels(constants))
+            for constant in set(constants) & set(law.names):
+                assert law.parameter(constant).takes(constants[constant]), (name, constant, constants[constant])
+    alpha, E = (laws["kumar"].parameter(constant) for constant in ("alpha", "E"))
+    assert [alpha.takes(value) for value in (alpha.high, np.exp(np.log(alpha.high)), alpha.high * (1 + 1e-6), -0.1, 0.0, np.nan)] == [True, True, False, False, True, False]
+    assert [E.takes(value) for value in (1.7, 0.0, -1.0, np.inf)] == [True, True, False, False]

@@ -189,3 +189,50 @@ def test_epoch(epoch):
     plan = scaling.plan(fit, compute=1e22)
     assert plan.N.value == pytest.approx(fit.law.functionals["optimal_params"](fit.params, 1e22), rel=1e-6)
     assert plan.tokens_per_param.low < 20 < plan.tokens_per_param.high < 2.5 * plan.tokens_per_param.low
+
+
+@pytest.fixture(scope="module")
+def two_widths(tmp_path_factory):
+    """FIT.json of runs whose weights and activations have constants of their own."""
+    N, D, w, a = (column.ravel() for column in np.meshgrid([2e3, 5e3, 1e4, 2.5e4], [6e5, 1.5e6, 4e6], [3.0, 4, 6, 8], [4.0, 6, 8]))
+    loss = 42 / (N * (1 - np.exp(-w / 1.4)) * (1 - np.exp(-a / 2.2))) ** 0.42 + 330 / D**0.42 + 1.05
+    noise = 0.003 * np.random.default_rng(0).standard_normal(N.size)
+    fit = scaling.fit({"N": N, "D": D, "weights_bits": w, "activations_bits": a, "loss": loss * np.exp(noise)}, "kumar:plain")
+    return str(fit.save(tmp_path_factory.mktemp("fits") / "FIT.json"))
+
+
+def test_widths_of_their_own_are_pointed_at_and_taken(two_widths, capsys):
+    """One width for both is not what a user may mean; the note says how to give two, and what it says works in every spelling."""
+    assert run("plan", [two_widths, "--compute", "1e11"]) == 0
+    out = capsys.readouterr().out
+    assert "note: weights_bits, activations_bits share one width here; for widths of their own --fix weights_bits=4,activations_bits=8, or" in out
+    plans = []
+    for spelling in (["--fix", "weights_bits=4,activations_bits=8"], ["--fix", "weights_bits=4", "activations_bits=8"],
+                     ["--fix", "weights_bits=4", "--fix", "activations_bits=8"], ["--precision", "w4a8:weights_bits=4,activations_bits=8"]):
+        assert run("plan", [two_widths, "--compute", "1e11", *spelling]) == 0
+        plans.append(capsys.readouterr().out)
+    assert len(set(plans)) == 1 and "precision: weights_bits=4, activations_bits=8" in plans[0] and "share one width" not in plans[0]
+    fit = scaling.load(two_widths)
+    N = np.geomspace(1e3, 1e5, 200_001)  # by the law on a fine grid: 6 N D 8/16 is the budget, activations being the wider
+    losses = fit.law.predict(fit.params, N=N, D=1e11 / (3 * N), weights_bits=4.0, activations_bits=8.0)
+    assert float(plans[0].split("│ N ")[1].split("│")[1]) == pytest.approx(N[np.argmin(losses)], rel=1e-3)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--fix", "weights_bits=4,activations_bits=8", "--bits", "4,8"], "no width left to choose; fixed are weights_bits=4, activations_bits=8: leave one of them free, or bits out"),
+    (["--precision", "weights_bits=4"], "--precision weights_bits=4: not NAME:INPUT=VALUE,..., such as w4a8:weights_bits=4,activations_bits=8"),
+    (["--fix", "weights_bits=4", "--fix", "weights_bits=8"], "--fix: weights_bits is given twice: 4 and 8"),
+    (["--fix", "weights_bits=4", "weights_bits=8"], "weights_bits is given twice: 4 and 8"),
+    (["--bits", "4/8"], "'4/8' is not numbers of bits; give 4,8,16"),
+])
+def test_widths_that_cannot_be_are_one_line(two_widths, argv, message, capsys):
+    assert run("plan", [two_widths, "--compute", "1e11", *argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_an_uncertain_rate_is_noted(two_widths, capsys):
+    assert run("plan", [two_widths, "--compute", "1e11", "--cost-model", "v5p"]) == 0
+    assert "note: v5p's INT8 rate of 918 TOPS is not in Google's system architecture" in capsys.readouterr().out
+    assert run("plan", [two_widths, "--compute", "1e11", "--cost-model", "h100"]) == 0
+    assert "INT8 rate" not in capsys.readouterr().out

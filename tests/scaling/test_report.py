@@ -170,3 +170,34 @@ def test_lines_go_through_the_means_of_seeds():
     figure = plots.loss_against_tokens(runs, None, set())
     line = next(line for line in figure.axes[0].lines if line.get_linestyle() == "-")
     assert list(line.get_xdata()) == [1e6, 2e6] and list(line.get_ydata()) == [4.25, 3.1]
+
+
+def test_what_each_role_loses_is_drawn_with_attention(tmp_path):
+    """Means by hand over the runs of a precision; a role that no run quantizes has no column, a precision that loses nothing known no row; the
+    attention telemetry has maps of its own."""
+    from scaling import plots, role_losses
+
+    folder = fake_runs.write_runs(tmp_path / "runs", sizes={"2k": 2_304}, bits={"int4": 4.0, "int6": 6.0, "float32": 32.0})
+    planted = {"int4": [{"kv_underflow": 0.2, "kv_overflow": 0.0, "weights_underflow": 1e-5}, {"kv_underflow": 0.4, "kv_overflow": 0.5}, {"kv_underflow": None}],
+               "int6": [{"probabilities_underflow": 0.0}] * 3}
+    for precision, shares in planted.items():
+        for path, found in zip(sorted(folder.glob(f"*-{precision}-*/record.json")), shares, strict=True):
+            path.write_text(json.dumps(json.loads(path.read_text()) | found))
+    analysis = scaling.analyse(folder, bootstrap=0)
+    means = role_losses.role_losses(analysis.runs, analysis.relation)
+    assert list(means) == ["int4", "int6"]
+    np.testing.assert_allclose(means["int4"], [[1e-5, np.nan, np.nan, 0.3, np.nan, np.nan], [np.nan, np.nan, np.nan, 0.25, np.nan, np.nan]])
+    with plots.style():
+        left, right = role_losses.figure(means).axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["weights", "kv", "probabilities"]
+    assert [text.get_text() for text in left.texts] == ["1e-05", "30%", "0"] and [text.get_text() for text in right.texts] == ["25%"]
+    rows = [{"step": step, "layer": layer, "site": "attention", "role": role, "underflow": 0.1, "overflow": 0.0, "exponent": -3.0 - layer}
+            for step in (1, 9) for role in ("kv", "scores", "probabilities") for layer in (0, 1)]
+    run_id = next(run.run_id for run in analysis.runs if run.precision == "int4")
+    (folder / run_id / "telemetry.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = scaling.report(folder, tmp_path / "report.html", analysis).read_text(encoding="utf-8")
+    assert "What rounding loses, by role." in text and "Scales and what they lose in attention: int4" in text
+    assert text.count("Scales and what they lose") == 1 and "0 attention</text>" in text and "probabilities</text>" in text
+    steps, places, exponent, underflow = report_figures._grids(columns_of(scaling.telemetry(folder)), report_figures.ATTENTION_ROLES)
+    assert (steps, places, list(exponent)) == ([1, 9], ["0 attention", "1 attention"], ["kv", "scores", "probabilities"])
+    np.testing.assert_array_equal(exponent["scores"], [[-3.0, -3.0], [-4.0, -4.0]])

@@ -11,7 +11,9 @@ import pytest
 
 import scaling
 from scaling import folders
+from scaling.cli import run
 from scaling.table import RUN_COLUMNS
+from tests.scaling import fake_runs
 
 
 def write(folder, run_id, record, metrics=""):
@@ -194,3 +196,36 @@ def test_curves_keep_the_order_of_runs_and_lines(tmp_path, monkeypatch):
         write(tmp_path, f"r{run}", None, "".join(f'{{"step": {step}}}\n' for step in steps))
         expected += [(f"r{run}", step) for step in steps]
     assert scaling.curves(tmp_path).select("run_id, step").fetchall() == expected
+
+
+def test_command_line_takes_what_fit_takes(tmp_path, demo_runs, capsys):
+    """A file or a query of other names becomes a run table, whose fit is that of the original; folders are filtered by the same options."""
+    rows = fake_runs.rows()
+    named = {"params": rows["n_params"], "tokens seen": rows["tokens"], "final": rows["loss"], "bits": rows["weights_bits"], "note": rows["precision"]}
+    ours = scaling.write_table(scaling.table(named), tmp_path / "ours.csv")
+    columns = 'N=params,D="tokens seen",loss=final,weights_bits=bits,activations_bits=bits'
+    for i, source in enumerate((str(ours), f"FROM '{ours}'")):
+        out = tmp_path / f"runs{i}.parquet"
+        assert run("table", [source, "--columns", columns, "--where", "params > 3000", "--out", str(out)]) == 0
+        assert "36 runs (36 no status)" in capsys.readouterr().out
+        made = scaling.table(out)
+        assert set(RUN_COLUMNS) <= set(made.columns) and {"note", "params"} <= set(made.columns) and len(made) == 36
+        found, wanted = scaling.fit(out, "kumar:tied+plain").params, scaling.fit(rows, "kumar:tied+plain", where="n_params > 3000").params
+        assert found == pytest.approx(wanted, rel=1e-6)
+    assert run("table", [str(demo_runs), "--where", "status = 'done'", "--out", str(tmp_path / "done.csv")]) == 0
+    assert "46 runs (46 done)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("sources", "options", "message"), [
+    (["ours.csv", "RUNS"], [], "ours.csv is a file or a query, which is read alone; put several together by a query"),
+    (["ours.csv"], [], "a run table needs n_params; this one has size, tokens, loss (name them: --columns n_params=...)"),
+    (["ours.csv"], ["--columns", "size=size"], "columns: 'size' is no column of a run table"),
+    (["RUNS"], ["--where", "loss > 99"], "where loss > 99: selects no row"),
+    (["none"], [], "none: no such file or folder"),
+])
+def test_command_line_refuses_in_one_line(sources, options, message, tmp_path, demo_runs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ours.csv").write_text("size,tokens,loss\n1e5,1e6,3.0\n")
+    assert run("table", [*(str(demo_runs) if source == "RUNS" else source for source in sources), *options, "--out", "out.csv"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "out.csv").exists()

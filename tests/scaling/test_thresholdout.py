@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from scipy import integrate, stats
 
 import scaling
 from scaling.cli import run
+from scaling.files import locked
 from scaling.thresholdout import Thresholdout, load_guard
 from tests.scaling import fake_runs
 
@@ -123,6 +127,54 @@ def test_command_line_counts_across_invocations(tmp_path, capsys):
     assert run("compare", command[1:]) == 0
     assert json.loads(guard.read_text())["asked"] >= 2
     assert run("compare", [str(runs), "--laws", "chinchilla", "--guard", str(guard)]) == 2 and "--holdout" in capsys.readouterr().err
+
+
+ASKER = """
+import sys, time
+from argparse import Namespace
+from pathlib import Path
+from scaling import compare_text
+guard, ready, go = map(Path, sys.argv[1:])
+compare_text.held_out_mark = lambda *_: "these rows"
+compare_text.guarded = lambda comparison, ask: (ask(0.1, 0.5), time.sleep(0.02), comparison)[2]  # an unlocked one would be overtaken meanwhile
+arguments = Namespace(guard=str(guard), holdout="N = 8e6", seed=0, guard_threshold=1e-6, guard_scale=1e-9, guard_budget=40)
+ready.touch()
+while not go.exists():
+    time.sleep(0.005)
+for _ in range(15):
+    compare_text.with_guard(Namespace(fits=()), arguments)
+"""
+
+
+def test_two_processes_spend_one_budget(tmp_path):
+    """Each asks fifteen times, both at once: thirty questions and thirty paid answers, none counted for two."""
+    guard, go = tmp_path / "guard.json", tmp_path / "go"
+    ready = [tmp_path / f"ready{i}" for i in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", ASKER, str(guard), str(mark), str(go)], stderr=subprocess.PIPE) for mark in ready]
+    since = time.monotonic()
+    while not all(mark.exists() for mark in ready):
+        assert time.monotonic() - since < 120 and all(process.poll() is None for process in processes), [p.stderr.read() for p in processes if p.poll()]
+        time.sleep(0.01)
+    go.touch()
+    assert [process.wait(120) for process in processes] == [0, 0], [process.stderr.read() for process in processes]
+    state = json.loads(guard.read_text())
+    assert (state["asked"], state["spent"]) == (30, 30)
+    assert {path.name for path in tmp_path.iterdir()} == {"guard.json", "go", "ready0", "ready1"}  # neither lock nor part is left
+
+
+def test_a_lock_ends_with_its_process_and_is_not_waited_for_without_end(tmp_path):
+    path = tmp_path / "guard.json"
+    code = "import sys, time; from scaling.files import locked\nwith locked(sys.argv[1]): print('in', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"in\n"
+    with pytest.raises(ValueError, match="guard.json: another process has it locked"), locked(path, patience=0.1):
+        pass
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / ".guard.json.lock").exists()  # what a killed process leaves is no lock
+    with locked(path, patience=0.1):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_guarded_table_shows_no_held_out_figure_of_its_own(tmp_path, capsys):
