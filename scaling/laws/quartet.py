@@ -7,10 +7,6 @@ Efficiencies are 1 at the baseline. The authors fit the six base constants on ba
 """
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from scaling.laws.busbridge import CHINCHILLA_FUNCTIONALS, PARAMETERS, QUARTET_BASE, combine
 from scaling.laws.law import Law, namespace
 from scaling.laws.parameters import Factor
@@ -30,28 +26,6 @@ def loss_gap(p, N, D, forward=None, backward=None):
     return reducible ** p["gamma"] - (p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"]) ** p["gamma"]
 
 
-def preferred_tokens_per_param(p, N, forward, backward, cheap_backward_speedup, speedup, forward_speedup=2.0):
-    """D/N above which quantizing the forward pass as well beats quantizing the backward pass alone, at the forward budget N.
-
-    Quartet section 5: at a forward budget N and a training budget N D the loss compared is that of (N s_fw, D s_tr/s_fw), where s_fw is
-    the forward pass's speed-up (1 when only the backward pass is fast) and s_tr the training's (`cheap_backward_speedup` and
-    `speedup`). Root in ln(D/N) by bisection on [1, 1e5]. Tokens per parameter; NaN when one side wins everywhere.
-    """
-    def advantage(log_ratio):
-        tokens = N * math.exp(log_ratio)
-        def loss(eff_N, s_fw, s_tr):
-            return (p["A"] / (N * s_fw * eff_N) ** p["alpha"] + p["B"] / (tokens * s_tr / s_fw * p[f"effD[{backward}]"]) ** p["beta"])
-        return loss(1.0, 1.0, cheap_backward_speedup) - loss(p[f"effN[{forward}]"], forward_speedup, speedup)
-
-    low, high = 0.0, math.log(1e5)
-    if advantage(low) > 0.0 or advantage(high) < 0.0:
-        return math.nan
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if advantage(middle) > 0.0 else (middle, high)
-    return float(np.exp(high))
-
-
 quartet = Law(
     name="quartet",
     about="L = E + (A/(N effN[forward])^alpha + B/(D effD[backward])^beta)^gamma",
@@ -66,6 +40,6 @@ quartet = Law(
     sources={"quartet": "v4, MXFP4 schemes: SR and RTN with absmax scales, QuEST with the RMSE-optimal clip. Earlier versions recommended SR for "
                         "the backward pass: an implementation bug had hurt RTN"},
     validity={"quartet": {"N": (30.48e6, 203.19e6), "D": (0.75e9, 80e9)}},
-    functionals=CHINCHILLA_FUNCTIONALS | {"loss_gap": loss_gap, "preferred_tokens_per_param": preferred_tokens_per_param},
+    functionals=CHINCHILLA_FUNCTIONALS | {"loss_gap": loss_gap},
     variants={"chinchilla": {"fixed": {"gamma": 1.0}}, "tied": {"ties": {"beta": "alpha"}}},
 )

@@ -115,13 +115,6 @@ def test_unified_law_loses_nothing_where_training_and_inference_widths_agree():
     assert law.predict(p, ptq_bits=3.0, **at) > law.predict(p, **at)
 
 
-def test_quartet_regions_are_where_the_figure_has_them():
-    """Section 1.3 of the reference: FP8:FP4 to FP4:FP4 at D/N 96, 116, 140, 170 for N_max 1e8..1e11 with effN .64, effD .94."""
-    p = laws["busbridge"].published["quartet_baseline"] | {"effN[FP4]": 0.64, "effD[FP4]": 0.94}
-    at = [laws["quartet"].functionals["preferred_tokens_per_param"](p, n, "FP4", "FP4", 1.5, 2.0) for n in (1e8, 1e9, 1e10, 1e11)]
-    assert at == pytest.approx([96, 116, 140, 170], abs=1.0)
-
-
 def test_names_of_formats_stand_for_their_errors(tmp_path):
     rows = np.random.default_rng(1).standard_normal((200, 1024))
     steps = np.abs(rows).max(axis=1, keepdims=True) / 7  # int4 by hand: one scale per row, -7 to 7 in use
