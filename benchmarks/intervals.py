@@ -27,7 +27,7 @@ SELECTION = tuple(compute / 6 for compute in (5e19, 1e20, 2e20, 3e20, 6e20, 1e21
 CRITERION = tuple(compute / 6 for compute in (1e20, 3e20, 1e21))  # N*D, as C = 6ND on these points
 QUANTILES = (0.6, 0.75, 0.85)
 MIN_ROWS = 18  # of a scheme of quartet2-runs
-RULES = ("mean", "noise", "constant", "mean_rate", "calibrated")
+RULES = ("mean", "noise", "constant", "mean_rate", "largest", "whole_error", "calibrated")
 UNTOUCHED = 1e12  # scheme number of the baseline
 
 
@@ -80,11 +80,13 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     mean = (np.log(predicted.mean_high / predicted.loss) / t) ** 2
     problem, z, delta = problem_of(fit, small)
     inner = held_out(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
-    excess = [max(np.mean(errors**2) - noise, 0.0) for errors, _ in inner] or [0.0]
-    rates = [max(np.mean(errors**2) - noise, 0.0) / np.mean(distance) for errors, distance in inner] or [0.0]
+    excess = [max(np.mean(errors**2 - variance) - noise, 0.0) for errors, _, variance in inner] or [0.0]
+    rates = [max(np.mean(errors**2 - variance) - noise, 0.0) / np.mean(distance) for errors, distance, variance in inner] or [0.0]
+    whole = [max(np.mean(errors**2) - noise, 0.0) / np.mean(distance) for errors, distance, _ in inner] or [0.0]
     distance = np.log(predicted.extrapolated)
-    variances = {"mean": mean, "noise": mean + noise, "constant": mean + noise + max(excess),
-                 "mean_rate": mean + noise + np.mean(rates) * distance}
+    variances = {"mean": mean, "noise": mean + noise, "constant": mean + noise + np.mean(excess) + np.std(excess),
+                 "mean_rate": mean + noise + np.mean(rates) * distance, "largest": mean + noise + max(rates) * distance,
+                 "whole_error": mean + noise + (np.mean(whole) + np.std(whole)) * distance}
     halves = {name: t * np.sqrt(variance) for name, variance in variances.items()}
     return np.abs(np.log(table["loss"][~below] / predicted.loss)), halves | {"calibrated": np.log(predicted.high / predicted.loss)}
 
