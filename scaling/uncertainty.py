@@ -14,6 +14,7 @@ from scaling.problem import Problem
 from scaling.solve import minimise
 
 INNER_CUTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # quantiles of scale below which an inner fit is trained
+MARGIN = 2.6  # (3.18 / 1.96)^2: what a variance known to three degrees of freedom costs at 95 %
 NEAR = 0.1  # mean ln factor beyond the inner fit, below which a cut tells no rate
 CHUNK = 128  # bootstrap resamples per batch
 
@@ -113,15 +114,15 @@ def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple
     The variance of a prediction grows with ln(factor beyond the fitted range), as of a random walk. Its rate is calibrated inside the
     data on leave-largest-compute-out residuals (as CRUDE, Zelikman et al. 2020, arXiv 2005.12496, does on held-out residuals). Rate of a
     cut: (mean squared error - residual variance of the whole fit - mean variance of the refit's own predictions) / mean ln factor, at
-    least 0: what neither scatter nor too few rows explain. Used is their mean and one standard deviation of them more, since the errors
-    of one cut share their sign, so that six cuts are few independent looks. 0 when no cut is left.
+    least 0: what neither scatter nor too few rows explain. The mean over the cuts is used, times MARGIN: the errors of one cut share their
+    sign and the cuts their runs, so that six cuts which agree are still few looks. 0 when no cut is left.
 
     How it was chosen and where it was confirmed: docs/intervals.md; `python -m benchmarks.intervals` prints the numbers.
     """
     noise = spread(problem, z_F, delta).residual_sd ** 2
     rates = [max(float(np.mean(errors**2 - variance)) - noise, 0.0) / float(np.mean(distance))
              for errors, distance, variance in held_out(problem, z_F, delta, required, condition)]
-    return math.sqrt(np.mean(rates) + np.std(rates)) if rates else 0.0
+    return math.sqrt(MARGIN * np.mean(rates)) if rates else 0.0
 
 
 def held_out(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],

@@ -25,7 +25,7 @@ def _line(x, y, new):
 
 def _expected_discrepancy(table) -> float:
     """The rule by hand, with a regression line for the law. Rate of a cut: (mean squared error - s^2 - mean variance of the smaller runs'
-    line) / mean ln factor, at least 0; their mean and one standard deviation."""
+    line) / mean ln factor, at least 0; their mean times (t_3/z)^2 at 95 %, which is 2.6."""
     x, y = np.log(table["N"]), np.log(table["loss"])
     s2 = _line(x, y, x)[1]
     rates = []
@@ -34,7 +34,7 @@ def _expected_discrepancy(table) -> float:
         line, _, variance = _line(x[below], y[below], x[~below])
         excess = np.mean((np.polyval(line, x[~below]) - y[~below]) ** 2) - s2 - np.mean(variance)
         rates.append(max(excess, 0.0) / np.mean(x[~below] - x[below].max()))
-    return np.sqrt(np.mean(rates) + np.std(rates))
+    return np.sqrt(2.6 * np.mean(rates))
 
 
 def _bent(rng, x):
@@ -156,7 +156,7 @@ def test_a_cut_that_splits_one_budget_tells_nothing():
     rng, x = np.random.default_rng(0), np.concatenate([np.linspace(7.0, 13.0, 28), 14.0 + 1e-6 * np.arange(12)])
     fit = scaling.fit(table := {"N": np.exp(x), "loss": np.exp(3.0 - 0.3 * x + _bent(rng, x))}, straight.power)
     splits = held_out(*problem_of(fit, table), ("N",), fit.metrics["condition_number"])
-    assert [len(errors) for errors, *_ in splits] == [24, 20, 16, 12] and fit.metrics["discrepancy"] < 0.1
+    assert [len(errors) for errors, *_ in splits] == [24, 20, 16, 12] and fit.metrics["discrepancy"] < 1.0
 
 
 def test_benchmark_prints_a_line_per_table(epoch, monkeypatch, capsys):
