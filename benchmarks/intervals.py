@@ -10,7 +10,8 @@ Train below a compute cut, predict every run above it, nominal 95 %. Per cut and
   largest     the same at the largest rate
   all_error   the same at MARGIN times the mean rate, when the refits' own uncertainty is not subtracted from their errors
   calibrated  the same at MARGIN times the mean rate: what `fit.predict` gives
-The rule was chosen on the Chinchilla points (SELECTION cuts); quartet2-runs confirm it. Both are data of others, so their paths are given.
+The rule was chosen on the Chinchilla points (SELECTION cuts; four fits, docs/intervals.md); quartet2-runs confirm it. Both are data of others,
+so their paths are given.
 """
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _share_covered(drift) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_coverage_where_the_law_is_right():
-    """99.2 % in 100 tables (standard error 0.4 %): wider than needed, since the largest of three noisy rates is above zero."""
+    """98.5 % in 100 tables: wider than needed, since rates are noisy and none counts below zero."""
     assert _share_covered(lambda rng: np.zeros(36))[0] > 0.95
 
 
@@ -93,7 +93,7 @@ def test_coverage_where_the_law_drifts_as_a_random_walk():
 
 @pytest.mark.slow
 def test_a_drift_that_gathers_speed_is_not_fully_covered():
-    """Its limit, told in the docstring of the rule: 75 % (standard error 3 %), against 42 % with noise alone."""
+    """Its limit, told in docs/intervals.md: 80 % (standard error 3 %), against 42 % with noise alone."""
     calibrated, alone = _share_covered(lambda rng: 0.0012 * np.cumsum(np.cumsum(rng.standard_normal(36))))
     assert 0.65 < calibrated < 0.85 and alone < calibrated - 0.2, (calibrated, alone)
 
