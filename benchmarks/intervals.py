@@ -4,10 +4,14 @@ Train below a compute cut, predict every run above it, nominal 95 %. Per cut and
 (width + 40 times the miss: Gneiting and Raftery 2007, Eq. 43), median half-width over the held-out rms error. Rules:
   mean        the interval of the law's value alone (bootstrap)
   noise       that plus the scatter of runs about the law
-  constant    that plus the largest excess error of the inner splits, the same at every distance
+  constant    that plus MARGIN times the mean excess error of the inner splits, the same at every distance
   mean_rate   that plus a variance that grows with ln(factor beyond the data), at the mean rate of the inner splits
-  calibrated  the same at the largest rate: what `fit.predict` gives
-The rule was chosen on the Chinchilla points (SELECTION cuts); quartet2-runs confirm it. Both are data of others, so their paths are given.
+  mean_sd     the same at the mean rate and one standard deviation of the rates more
+  largest     the same at the largest rate
+  all_error   the same at MARGIN times the mean rate, when the refits' own uncertainty is not subtracted from their errors
+  calibrated  the same at MARGIN times the mean rate: what `fit.predict` gives
+The rule was chosen on the Chinchilla points (SELECTION cuts; four fits, docs/intervals.md); quartet2-runs confirm it. Both are data of others,
+so their paths are given.
 """
 from __future__ import annotations
 
@@ -21,13 +25,13 @@ import scaling
 from scaling.laws import Law, Operand, amplitude, exponent, laws, namespace, scale
 from scaling.observations import observe
 from scaling.refits import problem_of
-from scaling.uncertainty import held_out
+from scaling.uncertainty import MARGIN, held_out
 
 SELECTION = tuple(compute / 6 for compute in (5e19, 1e20, 2e20, 3e20, 6e20, 1e21))
 CRITERION = tuple(compute / 6 for compute in (1e20, 3e20, 1e21))  # N*D, as C = 6ND on these points
 QUANTILES = (0.6, 0.75, 0.85)
 MIN_ROWS = 18  # of a scheme of quartet2-runs
-RULES = ("mean", "noise", "constant", "mean_rate", "calibrated")
+RULES = ("mean", "noise", "constant", "mean_rate", "mean_sd", "largest", "all_error", "calibrated")
 UNTOUCHED = 1e12  # scheme number of the baseline
 
 
@@ -80,12 +84,14 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     mean = (np.log(predicted.mean_high / predicted.loss) / t) ** 2
     problem, z, delta = problem_of(fit, small)
     inner = held_out(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
-    excess = [max(np.mean(errors**2) - noise, 0.0) for errors, _ in inner] or [0.0]
-    rates = [max(np.mean(errors**2) - noise, 0.0) / np.mean(distance) for errors, distance in inner] or [0.0]
+    excess, drift = ([max(np.mean(errors**2 - part * variance) - noise, 0.0) for errors, _, variance in inner] for part in (0.0, 1.0))
+    far = [np.mean(distance) for _, distance, _ in inner]
+    rates = np.divide(drift, far) if inner else np.zeros(1)
     distance = np.log(predicted.extrapolated)
-    variances = {"mean": mean, "noise": mean + noise, "constant": mean + noise + max(excess),
-                 "mean_rate": mean + noise + np.mean(rates) * distance}
-    halves = {name: t * np.sqrt(variance) for name, variance in variances.items()}
+    beyond = {"mean": -noise, "noise": 0.0, "constant": MARGIN * np.mean(drift or [0.0]), "mean_rate": np.mean(rates) * distance,
+              "mean_sd": (np.mean(rates) + np.std(rates)) * distance, "largest": np.max(rates) * distance,
+              "all_error": MARGIN * np.mean(np.divide(excess, far) if inner else 0.0) * distance}
+    halves = {name: t * np.sqrt(mean + noise + variance) for name, variance in beyond.items()}
     return np.abs(np.log(table["loss"][~below] / predicted.loss)), halves | {"calibrated": np.log(predicted.high / predicted.loss)}
 
 

@@ -143,6 +143,7 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
         score["half_width"] = float(np.median(0.5 * (interval.high - interval.low)))
         beyond = float(np.mean(np.log(interval.extrapolated)))
         if beyond > 0.0:  # a rate per e-fold, as `discrepancy` has it; rows inside the data tell nothing of it
-            rate = float(np.mean(errors**2) - fitted.metrics["residual_sd"] ** 2) / beyond
+            estimated = (np.log(interval.mean_high / interval.loss) / fitted.quantile) ** 2
+            rate = float(np.mean(errors**2 - estimated) - fitted.metrics["residual_sd"] ** 2) / beyond
             metrics["discrepancy"] = max(metrics["discrepancy"], max(rate, 0.0) ** 0.5)
     return metrics | {"held_out": score}

@@ -122,7 +122,7 @@ def method_notes(analysis: Analysis) -> list[str]:
         f"of a design with a condition number above {MAX_CONDITION:.0e}, is called not identified and not printed.",
         f"Intervals of predictions add the scatter of runs about the law ({m['residual_sd']:.2%}) and, outside the fitted range, the law's own "
         f"discrepancy there ({m['discrepancy']:.2%} at a factor of 2.7, growing with the root of the factor's logarithm): what the errors of refits "
-        "on the smaller runs that predict the larger ones exceed that scatter by. The held-out "
+        "on the smaller runs that predict the larger ones exceed that scatter and the refits' own uncertainty by. The held-out "
         "runs chose nothing and widened nothing in the intervals shown for them.",
         f"Law: {fit.law.cite}."]
     return [page.paragraph(text, "note") for text in texts]

@@ -13,7 +13,9 @@ import numpy as np
 from scaling.problem import Problem
 from scaling.solve import minimise
 
-INNER_CUTS = (0.5, 0.65, 0.8)  # quantiles of scale below which an inner fit is trained
+INNER_CUTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # quantiles of scale below which an inner fit is trained
+MARGIN = 2.6  # (3.18 / 1.96)^2: what a variance known to three degrees of freedom costs at 95 %
+NEAR = 0.1  # mean ln factor beyond the inner fit, below which a cut tells no rate
 CHUNK = 128  # bootstrap resamples per batch
 
 
@@ -111,44 +113,52 @@ def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple
 
     The variance of a prediction grows with ln(factor beyond the fitted range), as of a random walk. Its rate is calibrated inside the
     data on leave-largest-compute-out residuals (as CRUDE, Zelikman et al. 2020, arXiv 2005.12496, does on held-out residuals). Rate of a
-    cut: (mean squared error - residual variance of the whole fit) / mean ln factor. The largest over the cuts is used, since the errors of
-    one cut share their sign and are often all small by chance. 0 when no cut is left.
+    cut: (mean squared error - residual variance of the whole fit - mean variance of the refit's own predictions) / mean ln factor, at
+    least 0: what neither scatter nor too few rows explain. The mean over the cuts is used, times MARGIN: the errors of one cut share their
+    sign and the cuts their runs, so that six cuts which agree are still few looks. 0 when no cut is left.
 
-    Chosen on the Chinchilla points by the mean 95 % interval score over six outer cuts, 5e19 to 1e21 FLOP: 0.0585 of ln loss (91 % covered),
-    against 0.0614 at the mean rate, 0.0659 for a discrepancy that does not grow, 0.0742 for bootstrap and noise alone (81 %). Confirmed on
-    quartet2-runs (compute quantiles 0.6, 0.75, 0.85; baseline and 17 schemes, an efficiency each): 0.0341 (96 %), 0.0374, 0.0682, 0.0997
-    (51 %). `python -m benchmarks.intervals` prints all of them, by cut. On planted laws that drift as a random walk 94 % are covered, on laws
-    that are right 99 %; on a drift that gathers speed, an integrated random walk, only 75 % (42 % with noise alone): no data below a cut
-    tell of it.
+    How it was chosen and where it was confirmed: docs/intervals.md; `python -m benchmarks.intervals` prints the numbers.
     """
     noise = spread(problem, z_F, delta).residual_sd ** 2
-    rates = [(np.mean(errors**2) - noise) / np.mean(distance) for errors, distance in held_out(problem, z_F, delta, required, condition)]
-    return math.sqrt(max([0.0, *rates]))
+    rates = [max(float(np.mean(errors**2 - variance)) - noise, 0.0) / float(np.mean(distance))
+             for errors, distance, variance in held_out(problem, z_F, delta, required, condition)]
+    return math.sqrt(MARGIN * np.mean(rates)) if rates else 0.0
 
 
 def held_out(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],
-             condition: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(errors of ln loss, ln of the factor beyond the fitted range) of the rows above each inner cut, predicted by a refit of those below.
+             condition: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(errors of ln loss, ln of the factor beyond the fitted range, variance of ln of the law's value there by the covariance of the refit)
+    of the rows above each inner cut, predicted by a refit of those below.
 
     A cut is a quantile of scale: the product of the required inputs, which for N and D is the compute. A refit conditioned a hundred
-    times worse than the whole design says nothing about the law and is left out.
+    times worse than the whole design says nothing about the law and is left out; so is a cut that splits one budget, where the rows above it
+    are hardly beyond those below.
     """
     scale = sum(np.log(problem.columns[name]) for name in required)
-    plain = problem.plain(z_F[None])
+    below_CR = np.array([scale <= np.quantile(scale, cut) for cut in INNER_CUTS])
+    below_CR = below_CR[~below_CR.all(axis=1) & (below_CR.sum(axis=1) >= len(problem.free) + 3)]
+    # One batch: rows above a cut have weight 0.
+    refits_CF = problem.plain(minimise(problem, np.repeat(z_F[None], len(below_CR), axis=0), below_CR.astype(np.float64), delta)[0])
     found = []
-    for cut in INNER_CUTS:
-        keep = scale <= np.quantile(scale, cut)
-        if keep.all() or keep.sum() < len(problem.free) + 3:
-            continue
+    for keep, plain_F in zip(below_CR, refits_CF, strict=True):
         inner, outer = problem.rows(keep), problem.rows(~keep)
-        z_inner = minimise(inner, inner.centred(plain), np.ones((1, int(keep.sum()))), delta)[0][0]
-        if spread(inner, z_inner, delta).condition > 100.0 * condition:
+        around = spread(inner, inner.centred(plain_F[None])[0], delta)
+        if around.condition > 100.0 * condition:
             continue
-        errors = outer.residuals(outer.centred(inner.plain(z_inner[None])))[0]
+        errors, variance = _predicted(outer, plain_F, around.scatter)
         distance = _beyond(inner, outer, required)
-        if np.isfinite(errors).all():
-            found.append((errors, distance))
+        if np.isfinite(errors).all() and np.isfinite(variance).all() and np.mean(distance) >= NEAR:
+            found.append((errors, distance, variance))
     return found
+
+
+def _predicted(problem: Problem, plain_F: np.ndarray, scatter_FF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[R] errors of ln loss at plain coordinates, and [R] the variance of the predictions there by their covariance (delta method)."""
+    z_F = problem.centred(plain_F[None])[0]
+    errors, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
+    with np.errstate(invalid="ignore"):
+        slopes = jacobian @ np.linalg.solve(problem.slopes_of_centre(z_F), scatter_FF)
+    return errors, (slopes**2).sum(axis=1)
 
 
 def _beyond(inner: Problem, outer: Problem, required: tuple[str, ...]) -> np.ndarray:
