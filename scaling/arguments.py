@@ -69,7 +69,7 @@ def _rows(p: Parser) -> None:
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
     p.add_argument("--fix", type=assignments, action=Merge, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
     p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
-    p.add_argument("--weights", metavar="SQL", help="how much each row counts")
+    p.add_argument("--weights", metavar="SQL", help="how much each row counts beside the others; only ratios matter")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap and of --coverage")
 

@@ -36,11 +36,11 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     {"beta": "alpha"} makes beta equal alpha; fixed: {"n_w": 0.0}, or another fit's params. base: SQL; all constants that these rows
     determine are fitted on them alone and then held (Quartet's two stages; intervals hold the uncertainty of both). priors: {"alpha": (0.35, 0.05)}, mean and standard
     deviation of a Gaussian on an exponent or offset, for E and scales (value, relative deviation) of a log-normal. weights: SQL, how
-    much a row counts. level: of the intervals. progress(done, total) is called during the bootstrap.
+    much a row counts beside the others (1/variance, the number of seeds behind a mean): only the ratios matter, they are scaled to a mean of 1. level: of the intervals. progress(done, total) is called during the bootstrap.
     Levels of a factor: 1 for the one called baseline, bf16, fp32, ... or for the one in fixed: {"effN[FP8]": 1}.
 
     Metrics: objective, gradient_norm, converged, starts, starts_agree, condition_number (of J'J in centred logs), rows, dof, dropped,
-    residual_sd, rmse, bic, discrepancy, at_bound, ridges (directions that the design leaves open by more than 50 %), confounded (pairs
+    residual_sd (of a row of weight 1), rmse, bic (rows ln rmse^2 + free constants ln rows), discrepancy, at_bound, ridges (directions that the design leaves open by more than 50 %), confounded (pairs
     of constants with correlation over 0.95), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst; bias_nats with its 95 %
     interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
@@ -85,7 +85,7 @@ def _assemble(last: Stage, first: Stage | None, observed: Observations, label: s
         drift = max(drift, first_drift)
     residuals = problem.residuals(solution.z[None])[0]
     rows = residuals.size
-    mean_square = float(np.mean(residuals**2))
+    mean_square = float(np.mean(problem.row_weights * residuals**2))
     metrics = {
         "objective": solution.objective, "gradient_norm": solution.gradient, "converged": solution.converged, "starts": solution.starts,
         "starts_agree": solution.agree, "condition_number": around.condition, "rows": rows, "dof": around.dof,

@@ -8,10 +8,7 @@ from scaling.problem import Problem
 
 def objective_of(problem: Problem, z_SF: np.ndarray, delta: float, weights_SR: np.ndarray | float = 1.0) -> np.ndarray:
     """[S]: the objective; `weights_SR` multiply the problem's own."""
-    lost_SR = huber(problem.residuals(z_SF), delta)
-    if problem.weights is not None:
-        lost_SR = lost_SR * problem.weights
-    total_S = (weights_SR * lost_SR).sum(axis=1)
+    total_S = (problem.row_weights * weights_SR * huber(problem.residuals(z_SF), delta)).sum(axis=1)
     return total_S + problem.penalty(z_SF) if problem.priors else total_S
 
 

@@ -46,6 +46,12 @@ class Observations:
         return replace(self, columns={name: values[keep] for name, values in self.columns.items()}, loss=self.loss[keep], held=self.held[keep],
                        weights=weights, base=base)
 
+    @property
+    def fitted_weights(self) -> np.ndarray | None:
+        """Weights of the rows that are not held out, scaled to a mean of 1: only their ratios say anything."""
+        weights = None if self.weights is None else self.weights[~self.held]
+        return weights if weights is None else weights / weights.mean()
+
     def rows(self, keep: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(columns, loss) of the rows where `keep`."""
         return {name: values[keep] for name, values in self.columns.items()}, self.loss[keep]

@@ -29,8 +29,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     free = tuple(name for name in law.names if name not in {*reduction.absent, *merged, *fixed})
     _refuse_design(law, columns, loss, free, fixed)
     notes = list(reduction.notes) + _warnings(columns)
-    weights = None if observed.weights is None else observed.weights[~observed.held]
-    return Problem(law, columns, np.log(loss), free, merged, fixed, weights), notes
+    return Problem(law, columns, np.log(loss), free, merged, fixed, observed.fitted_weights), notes
 
 
 def _refuse_constants(law: Law, ties: Mapping[str, str], fixed: Mapping[str, float]) -> None:

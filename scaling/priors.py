@@ -21,7 +21,7 @@ def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float
         _refuse_prior(problem, name, mean, sd)
     first = solve(problem, delta)
     residuals = problem.residuals(first.z[None])[0]
-    own = np.ones_like(residuals) if problem.weights is None else problem.weights
+    own = problem.row_weights
     inside = max(float(np.mean(own * (np.abs(residuals) <= delta))), 1.0 / residuals.size)
     unit = float(np.mean(own * np.clip(residuals, -delta, delta) ** 2)) / inside
     posed = replace(problem, priors={name: (float(problem.law.parameter(name).coordinate(mean)), unit / sd**2)

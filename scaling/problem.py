@@ -26,7 +26,8 @@ BESIDE_SPAN = 25.0  # how far outside its box of starts a term of a law that is 
 class Problem:
     """law on columns [R] and log_loss [R]; free: names of the free parameters; ties: name -> free name it equals; fixed: name -> value.
 
-    Parameters of the law in none of the three are absent: no row touches them. weights: [R], how much each row counts, or None.
+    Parameters of the law in none of the three are absent: no row touches them. weights: [R], how much each row counts,
+    1 on average, or None.
     priors: name -> (mean, precision) of its coordinate, on the scale of the objective: the penalty is precision (z - mean)^2 / 2.
     """
 
@@ -51,6 +52,11 @@ class Problem:
     def level(self) -> float:
         """Log of the mean loss."""
         return float(np.log(np.mean(np.exp(self.log_loss))))
+
+    @property
+    def row_weights(self) -> np.ndarray | float:
+        """[R], or 1 where all rows count the same."""
+        return 1.0 if self.weights is None else self.weights
 
     def rows(self, keep: np.ndarray) -> Problem:
         """The same parameters on fewer rows."""

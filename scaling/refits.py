@@ -48,8 +48,7 @@ def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
         raise ValueError(f"{fit.label} was fitted in two stages (base {fit.metrics['base']}): refits would fit all constants at once; fit without base")
     if fit.metrics["priors"]:
         raise ValueError(f"{fit.label} was fitted with priors on {', '.join(fit.metrics['priors'])}: refits would need them too; fit without")
-    weights = None if observed.weights is None else observed.weights[~observed.held]
-    problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed, weights)
+    problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed, observed.fitted_weights)
     delta = float("inf") if fit.metrics["loss"] == "least_squares" else float(fit.metrics["delta"])
     z_F = problem.centred(np.asarray(fit.coordinates)[None])[0]
     objective = float(_objective(problem, z_F[None], delta, 0.0)[0])
@@ -90,11 +89,7 @@ def refit(problem: Problem, starts_SF: np.ndarray, delta: float, log_loss_SR: np
 
 
 def _objective(problem: Problem, z_SF, delta, shift_SR) -> np.ndarray:
-    return (_weights(problem) * huber(problem.residuals(z_SF) - shift_SR, delta)).sum(axis=1)
-
-
-def _weights(problem: Problem) -> np.ndarray | float:
-    return 1.0 if problem.weights is None else problem.weights
+    return (problem.row_weights * huber(problem.residuals(z_SF) - shift_SR, delta)).sum(axis=1)
 
 
 def _pulled(pull: Pull, z_SF, rows) -> np.ndarray:
@@ -105,7 +100,7 @@ def _step(problem: Problem, z_SF, delta, shift_SR, damping_S, pull, rows, bounds
     """[S, F] damped Gauss-Newton step on the reweighted squares."""
     residuals_SR, jacobian_SRF = problem.jacobian(z_SF)
     residuals_SR = residuals_SR - shift_SR
-    weights_SR = _weights(problem) * np.minimum(1.0, delta / np.maximum(np.abs(residuals_SR), 1e-300))
+    weights_SR = problem.row_weights * np.minimum(1.0, delta / np.maximum(np.abs(residuals_SR), 1e-300))
     weighted = weights_SR[:, :, None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessian = np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)

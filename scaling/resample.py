@@ -45,8 +45,8 @@ def wild(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float, cou
     """
     rng = np.random.default_rng(seed)
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
-    own = 1.0 if problem.weights is None else np.sqrt(problem.weights)[:, None]
-    orthogonal = np.linalg.svd(own * jacobian, full_matrices=False)[0]
+    root_R = np.sqrt(problem.row_weights) * np.ones(residuals.size)
+    orthogonal = np.linalg.svd(root_R[:, None] * jacobian, full_matrices=False)[0]
     leverage = np.minimum((orthogonal**2).sum(axis=1), 1.0 - 1e-6)
     fitted_R, scatter_R = problem.log_loss + residuals, residuals / np.sqrt(1.0 - leverage)
     draws = []

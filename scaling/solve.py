@@ -93,7 +93,7 @@ def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarra
     -> the better of its end and z_F, and the objective there.
     """
     low, high = problem.bounds()
-    own = 1.0 if problem.weights is None else problem.weights
+    own = problem.row_weights
 
     def value_and_slope(z_F):
         residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
@@ -161,9 +161,7 @@ def _normal_equations(problem: Problem, z_SF, weights_SR, delta, low, high) -> t
     """
     residuals_SR, jacobian_SRF = problem.jacobian(z_SF)
     size = np.maximum(np.abs(residuals_SR), 1e-300)
-    irls_SR = weights_SR * np.minimum(1.0, delta / size)
-    if problem.weights is not None:
-        irls_SR = irls_SR * problem.weights
+    irls_SR = problem.row_weights * weights_SR * np.minimum(1.0, delta / size)
     weighted = irls_SR[:, :, None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessians = [np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)]

@@ -65,7 +65,7 @@ class Joined:
 def joined(first: Stage, second: Stage, scatters: tuple[np.ndarray, np.ndarray], draws: tuple[np.ndarray, np.ndarray]) -> Joined:
     """The constants of both stages with their joint covariance, to first order.
 
-    The second stage's optimum moves with what is held: by G = -(J2'J2)^-1 J2'J1, J1 and J2 the Jacobian of its residuals by the constants of the
+    The second stage's optimum moves with what is held: by G = -(J2'J2)^-1 J2'J1, J1 and J2 the (weighted) Jacobian of its residuals by the constants of the
     first and of the second stage. So its covariance is its own and G V1 G' (the two-step estimator of Murphy and Topel 1985, with stages whose
     scatter is independent).
     """
@@ -77,6 +77,7 @@ def joined(first: Stage, second: Stage, scatters: tuple[np.ndarray, np.ndarray],
     coordinates = np.concatenate([first.coordinates, second.coordinates])
     z_F = both.centred(coordinates[None])[0]
     jacobian = both.jacobian(z_F[None])[1][0] @ np.linalg.inv(both.slopes_of_centre(z_F))
+    jacobian = jacobian * (np.sqrt(late.row_weights) * np.ones(len(jacobian)))[:, None]
     count = len(early.free)
     moves = -np.linalg.pinv(jacobian[:, count:]) @ jacobian[:, :count]  # [F2, F1]
     with np.errstate(invalid="ignore"):

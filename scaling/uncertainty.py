@@ -34,11 +34,13 @@ class Spread:
 def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     """Linearised covariance at the optimum.
 
-    s^2 (J'J)^-1 with s^2 the residual variance, times the price of the Huber loss under Gaussian residuals,
+    s^2 (J'WJ)^-1 with W the weights and s^2 the weighted residual variance, that of a row of weight 1, times the price of the Huber loss under Gaussian residuals,
     E[psi^2] / (s E[psi'])^2: pi/2 for small delta, 1 for least squares (Huber 1964).
     """
     low, high = problem.bounds()
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
+    root = np.sqrt(problem.row_weights) * np.ones(residuals.size)
+    residuals, jacobian = root * residuals, root[:, None] * jacobian
     inside = (z_F > low + 1e-6) & (z_F < high - 1e-6)
     moving = inside & ~problem.dead(z_F)
     dof = len(residuals) - int(moving.sum())

@@ -12,7 +12,7 @@ from scaling.laws.mse_efficiency import error_of
 from scaling.observations import observe
 from scaling.pose import pose
 from scaling.starts import candidates
-from tests.scaling import fake_runs
+from tests.scaling import fake_runs, straight
 
 GRID_N, GRID_D = (part.ravel() for part in np.meshgrid([3e7, 1e8, 3e8, 1e9, 3e9], [1e9, 3e9, 1e10, 3e10, 1e11]))
 
@@ -150,12 +150,42 @@ def test_a_prior_is_the_row_it_stands_for():
 
 
 def test_weights_count_rows():
+    """The constants of a table in which some rows are repeated; the objective of a mean row."""
     p = laws["chinchilla"].published["hoffmann"]
     table = {"N": GRID_N, "D": GRID_D, "loss": noisy(laws["chinchilla"].predict(p, N=GRID_N, D=GRID_D), 0.01), "w": np.tile([1.0, 3.0, 1, 2, 1], 5)}
     twice = {name: np.repeat(values, table["w"].astype(int)) for name, values in table.items()}
     weighted, repeated = scaling.fit(table, "chinchilla", weights="w"), scaling.fit(twice, "chinchilla")
-    assert weighted.metrics["objective"] == pytest.approx(repeated.metrics["objective"], rel=1e-9)
+    assert weighted.metrics["objective"] / 25 == pytest.approx(repeated.metrics["objective"] / 40, rel=1e-9)
     assert weighted.params["alpha"] == pytest.approx(repeated.params["alpha"], rel=1e-6)
+
+
+def test_only_ratios_of_weights_matter():
+    """Intervals, profile, BIC and priors are those without weights when all weights are 10."""
+    table = straight.runs()
+    for options in ({}, {"priors": {"alpha": (0.35, 0.01)}}):
+        plain, tens = (scaling.fit(table, straight.power, weights=weights, **options) for weights in (None, "10"))
+        assert tens.metrics["bic"] == pytest.approx(plain.metrics["bic"]) and tens.estimate("alpha").value == pytest.approx(plain.estimate("alpha").value, rel=1e-8)
+        assert tens.estimate("alpha").relative_se == pytest.approx(plain.estimate("alpha").relative_se, rel=1e-6)
+    plain, tens = (scaling.profile(scaling.fit(table, straight.power, weights=weights), table, "alpha").estimate for weights in (None, "10"))
+    assert (tens.low, tens.high) == pytest.approx((plain.low, plain.high), rel=1e-6)
+
+
+def test_weighted_errors_are_those_of_weighted_least_squares():
+    """s^2 (X'WX)^-1 by hand, on runs of which half scatter ten times as much, with weights 1/variance."""
+    weights = np.where(np.arange(24) % 2, 1e4, 1e2)
+    table = straight.runs(noise=lambda rng, x: rng.standard_normal(x.size) / np.sqrt(weights)) | {"w": weights}
+    fit = scaling.fit(table, straight.power, weights="w", loss="least_squares")
+    x, own = np.stack([np.ones(24), -np.log(table["N"])], axis=1), weights / weights.mean()
+    information = x.T @ (own[:, None] * x)
+    beta = np.linalg.solve(information, x.T @ (own * np.log(table["loss"])))
+    errors = np.log(table["loss"]) - x @ beta
+    variance = (own * errors**2).sum() / 22
+    assert fit.params["alpha"] == pytest.approx(beta[1], rel=1e-6) and fit.metrics["residual_sd"] == pytest.approx(np.sqrt(variance), rel=1e-6)
+    assert fit.estimate("alpha").relative_se * beta[1] == pytest.approx(np.sqrt(variance * np.linalg.inv(information)[1, 1]), rel=1e-5)
+    profile = scaling.profile(fit, table, "alpha").estimate
+    assert (profile.low, profile.high) == pytest.approx((fit.estimate("alpha").low, fit.estimate("alpha").high), rel=2e-3)
+    bic = 24 * np.log((own * errors**2).mean()) + 2 * np.log(24)
+    assert fit.metrics["bic"] == pytest.approx(bic, rel=1e-9)
 
 
 def test_every_published_row_has_its_source_and_a_cited_law():
