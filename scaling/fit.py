@@ -41,7 +41,7 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
 
     Metrics: objective, gradient_norm, converged, starts, starts_agree, condition_number (of J'J in centred logs), rows, dof, dropped,
     residual_sd, rmse, bic, discrepancy, at_bound, ridges (directions that the design leaves open by more than 50 %), confounded (pairs
-    of constants with correlation over 0.95), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst; bias_nats with its 95 %
+    of constants with correlation over 0.95), constant_terms (amplitudes of terms that no input moves), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst; bias_nats with its 95 %
     interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
@@ -90,6 +90,8 @@ def _assemble(problem: Problem, solution: Solution, observed: Observations, labe
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(problem.free) * np.log(rows)),
         "discrepancy": discrepancy(problem, solution.z, delta, required, around.condition), "at_bound": list(around.at_bound), "held_out": None,
         "notes": notes, "ridges": ridges(law, problem.free, coordinates, around.scatter),
+        "constant_terms": [name for name, logs in zip(law.amplitudes, problem.log_terms(problem.theta(solution.z[None]))[0], strict=True)
+                           if np.all(logs == logs[0])],
         "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),
         "confounded": confounded(problem.free, around.scatter), "columns": observed.mapping, "bootstrap": num_draws, **asked,
     }

@@ -19,7 +19,7 @@ from scaling.reach import refuse_far
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
-MAX_AMPLITUDE_SE = 1.0  # an amplitude trades off with its exponent (correlation 0.9 even in centred logs) and matters by its logarithm
+MAX_AMPLITUDE_SE = 1.0  # an amplitude trades off with its exponent (correlation 0.9 even in centred logs) and matters by its logarithm; E has none
 VERSION = 1
 
 
@@ -245,7 +245,7 @@ class Fit:
         apart = flat.get(name) or flat.get(self.ties.get(name))
         if apart:
             return f"not identified by this design (the objective is flat: starts that reach it end {apart:.0%} apart)"
-        amplitude = name in self.law.amplitudes
+        amplitude = name in self.law.amplitudes and name not in self.metrics.get("constant_terms", ())
         if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
         return ""

@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import pytest
 
 import scaling
 from scaling.laws import laws
@@ -17,14 +16,12 @@ KUMAR = laws["kumar"].published["kumar"]
 
 @dataclass(frozen=True)
 class Planted:
-    """law: its name, with variants; truth: its constants; design: () -> columns; noise: deviation of ln loss; options: of `scaling.fit`;
-    open: constants that this design cannot tell, which a fit must say itself."""
+    """law: its name, with variants; truth: its constants; design: () -> columns; noise: deviation of ln loss."""
 
     law: str
     truth: Mapping[str, float]
     design: Callable[[], dict[str, np.ndarray]]
     noise: float = 0.005
-    options: Mapping = field(default_factory=dict)
 
     def table(self, seed: int) -> dict[str, np.ndarray]:
         """The design with losses of this seed."""
@@ -116,12 +113,3 @@ PLANTED = {
     # Brown et al. print no single pair: a curve like those of their figures.
     "coverage": Planted("coverage", {"a": 2.0, "b": 0.4}, lambda: {"k": np.geomspace(1, 1e4, 25)}, 0.01),
 }
-
-
-def planted(name: str, seed: int) -> tuple[Planted, dict[str, np.ndarray]]:
-    """The case and its table; skipped where a design of ../shared is absent."""
-    case = PLANTED[name]
-    return case, case.table(seed)
-
-
-__all__ = ["PLANTED", "Planted", "planted", "pytest"]
