@@ -5,21 +5,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from scaling.laws import Law, resolve
-from scaling.observations import Observations, observe
-from scaling.pose import pose
-from scaling.priors import with_priors
-from scaling.problem import Problem, constants
+from scaling.laws import Law
+from scaling.observations import Observations
+from scaling.problem import constants
 from scaling.result import MAX_CONDITION, Fit
 from scaling.ridges import confounded, ridges, undetermined
-from scaling.solve import Solution, solve
+from scaling.solved import Solved, errors_of, solved
 from scaling.statistics import mean_interval
 from scaling.table import Source
 from scaling.uncertainty import bootstrap as resample
 from scaling.uncertainty import cell_index, discrepancy, spread
-
-LOSSES = ("huber", "least_squares", "lad")
-LAD_DELTA = 1e-6  # of the Huber loss that stands for least absolute deviations: residuals are a thousand times larger
 
 
 def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = None, where: str | None = None,
@@ -45,35 +40,18 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
     Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
-    if not isinstance(law, (str, Law)):
-        raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
-    if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:
-        raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
-    resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
-    ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
-    if base:
-        first = fit(table, resolved, columns=columns, where=f"({where}) AND ({base})" if where else base, loss=loss, delta=delta,
-                    ties=ties, fixed=fixed, priors=priors, weights=weights)
-        if not first.converged:
-            raise ValueError(f"base={base!r}: the fit of these {first.metrics['rows']} rows did not converge, so nothing can be held at it")
-        fixed, priors = dict(first.params) | fixed, None
-        notes = [f"{', '.join(first.free)} are held at their fit to the {first.metrics['rows']} rows where {base}"]
-    observed = observe(table, resolved, columns, where, holdout, weights)
-    problem, more = pose(resolved, observed, ties, fixed)
-    reach = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
-    problem, solution = with_priors(problem, reach, priors) if priors else (problem, solve(problem, reach))
-    if solution.agree == 1:
-        more.append(f"only one of {solution.starts} starts ended at this optimum: a lower one may exist")
-    return _assemble(problem, solution, observed, label, notes + more, level, bootstrap, seed, progress,
-                     {"loss": loss, "delta": reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
+    if not 0 < level < 1 or bootstrap < 0 or seed < 0:
+        raise ValueError(f"level={level}, bootstrap={bootstrap}, seed={seed}: need 0 < level < 1, bootstrap >= 0, seed >= 0")
+    found = solved(table, law, columns=columns, where=where, holdout=holdout, loss=loss, delta=delta, ties=ties, fixed=fixed, base=base,
+                   priors=priors, weights=weights)
+    return _assemble(found, level, bootstrap, seed, progress,
+                     {"loss": loss, "delta": found.reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
 
 
-def _assemble(problem: Problem, solution: Solution, observed: Observations, label: str, notes: list[str], level: float, num_draws: int,
-              seed: int, progress, asked: dict) -> Fit:
+def _assemble(found: Solved, level: float, num_draws: int, seed: int, progress, asked: dict) -> Fit:
     """The solved problem with its uncertainty, held-out score and metrics, as a Fit."""
+    problem, solution, observed, label = found.problem, found.solution, found.observed, found.label
     law, delta, required = problem.law, asked["delta"], problem.law.measures
     around = spread(problem, solution.z, delta)
     coordinates = problem.plain(solution.z[None])[0]
@@ -89,7 +67,7 @@ def _assemble(problem: Problem, solution: Solution, observed: Observations, labe
         "dropped": observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(problem.free) * np.log(rows)),
         "discrepancy": discrepancy(problem, solution.z, delta, required, around.condition), "at_bound": list(around.at_bound), "held_out": None,
-        "notes": notes, "ridges": ridges(law, problem.free, coordinates, around.scatter),
+        "notes": found.notes, "ridges": ridges(law, problem.free, coordinates, around.scatter),
         "constant_terms": [name for name, logs in zip(law.amplitudes, problem.log_terms(problem.theta(solution.z[None]))[0], strict=True)
                            if np.all(logs == logs[0])],
         "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),
@@ -123,9 +101,7 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
     columns, loss = observed.rows(observed.held)
     predicted = fitted.law.predict(fitted.params, **columns)
     errors = np.log(predicted) - np.log(loss)
-    score = {"rows": int(loss.size), "rmse": float(np.sqrt(np.mean(errors**2))), "bias": float(np.mean(errors)),
-             "worst": float(errors[np.argmax(np.abs(errors))]), "rmse_nats": float(np.sqrt(np.mean((predicted - loss) ** 2))),
-             **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
+    score = {**errors_of(predicted, loss), **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
              "covered": None, "half_width": None}
     if fitted.metrics["condition_number"] <= MAX_CONDITION:
         interval = fitted.predict(**columns, extrapolate=True)
