@@ -101,7 +101,11 @@ class Fit:
         """
         function, unit_scale = self.quantity(name, columns)
         with np.errstate(all="ignore"):
-            value = float(function(self.params))
+            value = function(self.params)
+        if isinstance(value, str):
+            raise ValueError(f"{name} of law {self.law.name} is a name, {value}, which has no interval; scaling.derived(fit, at) tells what share of the "
+                             "constants that the data allow give each name")
+        value = float(value)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
         reach = self.quantile * error
         if value > 0 and unit_scale is None:

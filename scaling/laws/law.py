@@ -48,7 +48,7 @@ class Law:
     name, aliases: keys of the registry. about: the formula, one line. cite: where it is from.
     parameters: amplitudes and divisors in the order of the terms. inputs: column names. operands: the optional ones among them;
     factors: the ones that hold names; zero_allowed: the ones that may be 0. levels: input -> names, filled in by `at_levels`.
-    log_terms(params, columns) -> one log term per amplitude, broadcastable against each other.
+    log_terms(params, columns) -> one log term per amplitude, broadcastable against each other; one for all levels of a factor's amplitude.
     combine(params, terms, columns) -> loss; None is the sum of the terms.
     published: source -> constants with full digits; sources: source -> what they are; validity: source -> input -> (low, high) trained.
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
