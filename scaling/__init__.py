@@ -20,6 +20,7 @@ _HOMES = {
     "scaling.checklist": ("checklist",),
     "scaling.compare": ("Comparison", "compare"),
     "scaling.coverage": ("Coverage", "coverage"),
+    "scaling.derived": ("Derived", "derived"),
     "scaling.design": ("next_runs",),
     "scaling.design_checks": ("check_table", "design_checks"),
     "scaling.fit": ("fit",),
@@ -38,8 +39,8 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Comparison", "Coverage", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
-           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "design_checks", "fit", "laws", "leave_out", "load",
+__all__ = ["Analysis", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
+           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "derived", "design_checks", "fit", "laws", "leave_out", "load",
            "next_runs", "paired", "pass_at", "plan", "profile", "proportion", "report", "resample", "seed_variance", "summary", "table",
            "telemetry", "variance_parts", "worst_of", "write_table"]
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from scaling import page
-from scaling.held_out import eligible
+from scaling.eligible import eligible
 from scaling.result import Fit
 from scaling.statistics import columns_of
 from scaling.table import Source

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.arguments import joined, numbers, parser, priors
+from scaling.arguments import joined, mixed, numbers, parser, priors
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
@@ -23,6 +23,7 @@ from scaling.table import RUN_COLUMNS, TABLE_SUFFIXES, is_query, table, write_ta
 if TYPE_CHECKING:
     from scaling.analysis import Analysis
     from scaling.compare import Comparison
+    from scaling.derived import Derived
     from scaling.result import Fit
 
 
@@ -81,6 +82,7 @@ def _rows_of(sources: list[str]):
 
 def _fit(arguments) -> int:
     from scaling.checklist import as_json, as_text, checklist
+    from scaling.derived import derived
     from scaling.design_checks import check_table
     from scaling.fit import fit as fit_law
     from scaling.trust import check_trust, trusted
@@ -95,12 +97,15 @@ def _fit(arguments) -> int:
         if not fitted.converged:
             return _not_converged(fitted)
         fitted, trust = trusted(fitted, arguments, progress)
+    follows, lacking = derived(fitted, mixed(arguments.at))
     _console().print(_constants(fitted))
+    if follows:
+        _console().print(_following(follows, fitted.level))
     remarks, items = check_table(arguments.table, fitted), checklist(fitted, arguments.table)
-    for line in (*_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
+    for line in (*_lacking(lacking), *_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
         print(line)
     if arguments.out:
-        told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items)}
+        told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items), "derived": [one.as_json() for one in follows]}
         print(f"written: {replace(fitted, metrics=told).save(arguments.out)}")
     return 0
 
@@ -252,6 +257,25 @@ def _constants(fitted: Fit) -> Table:
             cells = (f"{estimate.value:.6g}", f"{estimate.low:.5g} to {estimate.high:.5g}", f"{estimate.relative_se:.1%}")
             made.add_row(name, *(cells if estimate.identified else ("", estimate.reason, "")))
     return made
+
+
+def _following(follows: list[Derived], level: float) -> Table:
+    """What follows from the constants, at which inputs, with intervals."""
+    made = Table(title="what follows", title_justify="left")
+    for name, justify in (("quantity", "left"), ("at", "left"), ("value", "right"), (f"{level:.0%} interval", "left")):
+        made.add_column(name, justify=justify)
+    for one in follows:
+        at = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in one.at.items())
+        e = one.estimate
+        cells = ("", str(one)) if e is None or not e.identified else (f"{e.value:.5g}", f"{e.low:.5g} to {e.high:.5g}")
+        made.add_row(one.name, at, *cells)
+    return made
+
+
+def _lacking(lacking: dict[str, tuple[str, ...]]) -> list[str]:
+    """One line about what could be told as well."""
+    told = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in lacking.items())
+    return [f"also with --at: {told}"] if told else []
 
 
 def _facts(fitted: Fit) -> list[str]:

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from scaling.eligible import eligible
 from scaling.fit import fit
-from scaling.held_out import LeftOut, eligible, pose_splits, score, verdict
+from scaling.held_out import LeftOut, pose_splits, score, verdict
 from scaling.laws import Law, resolve
 from scaling.result import Fit
 from scaling.table import Source
@@ -110,7 +111,7 @@ def compare(table: Source, laws: Iterable[str | Law], leave: Iterable[str] = (),
         except ValueError as error:
             refused[law if isinstance(law, str) else law.name] = str(error)
             continue
-        left_out += score(rows, law, splits, own) if splits else []
+        left_out += score(rows, law, splits, own, fits[-1].params) if splits else []
     if not fits:
         raise ValueError(next(iter(refused.values())) if refused else "laws: none given; name at least one")
     return Comparison(tuple(fits), refused, tuple(left_out))

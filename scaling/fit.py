@@ -6,20 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from scaling.laws import Law, resolve
-from scaling.observations import Observations, observe
-from scaling.pose import pose
+from scaling.laws import Law
+from scaling.observations import Observations
 from scaling.problem import constants
 from scaling.result import MAX_CONDITION, Fit
 from scaling.ridges import confounded, ridges, undetermined
-from scaling.stages import Joined, Stage, first_stage, joined, solved
+from scaling.solved import Solved, errors_of, solved
+from scaling.stages import Joined, Stage, joined
 from scaling.statistics import mean_interval
 from scaling.table import Source
 from scaling.uncertainty import bootstrap as resample
 from scaling.uncertainty import Spread, cell_index, discrepancy, spread
-
-LOSSES = ("huber", "least_squares", "lad")
-LAD_DELTA = 1e-6  # of the Huber loss that stands for least absolute deviations: residuals are a thousand times larger
 
 
 def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = None, where: str | None = None,
@@ -40,47 +37,30 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     Levels of a factor: 1 for the one called baseline, bf16, fp32, ... or for the one in fixed: {"effN[FP8]": 1}.
 
     Metrics: objective, gradient_norm, converged, starts, starts_agree, condition_number (of J'J in centred logs), rows, dof, dropped,
-    residual_sd (of a row of weight 1), rmse, bic (rows ln rmse^2 + free constants ln rows), discrepancy, at_bound, ridges (directions that the design leaves open by more than 50 %), confounded (pairs
-    of constants with correlation over 0.95), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst; bias_nats with its 95 %
-    interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout, loss, delta.
-    Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
+    residual_sd (of a row of weight 1), rmse, bic (rows ln rmse^2 + free constants ln rows), discrepancy, at_bound, ridges (directions
+    that the design leaves open by more than 50 %), confounded (pairs of constants with correlation over 0.95), constant_terms (amplitudes
+    of terms that no input moves), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst;
+    bias_nats with its 95 % interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout,
+    loss, delta. Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
-    if not isinstance(law, (str, Law)):
-        raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
-    if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:
-        raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
-    twice = next((name for name in ties or () if name in (fixed or {})), None)
-    if twice:
-        raise ValueError(f"ties: {twice}={ties[twice]}: {twice} is also fixed, at {fixed[twice]:g}; give one of the two")
-    resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
-    ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
-    observed = observe(table, resolved, columns, where, holdout, weights, base)
-    reach = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
-    first = first_stage(resolved, observed, ties, fixed, priors, reach, base) if base else None
-    problem, more = pose(resolved, observed, ties, first.params | fixed if first else fixed)
-    last = solved(problem, reach, None if first else priors)
-    solution = last.solution
-    if first:
-        notes = [f"{', '.join(first.problem.free)} were fitted to the {first.problem.log_loss.size} rows where {base} and held for the others"]
-    if solution.agree == 1:
-        more.append(f"only one of {solution.starts} starts ended at this optimum: a lower one may exist")
-    return _assemble(last, first, observed, label, notes + more, level, bootstrap, seed, progress,
-                     {"loss": loss, "delta": reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
+    if not 0 < level < 1 or bootstrap < 0 or seed < 0:
+        raise ValueError(f"level={level}, bootstrap={bootstrap}, seed={seed}: need 0 < level < 1, bootstrap >= 0, seed >= 0")
+    found = solved(table, law, columns=columns, where=where, holdout=holdout, loss=loss, delta=delta, ties=ties, fixed=fixed, base=base,
+                   priors=priors, weights=weights)
+    return _assemble(found, level, bootstrap, seed, progress,
+                     {"loss": loss, "delta": found.reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
 
 
-def _assemble(last: Stage, first: Stage | None, observed: Observations, label: str, notes: list[str], level: float, num_draws: int,
-              seed: int, progress, asked: dict) -> Fit:
+def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, asked: dict) -> Fit:
     """The solved problem with its uncertainty, held-out score and metrics, as a Fit."""
-    problem, solution, delta = last.problem, last.solution, asked["delta"]
-    law, required = problem.law, problem.law.measures
-    around, draws, drift = _trusted(last, delta, num_draws, seed, progress)
-    found = Joined(problem.free, problem.ties, problem.fixed, last.coordinates, around.scatter, draws)
+    problem, solution, delta = made.last.problem, made.last.solution, asked["delta"]
+    law, required, first = problem.law, problem.law.measures, made.first
+    around, draws, drift = _trusted(made.last, delta, num_draws, seed, progress)
+    found = Joined(problem.free, problem.ties, problem.fixed, made.last.coordinates, around.scatter, draws)
     if first:
         earlier, first_draws, first_drift = _trusted(first, delta, num_draws, seed + 1, progress)
-        found = joined(first, last, (earlier.scatter, around.scatter), (first_draws, draws))
+        found = joined(first, made.last, (earlier.scatter, around.scatter), (first_draws, draws))
         around = replace(around, dof=around.dof - len(first.problem.free), at_bound=(*earlier.at_bound, *around.at_bound))
         drift = max(drift, first_drift)
     residuals = problem.residuals(solution.z[None])[0]
@@ -89,17 +69,19 @@ def _assemble(last: Stage, first: Stage | None, observed: Observations, label: s
     metrics = {
         "objective": solution.objective, "gradient_norm": solution.gradient, "converged": solution.converged, "starts": solution.starts,
         "starts_agree": solution.agree, "condition_number": around.condition, "rows": rows, "dof": around.dof,
-        "dropped": observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
+        "dropped": made.observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(found.free) * np.log(rows)),
         "discrepancy": drift, "at_bound": list(around.at_bound), "held_out": None,
-        "notes": notes, "ridges": ridges(law, found.free, found.coordinates, found.scatter),
+        "notes": made.notes, "ridges": ridges(law, found.free, found.coordinates, found.scatter),
+        "constant_terms": [name for name, logs in zip(law.amplitudes, problem.log_terms(problem.theta(solution.z[None]))[0], strict=True)
+                           if np.all(logs == logs[0])],
         "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),
-        "confounded": confounded(found.free, found.scatter), "columns": observed.mapping, "bootstrap": num_draws, **asked,
+        "confounded": confounded(found.free, found.scatter), "columns": made.observed.mapping, "bootstrap": num_draws, **asked,
     }
     params = constants(law, found.free, found.ties, found.fixed, found.coordinates)
-    bare = Fit(law, label, params, {}, metrics, level, found.free, found.ties, found.fixed, found.coordinates, found.scatter, found.draws,
+    bare = Fit(law, made.label, params, {}, metrics, level, found.free, found.ties, found.fixed, found.coordinates, found.scatter, found.draws,
                _ranges(law, problem.columns, required))
-    scored = replace(bare, metrics=_with_held_out(bare, observed))
+    scored = replace(bare, metrics=_with_held_out(bare, made.observed))
     estimates = {name: bare.estimate(name) for name in params if name not in found.fixed}
     return replace(scored, intervals={name: (e.low, e.high) for name, e in estimates.items()})
 
@@ -133,9 +115,7 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
     columns, loss = observed.rows(observed.held)
     predicted = fitted.law.predict(fitted.params, **columns)
     errors = np.log(predicted) - np.log(loss)
-    score = {"rows": int(loss.size), "rmse": float(np.sqrt(np.mean(errors**2))), "bias": float(np.mean(errors)),
-             "worst": float(errors[np.argmax(np.abs(errors))]), "rmse_nats": float(np.sqrt(np.mean((predicted - loss) ** 2))),
-             **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
+    score = {**errors_of(predicted, loss), **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
              "covered": None, "half_width": None}
     if fitted.metrics["condition_number"] <= MAX_CONDITION:
         interval = fitted.predict(**columns, extrapolate=True)

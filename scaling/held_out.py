@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
-from scaling.fit import fit
+from scaling.eligible import counted, eligible
 from scaling.laws import Law, resolve
-from scaling.observations import DEFAULT_COLUMNS
-from scaling.table import Source, quote, table
+from scaling.solved import errors_of, solved
+from scaling.table import Source, quote
 
 SPLITS = ("largest-N", "largest-D", "each-precision")
 SAME = 1.1  # values within this factor of the largest are one level: sizes of one name differ by a few percent
@@ -64,46 +64,36 @@ def leave_out(source: Source, law: str | Law, splits: Iterable[str] = SPLITS, **
     return score(rows, law, pose_splits(rows, splits), options)
 
 
-def score(rows: duckdb.DuckDBPyRelation, law: str | Law, splits: Iterable[Split], options: Mapping) -> list[LeftOut]:
-    """The same on `eligible` rows with splits that have been posed. Intervals play no part, so there is no bootstrap."""
-    kept = {name: value for name, value in options.items() if name not in ("where", "holdout", "bootstrap", "progress", "columns")}
+def score(rows: duckdb.DuckDBPyRelation, law: str | Law, splits: Iterable[Split], options: Mapping, guess: Mapping[str, float] | None = None) -> list[LeftOut]:
+    """The same on `eligible` rows with splits that have been posed. Intervals play no part, so that only the optimum is found: from `guess`,
+    the constants of a fit to all rows, or else from those of the split before, beside a few fresh starts."""
+    apart = ("where", "holdout", "bootstrap", "progress", "columns", "level", "seed")
+    kept = {name: value for name, value in options.items() if name not in apart}
     columns = {name: quote(name) for name in options.get("columns") or {}}
-    return [_scored(rows, law, split, columns, kept) for split in splits]
+    scores = []
+    for split in splits:
+        scored, params = _scored(rows, law, split, columns, kept | {"guess": guess})
+        scores.append(scored)
+        guess = guess or params
+    return scores
 
 
-def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns: Mapping, options: Mapping) -> LeftOut:
-    nan = math.nan
-    label = resolve(law, tuple(columns))[3]
+def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns: Mapping, options: Mapping) -> tuple[LeftOut, dict[str, float]]:
+    """(score, the constants that it is that of)."""
+    nothing = {"rmse": math.nan, "bias": math.nan, "worst": math.nan, "rmse_nats": math.nan}
     try:
         with np.errstate(all="ignore"):  # a law may have no finite value where it was not fitted
-            fitted = fit(rows, law, columns=columns, holdout=split.holdout, **options)
+            found = solved(rows, law, columns=columns, holdout=split.holdout, **options)
+            params, (held, loss) = found.params, found.observed.rows(found.observed.held)
+            errors = errors_of(found.last.problem.law.predict(params, **held), loss)
     except ValueError as error:
-        return LeftOut(label, split, 0, 0, nan, nan, nan, nan, str(error))
-    m = fitted.metrics["held_out"]
-    if not fitted.converged:
-        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, nan, "did not converge")
-    if not math.isfinite(m["rmse"]):
-        return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], nan, nan, nan, nan, "no finite prediction for some of these rows")
-    return LeftOut(fitted.label, split, fitted.metrics["rows"], m["rows"], m["rmse"], m["bias"], m["worst"], m["rmse_nats"])
-
-
-def eligible(source: Source, columns: Mapping[str, str] | None, where: str | None, holdout: str | None) -> duckdb.DuckDBPyRelation:
-    """The done rows of `source` that pass `where` and are not in `holdout`, with the mapped inputs as columns of their own."""
-    relation = table(source)
-    mapped = {name: quote(DEFAULT_COLUMNS[name]) for name in ("N", "D") if DEFAULT_COLUMNS[name] in relation.columns and name not in relation.columns}
-    mapped |= dict(columns or {})
-    numeric = {"N", "D", "loss"}
-    inputs = [f"{f'CAST(({sql}) AS DOUBLE)' if name in numeric else f'({sql})'} AS {quote(name)}" for name, sql in mapped.items()]
-    shadowed = {name.lower() for name in mapped}
-    rows = _one_line("columns", lambda: relation.project(", ".join(inputs + [quote(n) for n in relation.columns if n.lower() not in shadowed])))
-    conditions = {"status": "status IS NULL OR status = 'done'"} if "status" in rows.columns else {}
-    conditions |= {f"where {where}": where} if where else {}
-    conditions |= {f"holdout {holdout}": f"NOT coalesce(CAST(({holdout}) AS BOOLEAN), false)"} if holdout else {}
-    for what, condition in conditions.items():
-        flagged = _one_line(what, lambda condition=condition, rows=rows: rows.project(
-            f"*, coalesce(CAST(({condition}) AS BOOLEAN), false) AS keep_"))
-        rows = flagged.filter("keep_").project("* EXCLUDE (keep_)")
-    return rows
+        return LeftOut(resolve(law, tuple(columns))[3], split, 0, 0, **nothing, why=str(error)), {}
+    fitted, held_rows = int(found.last.problem.log_loss.size), int(loss.size)
+    if not found.last.solution.converged:
+        return LeftOut(found.label, split, fitted, held_rows, **nothing, why="did not converge"), {}
+    if not math.isfinite(errors["rmse"]):
+        return LeftOut(found.label, split, fitted, held_rows, **nothing, why="no finite prediction for some of these rows"), params
+    return LeftOut(found.label, split, fitted, **errors), params
 
 
 def pose_splits(rows: duckdb.DuckDBPyRelation, names: Iterable[str]) -> list[Split]:
@@ -121,7 +111,7 @@ def _largest(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> Split:
     what, colon, share = what.partition(":")
     expression = "N * D" if what == "compute" else what
     cast = f"CAST(({expression}) AS DOUBLE)"
-    values = _one_line(f"leave {name}", lambda: rows.project(f"{cast} AS value_").fetchall())
+    values = counted(f"leave {name}", lambda: rows.project(f"{cast} AS value_").fetchall())
     found = sorted(value for value, in values if value is not None)
     if not found or not found[0] > 0:
         raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is {f'{found[0]:g} in a row' if found else 'missing everywhere'}")
@@ -150,7 +140,7 @@ def _share(name: str, text: str) -> float:
 
 def _each(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> list[Split]:
     parts = _widths(rows, name) if what == "precision" and "precision" not in rows.columns else [what]
-    found = _one_line(f"leave {name}", lambda: rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct())
+    found = counted(f"leave {name}", lambda: rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct())
     numeric = [str(kind).split("(")[0] in NUMERIC for kind in found.types]  # fits cast numbers: 4 and 4.0 are one level
     levels = sorted(found.fetchall(), key=lambda level: [_order(value) for value in level])
     if not 1 < len(levels) <= MAX_LEVELS:
@@ -185,16 +175,6 @@ def _order(value) -> tuple:
         return 0, float(value), ""
     except (TypeError, ValueError):
         return 1, 0.0, str(value or "")
-
-
-def _one_line(what: str, run):
-    """What `run()` returns. Relations are lazy: its length is taken here, so that DuckDB's error is told in one line beside what caused it."""
-    try:
-        result = run()
-        len(result)
-        return result
-    except duckdb.Error as error:
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)

@@ -62,17 +62,24 @@ def _is_number(text: str) -> bool:
 
 
 def _baselines(law: Law, fixed: Mapping[str, float]) -> dict[str, float]:
-    """{"effN[BF16]": 1.0}: for every factor, the level that has a baseline's name, unless the caller fixes one. ValueError without either."""
+    """{"effN[BF16]": 1.0}: for every factor, what the law holds, or the level that has a baseline's name, unless the caller fixes one.
+    ValueError where the law has a baseline and these rows none."""
     found = {}
     for factor in law.factors:
         levels = law.levels[factor.input]
         if any(factor.level(name) for name in fixed):
             continue
+        unknown = next((level for level in factor.held if level not in levels), None)
+        if unknown is not None:
+            raise ValueError(f"{factor.name(unknown)}={factor.held[unknown]:g}: no fitted row has {factor.input}={unknown}; levels are {', '.join(levels)}")
+        found |= {factor.name(level): value for level, value in factor.held.items()}
+        if factor.baseline is None:
+            continue
         named = [level for level in levels if level.lower() in BASELINES]
         if len(named) != 1:
             raise ValueError(f"{factor.input}: {'several baselines' if named else 'no baseline'} among {', '.join(levels)}; say which level "
                              f"has efficiency 1 by fixed {factor.name(levels[0])}=1")
-        found[factor.name(named[0])] = 1.0
+        found[factor.name(named[0])] = factor.baseline
     return found
 
 

@@ -106,7 +106,7 @@ class Problem:
     def log_terms(self, theta: Mapping[str, np.ndarray]) -> np.ndarray:
         """[S, K, R]: log terms; -inf where a row leaves a term out, not finite otherwise where the law has no value."""
         shape = (next((v.shape[0] for v in theta.values()), 1), self.log_loss.size)
-        terms = self.law.log_terms(theta, self.columns)
+        terms = self.law.terms(theta, self.columns)
         made = np.empty((shape[0], len(terms), shape[1]), dtype=np.result_type(np.float64, *terms))
         for k, term in enumerate(terms):
             made[:, k] = term
@@ -136,7 +136,7 @@ class Problem:
         """[S, R]: the loss that the terms make."""
         if self.law.combine is None:
             return parts_SKR.sum(axis=1)
-        return self.law.combine(theta, tuple(np.moveaxis(parts_SKR, 1, 0)), self.columns)
+        return self.law.total(theta, tuple(np.moveaxis(parts_SKR, 1, 0)), self.columns)
 
     def residuals(self, z_SF: np.ndarray) -> np.ndarray:
         """[S, R]: ln(predicted loss) - ln(loss); inf where the law has no value there."""

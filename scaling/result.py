@@ -19,7 +19,7 @@ from scaling.reach import refuse_far
 
 MAX_CONDITION = 1e9
 MAX_RELATIVE_SE = 0.5
-MAX_AMPLITUDE_SE = 1.0  # an amplitude trades off with its exponent (correlation 0.9 even in centred logs) and matters by its logarithm
+MAX_AMPLITUDE_SE = 1.0  # an amplitude trades off with its exponent (correlation 0.9 even in centred logs) and matters by its logarithm; E has none
 VERSION = 1
 
 
@@ -101,7 +101,11 @@ class Fit:
         """
         function, unit_scale = self.quantity(name, columns)
         with np.errstate(all="ignore"):
-            value = float(function(self.params))
+            value = function(self.params)
+        if isinstance(value, str):
+            raise ValueError(f"{name} of law {self.law.name} is a name, {value}, which has no interval; scaling.derived(fit, at) tells what share of the "
+                             "constants that the data allow give each name")
+        value = float(value)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
         reach = self.quantile * error
         if value > 0 and unit_scale is None:
@@ -248,7 +252,7 @@ class Fit:
         apart = flat.get(name) or flat.get(self.ties.get(name))
         if apart:
             return f"not identified by this design (the objective is flat: starts that reach it end {apart:.0%} apart)"
-        amplitude = name in self.law.amplitudes
+        amplitude = name in self.law.amplitudes and name not in self.metrics.get("constant_terms", ())
         if not relative <= (MAX_AMPLITUDE_SE if amplitude else MAX_RELATIVE_SE):
             return f"not identified by this design ({why}; relative standard error {relative:.0%})"
         return ""

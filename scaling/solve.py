@@ -18,6 +18,8 @@ from scaling.starts import POLISHED, candidates
 MAX_ROUNDS = 400
 SCIPY_ROUNDS = 2000
 FEW, MORE = 3, 4  # where fewer starts than FEW agree, MORE times as many are polished
+AGAIN = 8  # fresh starts beside a guess
+EQUAL, APART = 1e-10, 1e-3  # relative difference of objectives that are one, and of coordinates that are two
 MANY_ROWS = 3000
 SOFT = 1e-3  # share of the IRLS curvature that keeps the Huber loss's own Hessian regular where few rows are within delta
 ROUNDING = 1e-24  # objective of a row below which its residual is rounding (a relative error of 1e-12), as of runs made from the law itself
@@ -60,7 +62,28 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
         agree = _agreeing(objective, rounding)
     best = int(np.argmin(objective))
     ends = z_SF[objective <= objective[best] * (1.0 + 1e-6) + rounding]
-    z, lowest = z_SF[best], float(objective[best])
+    return _finished(problem, delta, z_SF[best], float(objective[best]), rounds, len(starts), ends)
+
+
+def solve_again(problem: Problem, delta: float, guess_F: np.ndarray) -> Solution:
+    """The same where the optimum of nearly the same problem is known: from there and from a few fresh starts, until FEW of them agree.
+    Where they do not, the guess is one more start of `solve`. Where the objective is flat, so that any end is as good, the end is that of `solve`."""
+    if problem.log_loss.size > MANY_ROWS:
+        return solve(problem, delta, guess_F[None])
+    starts = np.concatenate([guess_F[None], candidates(problem, delta, AGAIN)])
+    z_SF, objective, rounds = minimise(problem, starts, np.ones((1, problem.log_loss.size)), delta, enough=FEW)
+    rounding = problem.log_loss.size * ROUNDING
+    agreed = objective <= objective.min() * (1.0 + 1e-6) + rounding
+    if not np.isfinite(objective).any() or agreed.sum() < FEW:
+        return solve(problem, delta, guess_F[None])
+    best, equal = int(np.argmin(objective)), objective <= objective.min() * (1.0 + EQUAL) + rounding
+    if np.ptp(z_SF[equal], axis=0).max() > APART:
+        return solve(problem, delta)
+    return _finished(problem, delta, z_SF[best], float(objective[best]), rounds, len(starts), z_SF[agreed])
+
+
+def _finished(problem: Problem, delta: float, z: np.ndarray, lowest: float, rounds: int, starts: int, ends: np.ndarray) -> Solution:
+    """The best end, after what is left to do from there, with what is said about it."""
     if rounds == MAX_ROUNDS:  # the curved valley of a design that identifies little can take a thousand
         ones = np.ones((1, problem.log_loss.size))
         (z,), (lowest,), more = minimise(problem, z[None], ones, delta, rounds=5 * MAX_ROUNDS)
@@ -69,7 +92,7 @@ def solve(problem: Problem, delta: float, guesses_SF: np.ndarray | None = None) 
     if decrease >= CONVERGED:
         z, lowest = by_scipy(problem, z, delta)
         gradient, decrease = stationarity(problem, z, delta)
-    return Solution(z, float(lowest), gradient, decrease, rounds, len(starts), agree, ends)
+    return Solution(z, float(lowest), gradient, decrease, rounds, starts, len(ends), ends)
 
 
 def _starts(problem: Problem, delta: float) -> np.ndarray:
@@ -110,12 +133,13 @@ def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarra
 
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, delta: float,
-             rounds: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
+             rounds: int | None = None, enough: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
     -> [S, F], objective [S], rounds used.
 
     weights_SR: row weights besides the problem's own, [S, R] or [1, R] (a bootstrap resample is a row of counts). A start leaves the batch when three rounds in
     a row improve it by less than 1e-13 relative. Steps are clipped to the bounds; a step that raises the objective is not taken.
+    enough: all leave when the lowest one has and that many agree with it.
     """
     low, high = problem.bounds()
     z_SF = np.clip(starts_SF, low, high)
@@ -140,6 +164,8 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray, de
         damping[active] = np.clip(np.where(better, damping[active] * 0.2, damping[active] * 5.0), 1e-12, 1e12)
         stalled[active] = np.where(gain < 1e-13, stalled[active] + 1, 0)
         active = active[stalled[active] < 3]
+        if enough and stalled[np.argmin(objective)] >= 3 and np.sum(objective <= objective.min() * (1.0 + 1e-6)) >= enough:
+            break
     return z_SF, objective, used
 
 

@@ -13,12 +13,12 @@ from scaling.observations import Observations
 from scaling.pose import pose
 from scaling.priors import with_priors
 from scaling.problem import Problem, constants
-from scaling.solve import Solution, solve
+from scaling.solve import Solution, solve, solve_again
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What was solved, and how far it can be trusted: scatter [F, K], draws [S, F] (see `scaling.result.Fit`), both in plain coordinates."""
+    """A problem and its solution."""
 
     problem: Problem
     solution: Solution
@@ -35,16 +35,25 @@ class Stage:
         return constants(problem.law, problem.free, problem.ties, problem.fixed, self.coordinates)
 
 
-def solved(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]] | None) -> Stage:
-    """One stage. priors: see `scaling.fit`. ValueError for a law that loses a derivative."""
+def solve_stage(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]] | None, guess: Mapping[str, float] | None = None) -> Stage:
+    """One stage. priors: see `scaling.fit`. guess: constants of nearly the same problem, which spare most of the starts. ValueError for a law that
+    loses a derivative."""
     problem.check_derivatives()
-    return Stage(*with_priors(problem, delta, priors)) if priors else Stage(problem, solve(problem, delta))
+    if priors:
+        return Stage(*with_priors(problem, delta, priors))
+    if guess is None or not set(problem.free) <= set(guess):
+        return Stage(problem, solve(problem, delta))
+    plain_F = np.array([problem.law.parameter(name).coordinate(guess[name]) for name in problem.free])
+    return Stage(problem, solve_again(problem, delta, problem.centred(plain_F[None])[0]))
 
 
 def first_stage(law: Law, observed: Observations, ties: Mapping, fixed: Mapping, priors: Mapping | None, delta: float, base: str) -> Stage:
     """The fit to the rows of `base` that are not held out. ValueError when it does not converge."""
     rows = observed.only(observed.base & ~observed.held)
-    stage = solved(pose(law, rows, ties, fixed)[0], delta, priors)
+    try:
+        stage = solve_stage(pose(law, rows, ties, fixed)[0], delta, priors)
+    except ValueError as error:
+        raise ValueError(f"base={base!r}: {error}") from None
     if not stage.solution.converged:
         raise ValueError(f"base={base!r}: the fit of these {rows.loss.size} rows did not converge, so nothing can be held at it")
     return stage

@@ -28,10 +28,10 @@ def low_discrepancy(count: int, dims: int) -> np.ndarray:
     return (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
 
 
-def candidates(problem: Problem, delta: float, polished: int = POLISHED) -> np.ndarray:
-    """[<= polished or BOX_POLISHED, F]: the best half by objective, the rest spread over the ranks, so that agreement means something."""
+def candidates(problem: Problem, delta: float, polished: int | None = None) -> np.ndarray:
+    """[<= polished, F]: the best half by objective, the rest spread over the ranks, so that agreement means something."""
     if problem.law.combine is not None:
-        return _in_a_box(problem, delta)
+        return _in_a_box(problem, delta, polished or BOX_POLISHED)
     low, high = problem.bounds()
     dims = len(problem.nonlinear)
     count = NUM_STARTS.get(dims, MANY_STARTS) if dims else 1
@@ -43,7 +43,7 @@ def candidates(problem: Problem, delta: float, polished: int = POLISHED) -> np.n
     size = max(1, CHUNK // (problem.log_loss.size * len(problem.law.amplitudes)))
     scored = [_project(problem, z_SF[at:at + size], delta, low, high) for at in range(0, count, size)]
     z_SF, objective = (np.concatenate(parts) for parts in zip(*scored, strict=True))
-    return _best_and_spread(z_SF, objective, polished)
+    return _best_and_spread(z_SF, objective, polished or POLISHED)
 
 
 def _best_and_spread(z_SF: np.ndarray, objective: np.ndarray, count: int) -> np.ndarray:
@@ -54,7 +54,7 @@ def _best_and_spread(z_SF: np.ndarray, objective: np.ndarray, count: int) -> np.
     return z_SF[np.concatenate([order[:half], spread])]
 
 
-def _in_a_box(problem: Problem, delta: float) -> np.ndarray:
+def _in_a_box(problem: Problem, delta: float, polished: int) -> np.ndarray:
     """Starts of a law that is no plain sum: scrambled Sobol points (fixed seed) over all coordinates."""
     from scipy.stats.qmc import Sobol  # half a second to import, which plain sums need not pay
 
@@ -63,7 +63,7 @@ def _in_a_box(problem: Problem, delta: float) -> np.ndarray:
     size = max(1, CHUNK // (problem.log_loss.size * (len(problem.law.amplitudes) + 1)))
     z_SF = low + (high - low) * unit
     objective = np.concatenate([objective_of(problem, z_SF[at:at + size], delta) for at in range(0, BOX_STARTS, size)])
-    return _best_and_spread(z_SF, objective, BOX_POLISHED)
+    return _best_and_spread(z_SF, objective, polished)
 
 
 def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

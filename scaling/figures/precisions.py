@@ -99,12 +99,12 @@ def effective_parameters(fit: Fit, x: Mapping[str, float] | None = None, xlabel:
     known = fit if "efficiency" in fit.law.functionals else curve
     if known is not None and "efficiency" not in known.law.functionals:
         raise ValueError(f"effective_parameters: law {known.law.name} has no efficiency curve; kumar, mse_efficiency have one")
-    if known is not fit and not fit.law.factors:
+    if known is not fit and not _efficiencies(fit):
         raise ValueError(f"effective_parameters: law {fit.law.name} has no efficiencies; quartet, free_efficiency, kumar, mse_efficiency have")
     figure, axis = sheet()
-    places = _points(axis, fit, x) if fit.law.factors else []
+    places = _points(axis, fit, x) if _efficiencies(fit) else []
     if known is not None:
-        if fit.law.factors and x is None:
+        if _efficiencies(fit) and x is None:
             raise ValueError("effective_parameters: a curve needs x=, the bits or the error of every scheme, beside the points")
         _efficiency_curve(axis, known, places)
     axis.axhline(1.0, color="#888888", lw=0.8, zorder=0)
@@ -115,20 +115,25 @@ def effective_parameters(fit: Fit, x: Mapping[str, float] | None = None, xlabel:
     return figure
 
 
+def _efficiencies(fit: Fit) -> list[Factor]:
+    """The columns of names whose levels have an efficiency; an amplitude or an exponent of a level is none."""
+    return [factor for factor in fit.law.factors if factor.kind == "scale"]
+
+
 def _efficiency_of(fit: Fit) -> str:
     kinds = {"N": r"$N_{\mathrm{eff}}/N$", "D": r"$D_{\mathrm{eff}}/D$"}
-    names = [kinds.get(factor.parameter[-1], kinds["N"]) for factor in fit.law.factors] or [kinds["N"]]
+    names = [kinds.get(factor.parameter[-1], kinds["N"]) for factor in _efficiencies(fit)] or [kinds["N"]]
     return "efficiency " + ", ".join(dict.fromkeys(names))
 
 
 def _points(axis, fit: Fit, x: Mapping[str, float] | None) -> list[float]:
     """Draws the efficiencies of every factor; returns their places."""
-    shown = [(factor, level) for factor in fit.law.factors for level in fit.law.levels[factor.input]
+    shown = [(factor, level) for factor in _efficiencies(fit) for level in fit.law.levels[factor.input]
              if level not in unit_levels(fit, factor) and (x is None or level in x)]
     if not shown:
         raise ValueError(f"effective_parameters: x names none of the schemes {', '.join(_levels(fit))}")
     shown.sort(key=lambda pair: (pair[0].parameter[-1] != "N", fit.params[pair[0].name(pair[1])]))  # sizes first, then data
-    for i, factor in enumerate(fit.law.factors):
+    for i, factor in enumerate(_efficiencies(fit)):
         own = [(k if x is None else float(x[level]), fit.estimate(factor.name(level))) for k, (one, level) in enumerate(shown) if one is factor]
         if own:
             at, found = [place for place, _ in own], [estimate for _, estimate in own]
@@ -137,7 +142,7 @@ def _points(axis, fit: Fit, x: Mapping[str, float] | None) -> list[float]:
             axis.errorbar(at, value, yerr=np.maximum(sides, 0.0), fmt=MARKERS[i], color=("#1f5a7a", "#b3611e")[i % 2], ms=4.2, lw=1.0,
                           capsize=2.0, label=_label(fit, factor), zorder=3)
     if x is None:
-        names = [f"{factor.input} {level}" if len(fit.law.factors) > 1 else level for factor, level in shown]
+        names = [f"{factor.input} {level}" if len(_efficiencies(fit)) > 1 else level for factor, level in shown]
         axis.set_xticks(range(len(shown)), names, rotation=35 if len(shown) > 4 else 0, ha="right" if len(shown) > 4 else "center")
         axis.set_xlim(-0.6, len(shown) - 0.4)
         axis.grid(False, axis="x")
@@ -145,7 +150,7 @@ def _points(axis, fit: Fit, x: Mapping[str, float] | None) -> list[float]:
 
 
 def _levels(fit: Fit) -> list[str]:
-    return list(dict.fromkeys(level for factor in fit.law.factors for level in fit.law.levels[factor.input]))
+    return list(dict.fromkeys(level for factor in _efficiencies(fit) for level in fit.law.levels[factor.input]))
 
 
 def _label(fit: Fit, factor: Factor) -> str:

@@ -96,9 +96,9 @@ def baseline(fit: Fit, rows: Rows | None, at: Mapping[str, object] | None = None
 
 
 def unit_levels(fit: Fit, factor) -> list[str]:
-    """The levels of a factor whose efficiency is 1 by definition: fixed ones first, then those named as baselines."""
-    levels = fit.law.levels.get(factor.input, ())
-    return ([level for level in levels if fit.fixed.get(factor.name(level)) == 1.0]
+    """The levels of a factor whose efficiency is 1, or whose added term is 0, by definition: fixed ones first, then those named as baselines."""
+    levels, plain = fit.law.levels.get(factor.input, ()), 0.0 if factor.multiplies else 1.0
+    return ([level for level in levels if fit.fixed.get(factor.name(level)) == plain]
             or [level for level in levels if level.lower() in BASELINES])
 
 

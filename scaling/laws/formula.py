@@ -5,7 +5,9 @@ constant. What kind follows from its place:
   amplitude  a name that occurs once and multiplies (or, a divisor, divides) a summand: "A" in A/N^alpha; solved linearly in a plain sum;
   exponent   a name in an exponent, 0.01 to 2.5;
   scale      any other, positive, 0.001 to 1000.
-After ";" come further inputs and other boxes: "E + A/N^alpha + k*z^kappa; z; kappa=-1:3". Loss must be positive wherever it is fitted.
+k[format] is one constant of its kind per level of the column `format`: an amplitude in "k[format]*D^a/N^b", an efficiency in "(N*eff[format])^alpha".
+After ";" come further inputs, other boxes and levels that are held: "E + A/N^alpha + k[fmt]*z^kappa; z; kappa=-1:3; k[bf16]=0". Loss must be
+positive wherever it is fitted.
 """
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from scaling.laws.grammar import FUNCTIONS, Node, parse
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Parameter, amplitude, divisor, exponent, offset, scale
+from scaling.laws.parameters import Factor, Parameter, amplitude, divisor, exponent, offset, scale
 
 KNOWN_INPUTS = ("N", "D", "P", "unique_tokens", "block")
 
@@ -35,24 +37,46 @@ def law(text: str, inputs: tuple[str, ...] = ()) -> Law:
     """The law of a formula. `inputs`: further names that are columns. ValueError, one line, with the place of what is wrong."""
     formula, *settings = text.split(";")
     tree = parse(formula.strip())
-    more, boxes = _settings(settings, text)
-    names = list(dict.fromkeys(tree.names()))
+    more, boxes, held = _settings(settings, text)
+    names, indexed = list(dict.fromkeys(tree.names())), _indexed(tree, text)
     _refuse_undefined(tree, names, text)
-    columns = tuple(name for name in names if name in {*inputs, *more} or _is_known_input(name))
-    unused = [name for name in (*more, *boxes) if name not in names]
+    numeric = tuple(name for name in names if name in {*inputs, *more} or _is_known_input(name))
+    columns = (*numeric, *(name for name in dict.fromkeys(indexed.values())))
+    unused = [name for name in (*more, *boxes) if name not in {*names, *columns}] + [f"{name}[...]" for name in held if name not in indexed]
     if unused:
         raise ValueError(f"formula {text!r}: {unused[0]} is set after ';' but does not occur before it")
+    if indexed.keys() & set(numeric):
+        raise ValueError(f"formula {text!r}: {min(indexed.keys() & set(numeric))} is a column, which has no values of its own per level")
     constants = [name for name in names if name not in columns]
     if not columns or not constants:
         raise ValueError(f"formula {text!r}: needs an input ({', '.join(KNOWN_INPUTS[:3])}, or one named after ';') and a constant; it has inputs "
                          f"{', '.join(columns) or 'none'} and constants {', '.join(constants) or 'none'}")
     plain, terms = _find_terms(tree, [name for name in constants if name not in boxes and tree.names().count(name) == 1])
-    parameters = _parameters(tree, [term for term in terms.values()], constants, boxes)
-    told = [name for name in columns if not _is_known_input(name)] + [f"{name}={low!r}:{high!r}" for name, (low, high) in boxes.items()]
+    parameters = _parameters(tree, list(terms.values()), constants, boxes)
+    factors = tuple(Factor(indexed[p.name], p.name, p.low, p.high, p.kind, None, held.get(p.name, {})) for p in parameters if p.name in indexed)
+    told = [name for name in numeric if not _is_known_input(name)] + [f"{name}={low!r}:{high!r}" for name, (low, high) in boxes.items()]
+    told += [f"{name}[{level}]={value!r}" for name, levels in held.items() for level, value in levels.items()]
     canonical = "; ".join([formula.strip(), *told])  # the law again, without the caller's `inputs`: what a saved fit names it by
     combine = None if plain else (lambda p, values, x: _value(tree, {**p, **x}, dict(zip(terms, values, strict=True))))
-    return Law(name=canonical, about=f"L = {formula.strip()}", cite="the user's own formula", inputs=columns, parameters=parameters,
+    return Law(name=canonical, about=f"L = {formula.strip()}", cite="the user's own formula", inputs=columns,
+               parameters=tuple(p for p in parameters if p.multiplies or p.name not in indexed), factors=factors,
                log_terms=lambda p, x: tuple(_log_rest(term, {**p, **x}) for term in terms.values()), combine=combine)
+
+
+def _indexed(tree: Node, text: str) -> dict[str, str]:
+    """constant -> the column whose levels have one each. ValueError for a name that is used in two ways."""
+    uses: dict[str, dict[str, None]] = {}
+    for node in tree.nodes():
+        if node.kind == "name":
+            uses.setdefault(node.value, {})[node.index] = None
+    for name, indices in uses.items():
+        if len(indices) > 1:
+            forms = " and ".join(f"{name}[{index}]" if index else name for index in indices)
+            raise ValueError(f"formula {text!r}: {forms} occur; a constant has one form, so give one of them another name")
+        index = next(iter(indices))
+        if index in uses:
+            raise ValueError(f"formula {text!r}: {index} is a column of names in {name}[{index}] and a number elsewhere; give one of them another name")
+    return {name: next(iter(indices)) for name, indices in uses.items() if any(indices)}
 
 
 def _is_known_input(name: str) -> bool:
@@ -73,13 +97,16 @@ def _refuse_undefined(tree: Node, names: list[str], text: str) -> None:
         raise ValueError(f"formula {text!r}: has no value ({error})") from None
 
 
-def _settings(parts: list[str], text: str) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
-    """(further inputs, boxes) from what follows the semicolons."""
-    inputs, boxes = [], {}
+def _settings(parts: list[str], text: str) -> tuple[tuple[str, ...], dict[str, tuple[float, float]], dict[str, dict[str, float]]]:
+    """(further inputs, boxes, constant -> level -> value that is held) from what follows the semicolons."""
+    inputs, boxes, held = [], {}, {}
     for part in filter(None, map(str.strip, parts)):
+        level = re.fullmatch(r"(\w+)\[([^\[\]]+)\]\s*=\s*(\S+)", part)
         found = re.fullmatch(r"(\w+)\s*(?:=\s*([^:\s]+)\s*:\s*([^:\s]+))?", part)
         try:
-            if found[2] is None:
+            if level:
+                held.setdefault(level[1], {})[level[2].strip()] = float(level[3])
+            elif found[2] is None:
                 inputs.append(found[1])
             else:
                 boxes[found[1]] = (float(found[2]), float(found[3]))
@@ -87,8 +114,8 @@ def _settings(parts: list[str], text: str) -> tuple[tuple[str, ...], dict[str, t
                     raise ValueError
         except (TypeError, ValueError):
             raise ValueError(f"formula {text!r}: {part!r} at character {text.index(part) + 1} is neither an input (NAME) nor a box "
-                             "(NAME=LOW:HIGH)") from None
-    return tuple(inputs), boxes
+                             "(NAME=LOW:HIGH) nor a level that is held (NAME[LEVEL]=VALUE)") from None
+    return tuple(inputs), boxes, held
 
 
 def _find_terms(tree: Node, free: list[str]) -> tuple[bool, dict[Node, _Term]]:

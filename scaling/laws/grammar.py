@@ -3,7 +3,9 @@
     sum     = ["-"] product (("+" | "-") product)*
     product = power (("*" | "/") power)*
     power   = atom [("^" | "**") ["-"] power]
-    atom    = number | name | function "(" sum ")" | "(" sum ")"        functions: exp, log, log2, sqrt, tanh
+    atom    = number | name ["[" name "]"] | function "(" sum ")" | "(" sum ")"        functions: exp, log, log2, sqrt, tanh
+
+k[format] is one constant k per level of the column `format`.
 
 Every error is one line that says where in the text it is.
 """
@@ -14,22 +16,27 @@ from dataclasses import dataclass
 
 FUNCTIONS = ("exp", "log", "log2", "sqrt", "tanh")
 MAX_LENGTH, MAX_DEPTH = 2000, 50
-_TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/^()]))")
+_TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/^()\[\]]))")
 
 
 @dataclass(frozen=True)
 class Node:
     """kind: number, name, sum, product, power, call. value: the number or name. parts: operands; signs: +1 or -1 of each part of a sum
-    (added or subtracted) or product (multiplied or divided)."""
+    (added or subtracted) or product (multiplied or divided). index: of a name, the column whose levels have a value of it each."""
 
     kind: str
     value: float | str = ""
     parts: tuple[Node, ...] = ()
     signs: tuple[int, ...] = ()
+    index: str = ""
+
+    def nodes(self) -> list[Node]:
+        """It and all below it, from left to right."""
+        return [self] + [node for part in self.parts for node in part.nodes()]
 
     def names(self) -> list[str]:
         """Every name in it, as often as it occurs, from left to right."""
-        return [self.value] if self.kind == "name" else [name for part in self.parts for name in part.names()]
+        return [node.value for node in self.nodes() if node.kind == "name"]
 
 
 class _Parser:
@@ -87,13 +94,25 @@ class _Parser:
                 if self.tokens[self.at][:2] == ("sign", "("):
                     self.at -= 1
                     self.refuse(f"a function ({', '.join(FUNCTIONS)}) before the bracket")
-                return Node("name", value)
+                return Node("name", value, index=self.index())
             if not self.take("("):
                 self.refuse(f"'(' after {value}")
             return Node("call", value, (self.closed(depth),))
         if self.take("("):
             return self.closed(depth)
         self.refuse("a number, a name or '('")
+
+    def index(self) -> str:
+        """The column in the brackets that may follow a name, or ""."""
+        if not self.take("["):
+            return ""
+        kind, value, _ = self.tokens[self.at]
+        if kind != "name" or value in FUNCTIONS:
+            self.refuse("the name of a column")
+        self.at += 1
+        if not self.take("]"):
+            self.refuse("']'")
+        return value
 
     def closed(self, depth: int) -> Node:
         inside = self.sum(depth + 1)
@@ -111,7 +130,7 @@ def _tokens(text: str) -> list[tuple[str, str, int]]:
         found = _TOKEN.match(text, at)
         if not found:
             place = at + len(text[at:]) - len(text[at:].lstrip())
-            raise ValueError(f"formula {text!r}: {text[place]!r} at character {place + 1} is no part of a formula; use names, numbers, + - * / ^ ( )")
+            raise ValueError(f"formula {text!r}: {text[place]!r} at character {place + 1} is no part of a formula; use names, numbers, + - * / ^ ( ) [ ]")
         tokens.append((found.lastgroup, found[found.lastgroup], found.start(found.lastgroup)))
         at = found.end()
     return [*tokens, ("end", "", len(text))]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Law:
     name, aliases: keys of the registry. about: the formula, one line. cite: where it is from.
     parameters: amplitudes and divisors in the order of the terms. inputs: column names. operands: the optional ones among them;
     factors: the ones that hold names; zero_allowed: the ones that may be 0. levels: input -> names, filled in by `at_levels`.
-    log_terms(params, columns) -> one log term per amplitude, broadcastable against each other.
+    log_terms(params, columns) -> one log term per amplitude, broadcastable against each other; one for all levels of a factor's amplitude.
     combine(params, terms, columns) -> loss; None is the sum of the terms.
     published: source -> constants with full digits; sources: source -> what they are; validity: source -> input -> (low, high) trained.
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
@@ -103,15 +104,29 @@ class Law:
         raise ValueError(f"parameter {name!r} of law {self.name}: unknown; it has {', '.join(self.names)}")
 
     def at_levels(self, levels: Mapping[str, tuple[str, ...]]) -> Law:
-        """This law with one constant per level of each of its factors."""
-        own = tuple(p for p in self.parameters if not any(factor.level(p.name) for factor in self.factors))
-        efficiencies = tuple(Parameter(factor.name(level), "scale", factor.low, factor.high)
-                             for factor in self.factors for level in levels.get(factor.input, ()))
-        return replace(self, parameters=own + efficiencies, levels={f.input: tuple(levels.get(f.input, ())) for f in self.factors})
+        """This law with one constant per level of each of its factors; amplitudes of levels stand where the amplitude stood."""
+        parameters: dict[str, Parameter] = {}
+        for parameter in self.parameters:
+            factor = self._factor_of(parameter.name)
+            if factor is None:
+                parameters[parameter.name] = parameter
+            elif factor.multiplies:
+                parameters |= {name: replace(parameter, name=name) for name in map(factor.name, levels.get(factor.input, ()))}
+        for factor in self.factors:
+            if not factor.multiplies:
+                parameters |= {name: Parameter(name, factor.kind, factor.low, factor.high) for name in map(factor.name, levels.get(factor.input, ()))}
+        return replace(self, parameters=tuple(parameters.values()), levels={f.input: tuple(levels.get(f.input, ())) for f in self.factors})
+
+    def _factor_of(self, name: str) -> Factor | None:
+        """The factor that a constant, "effN[FP4]" or "effN", belongs to."""
+        return next((factor for factor in self.factors if name == factor.parameter or factor.level(name)), None)
 
     def named_levels(self, params: Params) -> dict[str, tuple[str, ...]]:
         """Levels of the factors that a set of constants knows: those of "effN[FP4]"."""
-        return {factor.input: tuple(filter(None, map(factor.level, params))) for factor in self.factors}
+        levels: dict[str, dict[str, None]] = {factor.input: {} for factor in self.factors}
+        for factor in self.factors:
+            levels[factor.input] |= dict.fromkeys(filter(None, map(factor.level, params)))
+        return {name: tuple(known) for name, known in levels.items()}
 
     def complete(self, columns: Columns) -> dict[str, Any]:
         """`columns` as numbers: absent operands untouched, names of levels as their positions in `levels`.
@@ -145,10 +160,10 @@ class Law:
     def per_row(self, params: Params, columns: Columns) -> Params:
         """`params` with, for every factor, the value of each row's level under the factor's name: [S, 1] each become [S, R], other
         shapes broadcast."""
-        if not self.factors:
-            return params
         rows = {}
         for factor in self.factors:
+            if factor.multiplies:
+                continue
             values = [np.asarray(params.get(factor.name(level), np.nan)) for level in self.levels[factor.input]]
             codes = np.asarray(columns[factor.input])
             if codes.ndim == 1 and all(value.ndim == 2 for value in values):  # the solver's own shapes: one gather
@@ -158,11 +173,34 @@ class Law:
             for position, value in enumerate(values[1:], 1):
                 chosen = np.where(codes == position, value, chosen)
             rows[factor.parameter] = chosen
-        return dict(params) | rows
+        return dict(params) | rows if rows else params
+
+    @cached_property
+    def _written(self) -> list[tuple[Factor | None, list[str]]]:
+        """(its factor or None, its amplitudes) of every term that `log_terms` returns."""
+        groups: dict[str, tuple[Factor | None, list[str]]] = {}
+        for name in self.amplitudes:
+            factor = self._factor_of(name)
+            groups.setdefault(factor.parameter if factor else name, (factor, []))[1].append(name)
+        return list(groups.values())
+
+    def terms(self, params: Params, columns: Columns) -> tuple:
+        """`log_terms` with one for every amplitude: that of a level is -inf in the rows of other levels."""
+        made: list = []
+        for (factor, names), log_term in zip(self._written, self.log_terms(params, columns), strict=True):
+            if factor is None:
+                made.append(log_term)
+                continue
+            codes, xp = np.asarray(columns[factor.input]), namespace(log_term)
+            made += [xp.where(codes == position, log_term, -np.inf) for position in range(len(names))]
+        return tuple(made)
 
     def total(self, params: Params, terms: tuple, columns: Columns):
-        """The loss that the terms make. `params` as `per_row` returns them."""
-        return sum(terms) if self.combine is None else self.combine(params, terms, columns)
+        """The loss that the terms (one for every amplitude) make. `params` as `per_row` returns them."""
+        if self.combine is None:
+            return sum(terms)
+        rest = iter(terms)
+        return self.combine(params, tuple(sum(next(rest) for _ in names) for _, names in self._written), columns)
 
     def reduce(self, columns: Columns) -> Reduction:
         """What the values in `columns` (complete) leave unseen: see `Operand`."""
@@ -210,7 +248,7 @@ class Law:
             raise ValueError(f"law {law.name} needs {', '.join(missing)}{why}; these constants have {', '.join(params)}")
         p = law.per_row(params, x)
         terms = []
-        for name, log_term in zip(law.amplitudes, law.log_terms(p, x), strict=True):
+        for name, log_term in zip(law.amplitudes, law.terms(p, x), strict=True):
             part = namespace(log_term).exp(log_term)
             terms.append(p[name] * part if law.parameter(name).kind == "amplitude" else part / p[name])
         return law.total(p, tuple(terms), x)

@@ -132,15 +132,25 @@ class Operand:
 
 @dataclass(frozen=True)
 class Factor:
-    """A column of names (a scheme, a format) with one efficiency per level: constants `parameter[level]`, 1 at the baseline level.
+    """A column of names (a scheme, a format) with one constant per level: `parameter[level]`, by default an efficiency, 1 at the baseline.
 
-    `log_terms` and `combine` find the value of each row's level under `parameter`.
+    kind: of these constants, as of a `Parameter`. `log_terms` and `combine` find the value of each row's level under `parameter`; an
+    amplitude or divisor is among the law's parameters under that name, and a row has the term of its own level alone.
+    baseline: the value at the level that has a baseline's name; None: no name means anything. held: level -> value that it is held at.
     """
 
     input: str
     parameter: str
     low: float = 0.003
     high: float = 3.0
+    kind: str = "scale"
+    baseline: float | None = 1.0
+    held: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether its constants are factors of terms."""
+        return self.kind in ("amplitude", "divisor")
 
     def name(self, level: str) -> str:
         return f"{self.parameter}[{level}]"

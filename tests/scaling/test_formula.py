@@ -9,6 +9,7 @@ import pytest
 import scaling
 from scaling.cli import run
 from scaling.laws import laws, resolve
+from scaling.refits import problem_of
 
 
 def test_a_formula_is_the_law_that_is_built_in(epoch, tmp_path):
@@ -78,6 +79,16 @@ def test_a_formula_on_columns_of_its_own_through_the_command_line(tmp_path, caps
     ("A + E", "needs an input"),
     ("(" * 60 + "N" + ")" * 60, "nested deeper than 50 at character"),
     ("-" * 3 + "N*A", "expected a number, a name or '(' at character 2, found '-'"),
+    ("E + A[/N", "expected the name of a column at character 7, found '/'"),
+    ("E + A[4]/N", "expected the name of a column at character 7, found '4'"),
+    ("E + A[kind/N", "expected ']' at character 11, found '/'"),
+    ("E + (A/N)[kind]", "expected an operator or the end at character 10, found '['"),
+    ("E + A[kind]/N^A", "A[kind] and A occur; a constant has one form"),
+    ("E + A[kind]/N^b[form]*b[kind]", "b[form] and b[kind] occur; a constant has one form"),
+    ("E + A[kind]*kind/N", "kind is a column of names in A[kind] and a number elsewhere"),
+    ("E + N[kind]*A", "N is a column, which has no values of its own per level"),
+    ("E + A[kind]/N; B[x]=0", "B[...] is set after ';' but does not occur before it"),
+    ("E + A[kind]/N; A[x]=none", "'A[x]=none' at character 16 is neither an input (NAME) nor a box"),
 ])
 def test_errors_are_one_line_with_the_place(text, message):
     with pytest.raises(ValueError) as error:
@@ -102,3 +113,62 @@ def test_laws_with_different_inputs_are_compared_side_by_side():
     assert compared.best.law.name == "free_efficiency" and compared.best.params["eff[low]"] == pytest.approx(0.6, abs=0.01) and len(compared.fits) == 2
     with pytest.raises(ValueError, match="columns: 'scheme' is known to none of the laws chinchilla"):
         scaling.compare(table, ["chinchilla"], columns=columns)
+
+
+def by_kind():
+    """N, D and three kinds crossed, with the number of the kind beside its name."""
+    n, d, k = (x.ravel() for x in np.meshgrid([1e7, 3e7, 1e8, 3e8, 1e9], [1e9, 4e9, 2e10, 1e11], [0, 1, 2]))
+    return n, d, k, np.array(["bf16", "fp8", "fp4"])[k]
+
+
+def test_constants_of_a_level_are_those_of_its_rows_alone():
+    """Nothing is shared in A[kind]/N^alpha[kind], so each level must be fitted as if the others were not there."""
+    n, _, k, kind = by_kind()
+    loss = np.array([30.0, 40.0, 60.0])[k] * n ** -np.array([0.11, 0.13, 0.16])[k] * np.exp(0.01 * np.random.default_rng(0).standard_normal(n.size))
+    whole = scaling.fit({"N": n, "kind": kind, "loss": loss}, "A[kind]/N^alpha[kind]")
+    total = 0.0
+    for name in np.unique(kind):
+        alone = scaling.fit({"N": n[kind == name], "loss": loss[kind == name]}, "A/N^alpha")
+        assert whole.params[f"A[{name}]"] == pytest.approx(alone.params["A"], rel=1e-6)
+        assert whole.params[f"alpha[{name}]"] == pytest.approx(alone.params["alpha"], rel=1e-6)
+        total += alone.metrics["objective"]
+    assert whole.metrics["objective"] == pytest.approx(total, rel=1e-9) and whole.law.combine is None
+
+
+def test_efficiencies_by_formula_are_the_law_that_is_built_in():
+    n, d, k, kind = by_kind()
+    loss = (400 / (n * np.array([1.0, 0.8, 0.5])[k]) ** 0.34 + 400 / d**0.28 + 1.7) * np.exp(3e-3 * np.random.default_rng(0).standard_normal(n.size))
+    table = {"N": n, "D": d, "scheme": kind, "loss": loss}
+    told, ours = (scaling.fit(table, law) for law in ("free_efficiency", "E + A/(N*eff[scheme])^alpha + B/D^beta; eff=0.003:3; eff[bf16]=1"))
+    assert ours.metrics["objective"] == pytest.approx(told.metrics["objective"], rel=1e-9) and ours.free and set(ours.free) == set(told.free)
+    for name in told.params:
+        assert ours.params[name] == pytest.approx(told.params[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["E + A/N^alpha + B/D^beta + k[kind]*D^a/N^b; k[bf16]=0", "E + (A/N^alpha + B/D^beta)^gamma + k[kind]*D^a/N^b; k[bf16]=0; gamma=0.05:2"])
+def test_amplitudes_by_level(text, tmp_path, capsys):
+    """Planted gaps come back, in a plain sum and beside another law; the file knows the levels; derivatives are those of differences."""
+    n, d, k, kind = by_kind()
+    gap = np.array([0.0, 0.3, 0.9])[k] * d**0.2 / n**0.3
+    loss = (1.7 + 400 / n**0.34 + 400 / d**0.28 + gap) * np.exp(1e-4 * np.random.default_rng(0).standard_normal(n.size))
+    table = {"N": n, "D": d, "kind": kind, "loss": loss}
+    fit = scaling.fit(table, text, loss="least_squares")
+    assert fit.params["k[bf16]"] == 0.0 and fit.params["a"] == pytest.approx(0.2, abs=0.01) and fit.params["b"] == pytest.approx(0.3, abs=0.01)
+    assert fit.params["k[fp4]"] / fit.params["k[fp8]"] == pytest.approx(3.0, rel=0.02)
+    problem, z, _ = problem_of(fit, table)
+    jacobian = problem.jacobian(z[None])[1][0]
+    for i in range(len(z)):
+        step = 1e-6 * (np.arange(len(z)) == i)
+        np.testing.assert_allclose(jacobian[:, i], (problem.residuals((z + step)[None]) - problem.residuals((z - step)[None]))[0] / 2e-6, rtol=2e-5, atol=1e-8)
+    path = fit.save(tmp_path / "FIT.json")
+    assert scaling.load(path).predict(N=1e8, D=1e10, kind="fp4").loss == fit.predict(N=1e8, D=1e10, kind="fp4").loss
+    assert fit.law.predict(fit.params, N=1e8, D=1e10, kind=["bf16", "fp4"]) == pytest.approx(
+        [(1.7 + 400 / 1e8**0.34 + 400 / 1e10**0.28) + k * 1e10**0.2 / 1e8**0.3 for k in (0.0, 0.9)], rel=2e-4)
+    assert run("predict", [str(path), "N=1e8", "D=1e10", "kind=int2"]) == 2
+    assert "kind=int2: law" in capsys.readouterr().err
+
+
+def test_a_held_level_that_no_row_has_is_refused():
+    n, d, _, kind = by_kind()
+    with pytest.raises(ValueError, match=r"k\[fp32\]=0: no fitted row has kind=fp32; levels are bf16, fp4, fp8"):
+        scaling.fit({"N": n, "D": d, "kind": kind, "loss": 2 + 1e3 * n**-0.4}, "E + A/N^alpha + k[kind]/D^b; k[fp32]=0")

@@ -32,20 +32,6 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", sorted(PLANTED))
-def test_planted_truth_is_recovered_within_three_standard_errors(name):
-    extra, source, options = PLANTED[name]
-    truth, columns = laws[name].published[source], {"N": GRID_N, "D": GRID_D, **extra}
-    table = columns | {"loss": noisy(laws[name].predict(truth, **columns))}
-    fit = scaling.fit(table, name, loss="least_squares", **options)
-    assert fit.converged
-    for parameter in fit.free:
-        estimate = fit.estimate(parameter)
-        positive = fit.law.parameter(parameter).logarithmic
-        error = abs(math.log(estimate.value / truth[parameter])) if positive else abs(estimate.value - truth[parameter]) / abs(estimate.value)
-        assert error < 3.0 * estimate.relative_se, (parameter, estimate, truth[parameter])
-
-
-@pytest.mark.parametrize("name", sorted(PLANTED))
 def test_jacobians_are_those_of_finite_differences(name):
     extra, source, options = PLANTED[name]
     columns = {"N": GRID_N, "D": GRID_D, **extra}

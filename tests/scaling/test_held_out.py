@@ -147,3 +147,27 @@ def test_each_precision_needs_something_to_tell_precisions_apart():
     rows = {name: values for name, values in fake_runs.rows().items() if name in ("n_params", "tokens", "loss")}
     with pytest.raises(ValueError, match="give each-COLUMN"):
         scaling.leave_out(rows, "chinchilla", ("each-precision",))
+
+
+def test_warm_starts_end_where_whole_fits_end(epoch):
+    """Every split of four laws has the error of a fit of its own, which knows nothing of the other splits."""
+    splits = ("largest-N", 'largest-"Training FLOP":26.25%', "largest-D/N:10%")
+    for law in ("chinchilla", "chinchilla:tied", "busbridge", "kaplan"):
+        for one in scaling.leave_out(epoch["table"], law, splits, columns=EPOCH_COLUMNS, where=epoch["where"]):
+            alone = scaling.fit(law=law, holdout=one.split.holdout, **epoch).metrics["held_out"]
+            assert (one.rmse, one.bias, one.worst) == pytest.approx((alone["rmse"], alone["bias"], alone["worst"]), abs=1e-6), (law, one.split)
+
+
+def test_a_first_stage_sees_no_held_out_row():
+    """The base constants are those of the baseline runs that are not held out; a window function is over all rows, not over the base's."""
+    n, d, k = (x.ravel() for x in np.meshgrid([1e7, 3e7, 1e8, 3e8], [1e9, 4e9, 2e10, 1e11], [0, 1]))
+    loss = (400 / (n * np.where(k == 1, 0.6, 1.0)) ** 0.34 + 400 / d**0.28 + 1.7) * np.exp(3e-3 * np.random.default_rng(0).standard_normal(n.size))
+    loss[n == 3e8] *= 1.05
+    table = {"N": n, "D": d, "scheme": np.where(k == 1, "low", "bf16"), "loss": loss}
+    rows = (k == 0) & (n < 3e8)
+    alone = scaling.fit({"N": n[rows], "D": d[rows], "loss": loss[rows]}, "chinchilla")
+    both = scaling.fit(table, "free_efficiency", base="scheme = 'bf16'", holdout="N = max(N) OVER ()")
+    assert {name: both.params[name] for name in alone.params} == pytest.approx(alone.params, rel=1e-6)
+    assert f"the {rows.sum()} rows where scheme = 'bf16'" in both.metrics["notes"][0] and both.metrics["held_out"]["bias"] < -0.03
+    found, = scaling.leave_out(table, "free_efficiency", ("largest-N",), base="scheme = 'bf16'")
+    assert found.rmse == pytest.approx(both.metrics["held_out"]["rmse"], abs=1e-9)

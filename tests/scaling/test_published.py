@@ -49,22 +49,6 @@ def test_sun_is_the_law_of_its_published_predictions():
     np.testing.assert_allclose(ours, np.asarray(table["loss_law_prediction"], dtype=np.float64), atol=2e-6)
 
 
-def test_planted_sun_law_comes_back_on_the_real_design():
-    """343 configurations, 0.3 % noise: every constant within three of its standard errors."""
-    table = scaling.table(shared("data/sun2025-design/configs.csv")).filter("fitting AND log2B_used IS NOT NULL").fetchnumpy()
-    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(len(table["N"])))
-    rows = {name: np.asarray(table[name], dtype=np.float64) for name in ("N", "D", "E", "M", "log2B_used", "loss_law_prediction")}
-    rows["loss"] = rows.pop("loss_law_prediction") * noise
-    fit = scaling.fit(rows, "sun", columns={"exp_bits": "E", "man_bits": "M", "block": "2.0 ** log2B_used"}, loss="least_squares")
-    assert fit.metrics["rows"] == 343 and fit.converged
-    for name, value in SUN.items():
-        estimate = fit.estimate(name)
-        logarithmic = fit.law.parameter(name).logarithmic
-        error = abs(np.log(fit.params[name] / value)) if logarithmic else abs(fit.params[name] - value)
-        assert error < 3.0 * estimate.relative_se * (1.0 if logarithmic else fit.params[name]), name
-    assert fit.params["delta"] == pytest.approx(SUN["delta"], abs=0.15) and fit.estimate("delta").relative_se < 0.03
-
-
 def kumar_runs(noise):
     """A copy of Kumar et al.'s design: each operand alone in low precision, and all together; N 30M-220M, D 1.5B-26B."""
     widths = [(32.0, 32.0, 32.0)] + [tuple(b if i == j else 32.0 for j in range(3)) for i in range(3) for b in (4.0, 5, 6, 7, 8, 12)]
@@ -173,7 +157,12 @@ def test_nvfp4_laws_are_those_of_an_independent_computation(name):
     count, bic, *errors = nvfp4_laws.REFERENCE[name]
     assert found["converged"] and (found["rows"], found["free parameters"]) == (246, count)
     assert found["BIC"] == pytest.approx(bic, abs=1.0)
-    assert [found[held] for held in nvfp4_laws.HELD_OUT] == pytest.approx(errors, abs=2e-4)
+    held = list(nvfp4_laws.HELD_OUT)
+    assert found[held[0]] == pytest.approx(errors[0], abs=2e-4)
+    if name in nvfp4_laws.NO_OPTIMUM:  # two sizes leave alpha open: it goes to its bound, with a lower objective than anywhere near the told error
+        assert found["at bound"][2] == ["alpha"] and found[held[1]] > 4.0 * errors[1]
+    else:
+        assert found[held[1]] == pytest.approx(errors[1], abs=2e-4)
     if name == "busbridge effN":
         told = {"quartetv2": 0.727, "quartetv2 4/6": 0.755, "tetrajetv2": 0.712, "nvidia": 0.676, "nvidia 4/6": 0.690, "forward_main": 0.732,
                 "forward_main 4/6": 0.771, "forward_main 16x16": 0.695, "forward_main 16x16 4/6": 0.722}

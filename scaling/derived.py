@@ -1,0 +1,132 @@
+"""What follows from a fit's constants, with intervals: exponent a, D/N, P*, D_crit, the best layout, at inputs that are given or natural.
+
+Natural are the largest N, D and compute (6 N D) that were fitted, what was the same in every row, each operand's narrowest width, and each
+level of a column of names in turn. A quantity that needs more is not told until `at` gives it.
+"""
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.result import Estimate, Fit
+
+DRAWS = 1000  # of the constants, for a quantity that is a name
+MAX_LEVELS = 12
+
+
+@dataclass(frozen=True)
+class Derived:
+    """name: of the law's functional; at: its inputs; estimate: the number with its interval, or None where the value is a name (a layout);
+    shares: then name -> share of the constants that the data allow, the likeliest first."""
+
+    name: str
+    at: Mapping[str, object]
+    estimate: Estimate | None
+    shares: Mapping[str, float]
+
+    def __str__(self) -> str:
+        if self.estimate is not None:
+            return str(self.estimate)
+        return ", ".join(f"{value} {share:.1%}" for value, share in self.shares.items())
+
+    def as_json(self) -> dict:
+        """{"name", "at", and "value", "low", "high", "reason" or "shares"}."""
+        if self.estimate is None:
+            return {"name": self.name, "at": dict(self.at), "shares": dict(self.shares)}
+        e = self.estimate
+        return {"name": self.name, "at": dict(self.at), "value": e.value, "low": e.low, "high": e.high, "reason": e.reason}
+
+
+def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Derived], dict[str, tuple[str, ...]]]:
+    """(every functional of the law whose inputs are given or natural, functional -> what it still needs).
+
+    at: inputs by name: {"compute": 1e21, "bits": 8}. ValueError, one line, for a name that no functional takes and a value that is none of it.
+    """
+    given = dict(at or {})
+    takes = {name: _inputs(function) for name, function in fit.law.functionals.items()}
+    operands = [operand.input for operand in fit.law.operands]
+    known = {name for required, optional, any_operand in takes.values() for name in (*required, *optional, *(operands if any_operand else ()))}
+    unknown = next((name for name in given if name not in known), None)
+    if unknown:
+        raise ValueError(f"at: {unknown!r} is no input of what law {fit.law.name} tells; these are {', '.join(sorted(known)) or 'none'}")
+    for name, value in given.items():
+        _refuse(fit, name, value)
+    found, lacking = [], {}
+    for name, (required, optional, any_operand) in takes.items():
+        columns = {key: given.get(key, _natural(fit, key)) for key in required} | {key: given[key] for key in optional if key in given}
+        if any_operand:
+            columns |= {key: given[key] for key in operands if key in given} or _narrowest(fit)
+        missing = tuple(key for key, value in columns.items() if value is None)
+        if missing or (any_operand and not set(columns) & set(operands)):
+            lacking[name] = missing or tuple(operands)
+            continue
+        one_level = [{key: level} for key in optional if key in fit.law.levels for level in _natural(fit, key)] if not set(optional) & set(given) else []
+        found += [tell(fit, name, one | level) for one in _one_by_one(columns) for level in one_level or [{}]]
+    return found, lacking
+
+
+def _refuse(fit: Fit, name: str, value: object) -> None:
+    """ValueError for a level that the fit does not know, and for an input that is no positive number (or name of a format)."""
+    levels = fit.law.levels.get(name)
+    if levels is not None:
+        if value not in levels:
+            raise ValueError(f"at: {name}={value}: known levels are {', '.join(levels)}")
+    elif isinstance(value, str):
+        operand = next((operand for operand in fit.law.operands if operand.input == name and operand.from_name), None)
+        if operand is None:
+            raise ValueError(f"at: {name}={value}: not a number")
+        operand.from_name(value)
+    elif not 0 <= value < np.inf or (value == 0 and name not in fit.law.zero_allowed and not name.endswith("_mse")):
+        raise ValueError(f"at: {name}={value:g}: must be positive and finite")
+
+
+def tell(fit: Fit, name: str, columns: Mapping[str, object]) -> Derived:
+    """One functional at one set of inputs."""
+    function, _ = fit.quantity(name, columns)
+    try:
+        with np.errstate(all="ignore"):
+            value = function(fit.params)
+    except (ArithmeticError, KeyError) as error:
+        raise ValueError(f"{name} of law {fit.law.name} has no value at {', '.join(f'{key}={one}' for key, one in columns.items())} ({error})") from None
+    if not isinstance(value, str):
+        return Derived(name, columns, fit.estimate(name, **columns), {})
+    draws = fit.draws if len(fit.draws) else fit.coordinates + np.random.default_rng(0).standard_normal((DRAWS, fit.scatter.shape[1])) @ fit.scatter.T
+    with np.errstate(all="ignore"):
+        values = Counter(function(fit.constants_at(draw)) for draw in draws)
+    return Derived(name, columns, None, {value: count / len(draws) for value, count in values.most_common()})
+
+
+def _inputs(function) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """(required, optional, whether any operand may be given) of a functional, the constants left out."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    return (tuple(p.name for p in plain if p.default is p.empty), tuple(p.name for p in plain if p.default is not p.empty), len(plain) < len(parameters))
+
+
+def _natural(fit: Fit, name: str) -> object:
+    """What an input is when nobody says: a number, a list of levels, or None."""
+    if name in fit.law.levels:
+        baseline = {factor.name(level) for factor in fit.law.factors for level in fit.law.levels[factor.input]} & set(fit.fixed)
+        factor = next(factor for factor in fit.law.factors if factor.input == name)
+        return [level for level in fit.law.levels[name] if factor.name(level) not in baseline][:MAX_LEVELS]
+    if name == "compute":
+        return 6.0 * fit.ranges["N*D"][1] if "N*D" in fit.ranges else None
+    low, high = fit.ranges.get(name, (None, None))
+    return high if name in fit.law.measures or low == high else None
+
+
+def _narrowest(fit: Fit) -> dict[str, float]:
+    """Every operand that the fit knows of at its narrowest width fitted; nothing for operands that are no widths."""
+    return {name: fit.ranges[name][0] for name in fit.at_width(1.0) if name.endswith("_bits")}
+
+
+def _one_by_one(columns: Mapping[str, object]) -> list[dict[str, object]]:
+    """One set of inputs for every combination of levels."""
+    made: list[dict[str, object]] = [{}]
+    for name, value in columns.items():
+        made = [one | {name: each} for one in made for each in (value if isinstance(value, list) else [value])]
+    return made
