@@ -18,6 +18,8 @@ PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
 RUN_ALIASES = {"N": "n_params", "D": "tokens"}  # what laws call columns of run tables
+OWN_COLUMNS = {law: quote(column) for law, column in RUN_ALIASES.items()}
+"""Told to every fit: a table that is mapped may have an N of its own, in millions."""
 DONE = "coalesce(status, 'done') = 'done'"
 MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
 CORPUS = "coalesce(CAST(data_sha256 AS VARCHAR), CAST(data AS VARCHAR))"  # as in finished_runs
@@ -165,7 +167,7 @@ def _candidates(name: str, relation, laws: tuple[str, ...], holdout: str | None,
     if refusal:
         return refusal
     try:
-        return compare(relation, laws, holdout=holdout)
+        return compare(relation, laws, holdout=holdout, columns=OWN_COLUMNS)
     except ValueError as error:  # every variant was refused: too few rows, an input that does not vary
         return str(error)
 
@@ -175,5 +177,5 @@ def _with_bootstrap(candidates: Comparison, relation, holdout: str | None, boots
     if not bootstrap:
         return candidates
     best = candidates.best
-    final = fit(relation, best.label, holdout=holdout, bootstrap=bootstrap, progress=progress)
+    final = fit(relation, best.label, columns=OWN_COLUMNS, holdout=holdout, bootstrap=bootstrap, progress=progress)
     return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

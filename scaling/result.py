@@ -232,7 +232,7 @@ class Fit:
         tail = 0.5 * (1.0 - self.level)
         values = np.where(np.isnan(values), np.inf, values)
         low, left, right, high = np.quantile(values, [tail, 0.15865, 0.84135, 1.0 - tail], method="closest_observation")
-        return float(low), float(high), float(0.5 * (right - left))
+        return float(low), float(high), float(0.5 * (right - left)) if np.isfinite(right) else math.inf  # mostly without value: no inf - inf
 
     def _reason(self, name: str, relative: float) -> str:
         condition = float(self.metrics["condition_number"])
