@@ -8,7 +8,7 @@ import duckdb
 
 from scaling.compare import Comparison, compare
 from scaling.fit import fit
-from scaling.observations import one_line, project
+from scaling.mapped import mapped_rows, one_line
 from scaling.result import Fit
 from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, quote, table
@@ -127,20 +127,23 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
     if unknown:
         raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, seed, and {len(RUN_COLUMNS)} "
                          "in all, listed by `bitlaw table`")
-    if given:
-        shadowed = {name.lower() for name in given}
-        kinds = RUN_COLUMNS | dict.fromkeys(RUN_ALIASES.values(), "DOUBLE")  # expressions of sizes need not be whole
-        select = [f"CAST(({sql}) AS {kinds[name]}) AS {name}" for name, sql in given.items()]
-        relation = project(relation, ", ".join(select + [quote(name) for name in relation.columns if name.lower() not in shadowed]), "columns")
-        with one_line("columns"):
-            columns_of(relation.project(", ".join(given)))  # relations are lazy: a cast that fails is told here
-    missing = [name for name in ("n_params", "tokens", "loss") if name not in relation.columns]
+    given |= {column: quote(law) for law, column in RUN_ALIASES.items() if column not in (*given, *relation.columns) and law in relation.columns}
+    missing = [name for name in ("n_params", "tokens", "loss") if name not in (*given, *relation.columns)]
     if missing:
         raise ValueError(f"a run table needs {', '.join(missing)}; this one has {', '.join(relation.columns)} "
                          f"(name them: --columns {','.join(name + '=...' for name in missing)})")
-    if where:
-        flagged = project(relation, f"*, coalesce(CAST(({where}) AS BOOLEAN), false) AS keep_", f"where {where}")
-        relation = flagged.filter("keep_").project("* EXCLUDE (keep_)")
+    kinds = RUN_COLUMNS | dict.fromkeys(RUN_ALIASES.values(), "DOUBLE")  # expressions of sizes need not be whole
+    own = {name: str(kind) for name, kind in zip(relation.columns, relation.types, strict=True)}
+    given |= {name: quote(name) for name, kind in kinds.items() if kind == "DOUBLE" and own.get(name) == "VARCHAR" and name not in given}
+    if given or where:
+        filters = {f"where {where}": where} if where else {}
+        cast = {name: sql if kinds[name] == "DOUBLE" else f"CAST(({sql}) AS {kinds[name]})" for name, sql in given.items()}
+        stages = mapped_rows(relation, cast, [name for name in cast if kinds[name] == "DOUBLE"], filters, "a report")
+        relation = stages[-1]
+        with one_line("columns", relation.columns):
+            columns_of(relation.project(", ".join(given or ["loss"])))  # relations are lazy: a cast that fails is told here
+        if where and not len(relation):
+            raise ValueError(f"where {where} leaves none of {len(stages[0])} rows")
     if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
         order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]
         relation = relation.project(f"*, 'row ' || row_number() OVER (ORDER BY {', '.join(order)}) AS run_id")

@@ -18,6 +18,7 @@ import numpy as np
 
 from scaling.fit import fit
 from scaling.laws import Law, resolve
+from scaling.mapped import boolean, mapped_rows, one_line
 from scaling.observations import DEFAULT_COLUMNS
 from scaling.table import Source, quote, table
 
@@ -92,18 +93,11 @@ def eligible(source: Source, columns: Mapping[str, str] | None, where: str | Non
     relation = table(source)
     mapped = {name: quote(DEFAULT_COLUMNS[name]) for name in ("N", "D") if DEFAULT_COLUMNS[name] in relation.columns and name not in relation.columns}
     mapped |= dict(columns or {})
-    numeric = {"N", "D", "loss"}
-    inputs = [f"{f'CAST(({sql}) AS DOUBLE)' if name in numeric else f'({sql})'} AS {quote(name)}" for name, sql in mapped.items()]
-    shadowed = {name.lower() for name in mapped}
-    rows = _one_line("columns", lambda: relation.project(", ".join(inputs + [quote(n) for n in relation.columns if n.lower() not in shadowed])))
-    conditions = {"status": "status IS NULL OR status = 'done'"} if "status" in rows.columns else {}
-    conditions |= {f"where {where}": where} if where else {}
-    conditions |= {f"holdout {holdout}": f"NOT coalesce(CAST(({holdout}) AS BOOLEAN), false)"} if holdout else {}
-    for what, condition in conditions.items():
-        flagged = _one_line(what, lambda condition=condition, rows=rows: rows.project(
-            f"*, coalesce(CAST(({condition}) AS BOOLEAN), false) AS keep_"))
-        rows = flagged.filter("keep_").project("* EXCLUDE (keep_)")
-    return rows
+    mapped |= {"loss": quote("loss")} if "loss" in relation.columns and "loss" not in mapped else {}
+    filters = {"status": "status IS NULL OR status = 'done'"} if "status" in relation.columns else {}
+    filters |= {f"where {where}": where} if where else {}
+    filters |= {f"holdout {holdout}": f"NOT {boolean(holdout)}"} if holdout else {}
+    return mapped_rows(relation, mapped, [name for name in mapped if name in ("N", "D", "loss")], filters, "every law")[-1]
 
 
 def pose_splits(rows: duckdb.DuckDBPyRelation, names: Iterable[str]) -> list[Split]:
@@ -121,7 +115,8 @@ def _largest(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> Split:
     what, colon, share = what.partition(":")
     expression = "N * D" if what == "compute" else what
     cast = f"CAST(({expression}) AS DOUBLE)"
-    values = _one_line(f"leave {name}", lambda: rows.project(f"{cast} AS value_").fetchall())
+    with one_line(f"leave {name}", rows.columns):
+        values = rows.project(f"{cast} AS value_").fetchall()
     found = sorted(value for value, in values if value is not None)
     if not found or not found[0] > 0:
         raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is {f'{found[0]:g} in a row' if found else 'missing everywhere'}")
@@ -150,7 +145,9 @@ def _share(name: str, text: str) -> float:
 
 def _each(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> list[Split]:
     parts = _widths(rows, name) if what == "precision" and "precision" not in rows.columns else [what]
-    found = _one_line(f"leave {name}", lambda: rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct())
+    with one_line(f"leave {name}", rows.columns):
+        found = rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct()
+        len(found)  # relations are lazy
     numeric = [str(kind).split("(")[0] in NUMERIC for kind in found.types]  # fits cast numbers: 4 and 4.0 are one level
     levels = sorted(found.fetchall(), key=lambda level: [_order(value) for value in level])
     if not 1 < len(levels) <= MAX_LEVELS:
@@ -185,16 +182,6 @@ def _order(value) -> tuple:
         return 0, float(value), ""
     except (TypeError, ValueError):
         return 1, 0.0, str(value or "")
-
-
-def _one_line(what: str, run):
-    """What `run()` returns. Relations are lazy: its length is taken here, so that DuckDB's error is told in one line beside what caused it."""
-    try:
-        result = run()
-        len(result)
-        return result
-    except duckdb.Error as error:
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)

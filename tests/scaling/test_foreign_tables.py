@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 
+import duckdb
 import numpy as np
 import pytest
 
@@ -56,3 +58,81 @@ def test_a_report_of_draws_without_a_value_warns_of_nothing(tmp_path):
         fit = scaling.fit(released(), "kumar", bootstrap=40, columns={"N": "N*1e6", "D": "tokens*1e9", "loss": "val", "weights_bits": "W", "activations_bits": "A"})
         estimate = fit.estimate(lambda p: np.inf if p["gamma_w"] > 0 else 1.0)
     assert not estimate.identified
+
+
+def chinchilla(name: str = "loss") -> dict[str, list]:
+    """Column -> values of the Epoch constants on a grid, without noise."""
+    N, D = (np.array(v) for v in zip(*itertools.product((1e8, 4e8, 1.6e9, 6.4e9), (2e9, 1e10, 5e10, 2e11)), strict=True))
+    return {"N": N.tolist(), "D": D.tolist(), name: laws["chinchilla"].predict(laws["chinchilla"].published["epoch"], N=N, D=D).tolist()}
+
+
+def write(path, separator: str = ",", **columns):
+    lines = [separator.join(columns), *(separator.join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def recovers(fit) -> bool:
+    return fit.params == pytest.approx(laws["chinchilla"].published["epoch"], rel=1e-3)
+
+
+@pytest.mark.parametrize("word", ["N/A", "diverged", "-"])
+def test_where_leaves_out_rows_whose_numbers_are_words(word, tmp_path):
+    table = chinchilla()
+    table["loss"][3] = table["loss"][7] = word
+    path = write(tmp_path / "runs.csv", **table)
+    with pytest.raises(ValueError, match=re.escape(f"loss (\"loss\") is text in 2 of 16 rows, such as '{word}'; law chinchilla needs numbers")):
+        scaling.fit(path, "chinchilla")
+    fit = scaling.fit(path, "chinchilla", where=f"loss <> '{word}'")
+    assert recovers(fit) and fit.metrics["rows"] == 14
+    assert scaling.compare(path, ["chinchilla"], where=f"loss <> '{word}'", leave=["largest-N"]).left_out[0].rows == 4
+    assert len(scaling.analyse(path, bootstrap=0, where=f"loss <> '{word}'").runs) == 14  # a report, and N and D by the names that laws use
+
+
+@pytest.mark.parametrize(("spell", "remedy"), [
+    (lambda n: f"{n:,.0f}", """replace("N", ',', '')"""), (lambda n: f"{n / 1e6:g}M", """TRY_CAST(regexp_extract("N", '[0-9.]+') AS DOUBLE)*1e6"""),
+    (lambda n: f"{n / 1e9:.4f}".replace(".", ","), """replace("N", ',', '.')"""),
+])  # fmt: skip
+def test_numbers_that_are_spelt_as_text_are_refused_with_what_reads_them(spell, remedy, tmp_path):
+    table = chinchilla()
+    path = write(tmp_path / "runs.tsv", "\t", **table | {"N": [spell(n) for n in table["N"]]})
+    with pytest.raises(ValueError, match=r"N \(\"N\"\) is text in 16 of 16 rows, such as '") as error:
+        scaling.fit(path, "chinchilla")
+    assert remedy.removesuffix("*1e6") in str(error.value)
+    unit = 1e9 if "'.')" in remedy else 1.0
+    assert recovers(scaling.fit(path, "chinchilla", columns={"N": f"CAST({remedy} AS DOUBLE) * {unit}"}))
+
+
+def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    path = write(tmp_path / "runs.csv", **{"Model Size": [1, 2], "Tokens": [1, 2], "Loss": [1, 2]})
+    names = {"N": '"Model Size"', "D": "Tokens", "loss": "Loss"}
+    told = re.escape('"Model size (B)" not found in FROM clause! Did you mean "Model Size"? The table has Model Size, Tokens, Loss')
+    with pytest.raises(ValueError, match=told):
+        scaling.fit(path, "chinchilla", columns=names | {"N": '"Model size (B)"'})
+    with pytest.raises(ValueError, match=r"law chinchilla needs N, D, loss; .* \(name them: columns N=\.\.\.,D=\.\.\.,loss=Loss\)"):
+        scaling.fit(path, "chinchilla")
+    for wrong in ({"where": "Modelsize > 1"}, {"holdout": "Modelsize > 1"}):
+        with pytest.raises(ValueError, match='Did you mean "Model Size"'):
+            scaling.fit(path, "chinchilla", columns=names, **wrong)
+
+
+def test_tables_as_they_are_packed(tmp_path):
+    table = chinchilla()
+    path = write(tmp_path / "runs.csv", **table)
+    duckdb.sql(f"COPY (FROM '{path}') TO '{tmp_path / 'runs.csv.gz'}' (COMPRESSION gzip)")
+    assert recovers(scaling.fit(tmp_path / "runs.csv.gz", "chinchilla"))
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    assert recovers(scaling.fit(rows, "chinchilla"))
+    with pytest.raises(ValueError, match="table: a list of int is no table"):
+        scaling.fit([1, 2], "chinchilla")
+    (tmp_path / "whole.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r'N \("N"\) is DOUBLE\[\], not one value in each row'):
+        scaling.fit(tmp_path / "whole.json", "chinchilla")
+    (tmp_path / "lab.duckdb").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a database holds many tables; name one in a query: \"ATTACH '.*lab.duckdb' AS lab \(READ_ONLY\); FROM lab.NAME\""):
+        scaling.fit(tmp_path / "lab.duckdb", "chinchilla")
+
+
+def test_a_report_on_no_row_is_refused():
+    with pytest.raises(ValueError, match="where N > 1e20 leaves none of 16 rows"):
+        scaling.analyse(chinchilla(), bootstrap=0, where="N > 1e20")
