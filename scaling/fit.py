@@ -1,7 +1,8 @@
 """`scaling.fit`: a table and a law in, a `Fit` out. It refuses what cannot be fitted and reports how far the rest can be trusted."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -49,8 +50,10 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
         raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
-    if not delta > 0 or not 0 < level < 1 or bootstrap < 0 or seed < 0:
-        raise ValueError(f"delta={delta}, level={level}, bootstrap={bootstrap}, seed={seed}: need delta > 0, 0 < level < 1, bootstrap >= 0, seed >= 0")
+    _refuse_options({"columns": columns, "ties": ties, "fixed": fixed, "priors": priors}, {"where": where, "holdout": holdout, "base": base, "weights": weights},
+                    {"bootstrap": bootstrap, "seed": seed})
+    if not _positive(delta) or not (_positive(level) and level < 1):
+        raise ValueError(f"delta={delta!r}: need a positive number" if not _positive(delta) else f"level={level!r}: need a share between 0 and 1, such as 0.95")
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
     if base:
@@ -69,6 +72,26 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     return _assemble(problem, solution, observed, label, notes + more, level, bootstrap, seed, progress,
                      {"loss": loss, "delta": reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
+
+
+def _refuse_options(mappings: dict, conditions: dict, counts: dict) -> None:
+    """ValueError, one line, for an option of another kind than its name says."""
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r}: need a mapping of name to value")
+    for name, pair in (mappings["priors"] or {}).items():
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"priors {name}={pair!r}: need (value, deviation)")
+    for name, value in conditions.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}={value!r}: need a condition in SQL, as text")
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name}={value!r}: need a whole number of at least 0")
+
+
+def _positive(value) -> bool:
+    return isinstance(value, Real) and value > 0
 
 
 def _assemble(problem: Problem, solution: Solution, observed: Observations, label: str, notes: list[str], level: float, num_draws: int,

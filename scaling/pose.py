@@ -34,8 +34,10 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     fixed |= {tied: fixed[source] for tied, source in merged.items() if source in fixed}
     merged = {tied: source for tied, source in merged.items() if tied not in fixed}
     free = tuple(name for name in law.names if name not in {*reduction.absent, *merged, *fixed})
-    _refuse_design(law, columns, loss, free, fixed)
-    notes = list(reduction.notes) + _warnings(columns)
+    copies = _copies(columns, loss)
+    _refuse_fixed(law, fixed, free)
+    _refuse_design(law, columns, loss, copies, free, fixed)
+    notes = list(reduction.notes) + _warnings(columns) + _warnings_of_copies(copies, loss.size) + _warnings_of_widths(law, reduction.absent)
     weights = None if observed.weights is None else observed.weights[~observed.held]
     return Problem(law, columns, np.log(loss), free, merged, fixed, weights), notes
 
@@ -64,11 +66,39 @@ def _refuse_unseen_levels(law: Law, observed: Observations) -> None:
                              "to predict it with; hold out other rows, or use a law of widths or errors (kumar, mse_efficiency)")
 
 
-def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray, free: tuple[str, ...], fixed: Mapping) -> None:
+def _refuse_fixed(law: Law, fixed: Mapping[str, float], free: tuple[str, ...]) -> None:
+    """ValueError for a constant held at a value that it cannot have, and when none is left to fit."""
+    for name, value in fixed.items():
+        parameter = law.parameter(name)
+        positive = parameter.logarithmic and not (parameter.kind == "amplitude" and value == 0.0)  # an amplitude of 0 is a term left out
+        if not np.isfinite(value) or (positive and value <= 0.0):
+            raise ValueError(f"fixed {name}={value:g}: need a {'positive ' * positive}finite number")
+    if not free:
+        raise ValueError(f"law {law.name}: every constant is fixed, so that nothing is left to fit; fix fewer of {', '.join(fixed)}")
+
+
+def _copies(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> int:
+    """How many rows have the inputs and the loss of another one, to the last digit."""
+    return loss.size - np.unique(np.stack([*columns.values(), loss]), axis=1).shape[1]
+
+
+def _warnings_of_copies(copies: int, rows: int) -> list[str]:
+    return [f"{copies} of {rows} rows are copies of another (the same inputs and loss): if a run was logged twice, the intervals are too narrow, as if it "
+            "had been trained twice; keep one of each with where row_number() OVER (PARTITION BY N, D, ..., loss) = 1"] if copies else []
+
+
+def _warnings_of_widths(law: Law, absent: tuple[str, ...]) -> list[str]:
+    """A law of quantized operands on rows of which none is quantized."""
+    if not law.operands or not all(set(operand.parameters) <= set(absent) for operand in law.operands):
+        return []
+    return [f"no row is quantized: {', '.join(operand.input for operand in law.operands)} are absent or unquantized in all, so that nothing is said of {', '.join(absent)}"]
+
+
+def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray, copies: int, free: tuple[str, ...], fixed: Mapping) -> None:
     """ValueError when no fit can follow from these columns: too few rows, or an input that never varies."""
-    rows = "row" if loss.size == 1 else "rows"
-    if loss.size < len(free):
-        raise ValueError(f"{loss.size} {rows} cannot fit the {len(free)} free parameters of law {law.name} ({', '.join(free)})")
+    if loss.size - copies < len(free):
+        rows = f"{loss.size} row{'s' * (loss.size > 1)}" if not copies else f"{loss.size} rows, of which {copies} are copies of another,"
+        raise ValueError(f"{rows} cannot fit the {len(free)} free parameters of law {law.name} ({', '.join(free)})")
     operands = {operand.input: operand for operand in law.operands}
     efficiencies = {name for name in free if any(factor.level(name) for factor in law.factors)}
     for name, values in columns.items():

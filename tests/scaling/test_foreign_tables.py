@@ -136,3 +136,38 @@ def test_tables_as_they_are_packed(tmp_path):
 def test_a_report_on_no_row_is_refused():
     with pytest.raises(ValueError, match="where N > 1e20 leaves none of 16 rows"):
         scaling.analyse(chinchilla(), bootstrap=0, where="N > 1e20")
+
+
+def test_copies_are_told_and_count_once_for_what_can_be_fitted():
+    table = chinchilla()
+    twice = {name: values + values[:5] for name, values in table.items()}
+    notes = scaling.fit(twice, "chinchilla").metrics["notes"]
+    assert any(note.startswith("5 of 21 rows are copies of another (the same inputs and loss)") for note in notes)
+    once = scaling.fit(twice, "chinchilla", where="row_number() OVER (PARTITION BY N, D, loss) = 1")
+    assert once.metrics["rows"] == 16 and once.metrics["notes"] == []
+    with pytest.raises(ValueError, match="16 rows, of which 12 are copies of another, cannot fit the 5 free parameters"):
+        scaling.fit({name: (values[:3] + values[7:8]) * 4 for name, values in table.items()}, "chinchilla")
+
+
+def test_a_law_of_widths_on_rows_without_any_says_so():
+    table = chinchilla() | {"weights_bits": [np.nan] * 8 + [32.0] * 8}
+    fit = scaling.fit(table, "kumar")
+    assert any(note.startswith("no row is quantized: weights_bits, activations_bits, kv_bits") for note in fit.metrics["notes"]) and recovers(fit)
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    ({"fixed": {"E": np.nan}}, "fixed E=nan: need a positive finite number"),
+    ({"fixed": {"E": -1.0}}, "fixed E=-1: need a positive finite number"),
+    ({"fixed": laws["chinchilla"].published["epoch"]}, "law chinchilla: every constant is fixed, so that nothing is left to fit; fix fewer of A, B, E"),
+    ({"priors": {"alpha": 0.3}}, "priors alpha=0.3: need (value, deviation)"),
+    ({"columns": "N=N"}, "columns='N=N': need a mapping of name to value"),
+    ({"fixed": "E=1"}, "fixed='E=1': need a mapping of name to value"),
+    ({"bootstrap": 2.5}, "bootstrap=2.5: need a whole number of at least 0"),
+    ({"seed": "a"}, "seed='a': need a whole number of at least 0"),
+    ({"delta": "small"}, "delta='small': need a positive number"),
+    ({"where": 3}, "where=3: need a condition in SQL, as text"),
+])  # fmt: skip
+def test_options_of_another_kind_are_refused_in_one_line(options, line):
+    with pytest.raises(ValueError) as error:
+        scaling.fit(chinchilla(), "chinchilla", **options)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
