@@ -72,7 +72,8 @@ def _compare(p: Parser) -> None:
 
 def _predict(p: Parser) -> None:
     p.add_argument("fit", metavar="FIT.json")
-    p.add_argument("inputs", nargs="+", metavar="NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4")
+    p.add_argument("inputs", nargs="+", metavar="[QUANTITY] NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4; or, instead of the loss, a constant or functional of the "
+                   "law and what it depends on: optimal_bits, optimal_params compute=1e21, best_layout bits=8")
     _extrapolate(p)
 
 
@@ -108,7 +109,8 @@ _BUILDERS = {
     "table": ("Writes the run table of folders of runs.", _table),
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
-    "predict": ("Predicts the loss of a run, with its interval.", _predict),
+    "predict": ("Predicts the loss of a run, or a number that follows from the law, with its interval.\nExit code 1 when the design does not identify the number.",
+                _predict),
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.", _plan),
     "report": ("Writes one self-contained HTML page about a folder or a table of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }

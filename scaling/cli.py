@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scaling.arguments import numbers, parser, priors
+from scaling.choice import Choice
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
@@ -121,14 +122,18 @@ def _predict(arguments) -> int:
     from scaling.result import load
 
     fitted = load(arguments.fit)
+    quantity = arguments.inputs[0] if arguments.inputs[0] in {*fitted.params, *fitted.law.functionals} else None
     pairs = {}
-    for text in arguments.inputs:
+    for text in arguments.inputs[1 if quantity else 0:]:
         name, sign, value = text.partition("=")
         if not sign:
-            raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}")
+            raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}; before these may come one of "
+                             f"{', '.join((*fitted.law.functionals, *fitted.params))}")
         if name in pairs:
             raise ValueError(f"input {name} is given twice: {pairs[name]} and {value}")
         pairs[name] = value
+    if quantity:
+        return _quantity(fitted, quantity, pairs)
     names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
     named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
     inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
@@ -147,6 +152,22 @@ def _predict(arguments) -> int:
               f"({float(fitted.discrepancy_at(predicted.extrapolated)):.2%} of the loss)")
         for _, sentence in reaches(fitted.ranges, inputs).values():
             print(f"extrapolated: {sentence}")
+    return 0
+
+
+def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
+    """A constant or functional with its interval. Exit code 1 when the design does not identify it."""
+    from scaling.arguments import mixed
+
+    estimate = fitted.estimate(name, **mixed(pairs))
+    told = f"{name}{' at ' * bool(pairs)}{', '.join(f'{key}={value}' for key, value in pairs.items())}"
+    if not estimate.identified:
+        print(f"bitlaw: {told}: {estimate.reason}", file=sys.stderr)
+        return 1
+    if isinstance(estimate, Choice):
+        print(f"{told}: {estimate}")
+    else:
+        print(f"{told}: {estimate.value + 0.0:.6g}, {fitted.level:.0%} interval {estimate.low + 0.0:.6g} to {estimate.high:.6g}")
     return 0
 
 

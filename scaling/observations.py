@@ -101,7 +101,7 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
             columns[name] = _names(arrays[name], name, mapping[name], law)
             continue
         operand = operands.get(name)
-        values = np.ma.filled(_numeric(arrays[name], operand), operand.untouched if operand else np.nan)
+        values = np.ma.filled(_numeric(arrays[name], operand, name), operand.untouched if operand else np.nan)
         _refuse(values, name, mapping[name], law, infinite_allowed=operand is not None,
                 zero_allowed=name in law.zero_allowed or (operand is not None and operand.below))
         columns[name] = values
@@ -120,14 +120,17 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
                         weight[order] if weights else None)
 
 
-def _numeric(values, operand: Operand | None) -> np.ma.MaskedArray:
+def _numeric(values, operand: Operand | None, name: str) -> np.ma.MaskedArray:
     """A column as numbers, missing ones masked; names of formats through the operand, which refuses unknown ones."""
     values = np.ma.asarray(values)
     if operand is None or values.dtype.kind not in "OUS":
         return np.ma.asarray(values, dtype=np.float64)
     missing = np.ma.getmaskarray(values) | np.array([value is None for value in values.data], dtype=bool)
     numbers = np.full(values.shape, operand.untouched)
-    numbers[~missing] = operand.numbers(values.data[~missing])
+    try:
+        numbers[~missing] = operand.numbers(values.data[~missing])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return np.ma.array(numbers, mask=missing)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from scaling.choice import Choice, choice
 from scaling.files import write_whole
 from scaling.laws import Law, resolve
 from scaling.problem import constants
@@ -91,17 +92,25 @@ class Fit:
         """Two-sided Student quantile at `level` with the residual degrees of freedom."""
         return float(stdtrit(max(self.metrics["dof"], 1), 0.5 + 0.5 * self.level))
 
-    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate:
+    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate | Choice:
         """A parameter, one of the law's functionals (at `columns`), or a function of the constants and `columns` of one's own, with its
         interval, or why the design does not identify it.
 
         The interval is that of the linearised covariance (symmetric in the logarithm of a positive value), or, when the fit has draws,
         the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
         Chinchilla points it is 40 % too narrow for beta), the latter is too narrow with few cells (nine cells: 82 % for 95 %).
+        A functional that gives a name ("best_layout") has the shares of the names instead. ValueError, one line, where there is no such
+        quantity, or no real value of it.
         """
         function, unit_scale = self.quantity(name, columns)
-        with np.errstate(all="ignore"):
-            value = float(function(self.params))
+        try:
+            with np.errstate(all="ignore"):
+                raw = function(self.params)
+        except KeyError as error:
+            raise ValueError(f"{name} asks for {error.args[0]}, which this fit does not have; it has {', '.join(self.params)}") from None
+        if isinstance(raw, str):
+            return choice(self, name, function, self._reason(name, 0.0))
+        value = _real(raw, name, columns)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
         reach = self.quantile * error
         if value > 0 and unit_scale is None:
@@ -214,9 +223,23 @@ class Fit:
         function = self.law.functionals[name]
         try:
             inspect.signature(function).bind(self.params, **columns)
-        except TypeError as error:
-            raise ValueError(f"{name} of law {self.law.name}: {error}; given: {', '.join(columns) or 'nothing'}") from None
+        except TypeError:
+            raise ValueError(f"{name} of law {self.law.name} takes {self._taken(function)}; given: {', '.join(columns) or 'nothing'}") from None
+        for operand in self.law.operands:
+            given = columns.get(operand.input)
+            if given is not None and operand.parameters[0] not in self.params and np.any(operand.touched(operand.numbers(given))):
+                raise ValueError(f"{name}: {operand.input}={given}: no fitted row had it quantized, so that this fit has no {operand.parameters[0]}")
         return (lambda p: function(p, **columns)), None
+
+    def _taken(self, function: Callable) -> str:
+        """What a functional takes beside the constants: "N, gap", "compute, cost_per_pair (may be left out)"."""
+        told = []
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            if parameter.kind == parameter.VAR_KEYWORD:
+                told += [f"{operand.input} (may be left out)" for operand in self.law.operands]
+            else:
+                told.append(parameter.name + (" (may be left out)" if parameter.default is not parameter.empty else ""))
+        return ", ".join(told) or "nothing"
 
     def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
@@ -274,6 +297,14 @@ class Fit:
             factors.append(np.where(np.isfinite(factor), np.maximum(factor, 1.0), 1.0))  # 0 bits, an error of 0: the edge of the scale, not beyond it
         factors = np.broadcast_arrays(*factors)
         return np.max(factors, axis=0)
+
+
+def _real(value, name, columns: Mapping) -> float:
+    if np.iscomplexobj(value) or np.ndim(value):
+        what = "no real value" if np.iscomplexobj(value) else "more than one value"
+        told = ", ".join(f"{key}={given}" for key, given in columns.items())
+        raise ValueError(f"{name} has {what} at {told or 'these constants'}; give positive numbers, one of each")
+    return float(value)
 
 
 def load(path: str | os.PathLike, law: Law | None = None) -> Fit:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import warnings
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import scaling
+from scaling.cli import run
 from scaling.laws import laws
 
 KUMAR = laws["kumar"].published["kumar"]
@@ -171,3 +173,69 @@ def test_options_of_another_kind_are_refused_in_one_line(options, line):
     with pytest.raises(ValueError) as error:
         scaling.fit(chinchilla(), "chinchilla", **options)
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def kumar_fit(tmp_path_factory):
+    columns = MAPPED | {"N": MAPPED["n_params"], "D": MAPPED["tokens"]}
+    fit = scaling.fit(released(), "kumar:tied", columns={name: columns[name] for name in ("N", "D", "loss", "weights_bits", "activations_bits")})
+    return fit, str(fit.save(tmp_path_factory.mktemp("fits") / "fit.json"))
+
+
+@pytest.mark.parametrize(("name", "columns", "line"), [
+    ("loss_gap", {"N": 1e8, "weight_bits": 4}, "weight_bits=4: unknown; the widths are weights_bits, activations_bits, kv_bits"),
+    ("loss_gap", {"N": 1e8, "kv_bits": 4}, "loss_gap: kv_bits=4: no fitted row had it quantized, so that this fit has no gamma_kv"),
+    ("bits_for_gap", {"N": 1e8, "loss": 4}, "bits_for_gap of law kumar takes N, gap; given: N, loss"),
+    ("optimal_tokens_per_param", {}, "optimal_tokens_per_param of law kumar takes compute, bits (may be left out); given: nothing"),
+    (lambda p: p["nope"], {}, "asks for nope, which this fit does not have; it has A, B, E"),
+    (lambda p: (-1.0) ** p["alpha"], {}, "has no real value at these constants"),
+])  # fmt: skip
+def test_a_quantity_that_cannot_be_told_says_what_it_takes(name, columns, line, kumar_fit):
+    with pytest.raises(ValueError) as error:
+        kumar_fit[0].estimate(name, **columns)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_gap_of_a_misspelt_width_is_no_zero():
+    for function, kind in ((laws["kumar"].functionals["efficiency"], KUMAR), (laws["mse_efficiency"].functionals["efficiency"], {"c_w": 1, "kappa_w": 1})):
+        with pytest.raises(ValueError, match="weight=4: unknown; the"):
+            function(kind, weight=4)
+
+
+def test_derived_numbers_on_the_command_line(kumar_fit, capsys):
+    fit, path = kumar_fit
+    assert run("predict", [path, "loss_gap", "N=1e8", "weights_bits=4"]) == 0
+    truth = laws["kumar"].predict(KUMAR, N=1e8, D=1e10, weights_bits=4) - laws["kumar"].predict(KUMAR, N=1e8, D=1e10)
+    value, low, high = map(float, re.fullmatch(r"loss_gap at N=1e8, weights_bits=4: (\S+), 95% interval (\S+) to (\S+)\n", capsys.readouterr().out).groups())
+    assert low < value < high and value == pytest.approx(truth, rel=0.1)
+    assert run("predict", [path, "P_star"]) == 2
+    assert "'P_star': not NAME=VALUE; law kumar takes N, D, weights_bits, activations_bits, kv_bits; before these may come one of optimal_bits" in capsys.readouterr().err
+    assert run("predict", [path, "n_a"]) == 0 and capsys.readouterr().out.startswith("n_a: 1.")
+
+
+def test_the_best_layout_has_its_rivals_instead_of_an_interval(tmp_path, capsys):
+    """Sun's constants. At 8 bits E4M3 beats E3M4 by 6 % of capacity, nothing else comes near, so its share is the probability that one Gaussian is positive."""
+    published = laws["sun"].published["sun"]
+    cells = itertools.product((41e6, 154e6, 679e6), (1e10, 1e11, 1e12), ((1, 1), (2, 1), (3, 2), (4, 3), (2, 4), (5, 2)), (32, 512))
+    N, D, E, M, B = (np.array(v, dtype=float) for v in zip(*((n, d, *layout, b) for n, d, layout, b in cells), strict=True))
+    loss = laws["sun"].predict(published, N=N, D=D, exp_bits=E, man_bits=M, block=B) * np.exp(0.002 * np.random.default_rng(1).standard_normal(N.size))
+    fit = scaling.fit({"N": N, "D": D, "exp_bits": E, "man_bits": M, "block": B, "loss": loss}, "sun")
+    layout = fit.estimate("best_layout", bits=8)
+    margin = fit.estimate(lambda p: p["delta"] * np.log(4.5 / 3.5) + p["nu"] * np.log(3.5 / 4.5))
+    probability = 0.5 * (1 + math.erf(margin.value / ((margin.high - margin.low) / 2 / fit.quantile) / 2**0.5))
+    assert layout.identified and set(layout.shares) == {"E4M3", "E3M4"} and sum(layout.shares.values()) == pytest.approx(1.0)
+    assert layout.shares["E4M3"] == pytest.approx(probability, abs=0.05) and layout.value == ("E4M3" if margin.value > 0 else "E3M4")
+    assert run("predict", [str(fit.save(tmp_path / "fit.json")), "best_layout", "bits=8"]) == 0
+    assert capsys.readouterr().out == f"best_layout at bits=8: {layout}\n"
+
+
+def test_baselines_by_name_have_no_error():
+    published = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.34, "beta": 0.36, "c_w": 8.0, "kappa_w": 0.8}
+    schemes = ["int3", "int4", "mxfp4", "BF16"]
+    N, D, scheme = map(np.array, zip(*itertools.product((3e7, 1e8, 3e8), (1e9, 1e10, 6e10), schemes), strict=True))
+    loss = laws["mse_efficiency"].predict(published, N=N, D=D, weights_mse=scheme)
+    assert np.array_equal(loss[3::4], laws["chinchilla"].predict(published, N=N, D=D)[3::4])
+    fit = scaling.fit({"N": N, "D": D, "scheme": scheme, "loss": loss}, "mse_efficiency", columns={"weights_mse": "scheme"})
+    assert fit.params == pytest.approx(published, rel=1e-3)
+    with pytest.raises(ValueError, match="^weights_mse: format='w4' is not known; accepted: "):
+        scaling.fit({"N": N, "D": D, "scheme": np.full(N.size, "w4"), "loss": loss}, "mse_efficiency", columns={"weights_mse": "scheme"})
