@@ -144,6 +144,9 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
             columns_of(relation.project(", ".join(given or ["loss"])))  # relations are lazy: a cast that fails is told here
         if where and not len(relation):
             raise ValueError(f"where {where} leaves none of {len(stages[0])} rows")
+    below = len(relation.filter("loss <= 0"))
+    if below:
+        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a report needs positive losses, so filter these out with where")
     if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
         order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]
         relation = relation.project(f"*, 'row ' || row_number() OVER (ORDER BY {', '.join(order)}) AS run_id")

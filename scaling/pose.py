@@ -10,6 +10,9 @@ from scaling.laws.parameters import BASELINES
 from scaling.observations import Observations
 from scaling.problem import Problem
 
+SMALL = 1000.0  # parameters or tokens: below, it is a unit
+LARGE_LOSS = 13.0  # nats per token: ln of 440,000, more than any vocabulary has
+
 
 def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mapping[str, float]) -> tuple[Problem, list[str]]:
     """The problem on the rows not held out, with what the columns cannot see of the law reduced away, and notes that say so."""
@@ -37,7 +40,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     copies = _copies(columns, loss)
     _refuse_fixed(law, fixed, free)
     _refuse_design(law, columns, loss, copies, free, fixed)
-    notes = list(reduction.notes) + _warnings(columns) + _warnings_of_copies(copies, loss.size) + _warnings_of_widths(law, reduction.absent)
+    notes = list(reduction.notes) + _warnings(columns) + _warnings_of_copies(copies, loss.size) + _warnings_of_widths(law, reduction.absent) + _warnings_of_units(columns, loss)
     weights = None if observed.weights is None else observed.weights[~observed.held]
     return Problem(law, columns, np.log(loss), free, merged, fixed, weights), notes
 
@@ -85,6 +88,15 @@ def _copies(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> int:
 def _warnings_of_copies(copies: int, rows: int) -> list[str]:
     return [f"{copies} of {rows} rows are copies of another (the same inputs and loss): if a run was logged twice, the intervals are too narrow, as if it "
             "had been trained twice; keep one of each with where row_number() OVER (PARTITION BY N, D, ..., loss) = 1"] if copies else []
+
+
+def _warnings_of_units(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> list[str]:
+    """Sizes in millions and perplexities fit as well as any; what is then predicted at N=1e9 is of another model."""
+    notes = [f"{name} is {columns[name].min():.4g} to {columns[name].max():.4g}: counted in millions or billions? Laws, costs and predictions take {unit} "
+             f"(columns {name}=...*1e9)" for name, unit in (("N", "parameters"), ("D", "tokens")) if name in columns and columns[name].max() < SMALL]
+    if {"N", "D"} <= set(columns) and loss.max() > LARGE_LOSS:
+        notes.append(f"loss is {loss.min():.4g} to {loss.max():.4g}, more than the logarithm of any vocabulary: a perplexity? Laws take nats per token (columns loss=ln(...))")
+    return notes
 
 
 def _warnings_of_widths(law: Law, absent: tuple[str, ...]) -> list[str]:

@@ -239,3 +239,17 @@ def test_baselines_by_name_have_no_error():
     assert fit.params == pytest.approx(published, rel=1e-3)
     with pytest.raises(ValueError, match="^weights_mse: format='w4' is not known; accepted: "):
         scaling.fit({"N": N, "D": D, "scheme": np.full(N.size, "w4"), "loss": loss}, "mse_efficiency", columns={"weights_mse": "scheme"})
+
+
+def test_units_that_no_law_takes_are_told():
+    table = {name: np.array(values) for name, values in chinchilla().items()}
+    notes = scaling.fit(table | {"N": table["N"] / 1e9, "D": table["D"] / 1e9, "loss": np.exp(table["loss"])}, "chinchilla").metrics["notes"]
+    assert [note.split(":")[0] for note in notes] == ["N is 0.1 to 6.4", "D is 2 to 200", f"loss is {np.exp(min(table['loss'])):.4g} to {np.exp(max(table['loss'])):.4g}, "
+                                                      "more than the logarithm of any vocabulary"]
+    assert scaling.fit(table, "chinchilla").metrics["notes"] == []
+
+
+def test_a_report_on_losses_that_are_none_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "runs.csv", **chinchilla() | {"loss": [-1.0, *chinchilla()["loss"][1:]]})
+    assert run("report", [str(path), "--out", str(tmp_path / "r.html")]) == 2 and not (tmp_path / "r.html").exists()
+    assert capsys.readouterr().err.startswith("bitlaw: loss is zero or negative in 1 of 16 rows; a report needs positive losses")
