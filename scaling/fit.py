@@ -57,8 +57,11 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed, notes = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {}), []
     if base:
-        first = fit(table, resolved, columns=columns, where=f"({where}) AND ({base})" if where else base, loss=loss, delta=delta,
-                    ties=ties, fixed=fixed, priors=priors, weights=weights)
+        try:
+            first = fit(table, resolved, columns=columns, where=f"({where}) AND ({base})" if where else base, loss=loss, delta=delta,
+                        ties=ties, fixed=fixed, priors=priors, weights=weights)
+        except ValueError as error:
+            raise ValueError(f"base={base!r}: {error}") from None
         if not first.converged:
             raise ValueError(f"base={base!r}: the fit of these {first.metrics['rows']} rows did not converge, so nothing can be held at it")
         fixed, priors = dict(first.params) | fixed, None

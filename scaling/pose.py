@@ -108,7 +108,7 @@ def _warnings_of_widths(law: Law, absent: tuple[str, ...]) -> list[str]:
 
 def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray, copies: int, free: tuple[str, ...], fixed: Mapping) -> None:
     """ValueError when no fit can follow from these columns: too few rows, or an input that never varies."""
-    if loss.size - copies < len(free):
+    if loss.size - copies < len(free) + bool(copies):  # as many different rows as constants leave no residual; copies would count it as certainty
         rows = f"{loss.size} row{'s' * (loss.size > 1)}" if not copies else f"{loss.size} rows, of which {copies} are copies of another,"
         raise ValueError(f"{rows} cannot fit the {len(free)} free parameters of law {law.name} ({', '.join(free)})")
     operands = {operand.input: operand for operand in law.operands}

@@ -107,7 +107,7 @@ class Fit:
             with np.errstate(all="ignore"):
                 raw = function(self.params)
         except KeyError as error:
-            raise ValueError(f"{name} asks for {error.args[0]}, which this fit does not have; it has {', '.join(self.params)}") from None
+            raise ValueError(f"{getattr(name, '__name__', name)} asks for {error.args[0]!r}, which this fit does not have; it has {', '.join(self.params)}") from None
         if isinstance(raw, str):
             return choice(self, name, function, self._reason(name, 0.0))
         value = _real(raw, name, columns)
@@ -183,8 +183,17 @@ class Fit:
         """Columns as arrays: names of levels as they are, names of formats as their numbers, the rest float64."""
         operands = {operand.input: operand for operand in self.law.operands}
         factors = {factor.input for factor in self.law.factors}
-        return {name: np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands
-                else np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        arrays = {}
+        for name, values in columns.items():
+            try:
+                arrays[name] = np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands else np.asarray(values, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"predict: {name}={values!r}: {error}") from None
+        try:
+            np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        except ValueError:
+            raise ValueError(f"predict: {', '.join(f'{name} has shape {array.shape}' for name, array in arrays.items())}: give one value or equally many") from None
+        return arrays
 
     def at_width(self, bits: float) -> dict[str, float]:
         """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
@@ -303,7 +312,7 @@ def _real(value, name, columns: Mapping) -> float:
     if np.iscomplexobj(value) or np.ndim(value):
         what = "no real value" if np.iscomplexobj(value) else "more than one value"
         told = ", ".join(f"{key}={given}" for key, given in columns.items())
-        raise ValueError(f"{name} has {what} at {told or 'these constants'}; give positive numbers, one of each")
+        raise ValueError(f"{getattr(name, '__name__', name)} has {what} at {told or 'these constants'}; give positive numbers, one of each")
     return float(value)
 
 

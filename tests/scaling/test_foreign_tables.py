@@ -187,7 +187,7 @@ def kumar_fit(tmp_path_factory):
     ("loss_gap", {"N": 1e8, "kv_bits": 4}, "loss_gap: kv_bits=4: no fitted row had it quantized, so that this fit has no gamma_kv"),
     ("bits_for_gap", {"N": 1e8, "loss": 4}, "bits_for_gap of law kumar takes N, gap; given: N, loss"),
     ("optimal_tokens_per_param", {}, "optimal_tokens_per_param of law kumar takes compute, bits (may be left out); given: nothing"),
-    (lambda p: p["nope"], {}, "asks for nope, which this fit does not have; it has A, B, E"),
+    (lambda p: p["nope"], {}, "asks for 'nope', which this fit does not have; it has A, B, E"),
     (lambda p: (-1.0) ** p["alpha"], {}, "has no real value at these constants"),
 ])  # fmt: skip
 def test_a_quantity_that_cannot_be_told_says_what_it_takes(name, columns, line, kumar_fit):
@@ -253,3 +253,20 @@ def test_a_report_on_losses_that_are_none_is_refused(tmp_path, capsys):
     path = write(tmp_path / "runs.csv", **chinchilla() | {"loss": [-1.0, *chinchilla()["loss"][1:]]})
     assert run("report", [str(path), "--out", str(tmp_path / "r.html")]) == 2 and not (tmp_path / "r.html").exists()
     assert capsys.readouterr().err.startswith("bitlaw: loss is zero or negative in 1 of 16 rows; a report needs positive losses")
+
+
+def test_copies_are_no_residual():
+    """Five different rows determine five constants; four copies of each would pass for fifteen degrees of freedom."""
+    with pytest.raises(ValueError, match="20 rows, of which 15 are copies of another, cannot fit the 5 free parameters"):
+        scaling.fit({name: np.tile(np.array(values)[[0, 3, 6, 9, 15]], 4) for name, values in chinchilla().items()}, "chinchilla")
+
+
+def test_what_python_passes_is_named(kumar_fit):
+    fit = kumar_fit[0]
+    for columns, line in (({"N": "a", "D": 1e10}, "predict: N='a': "), ({"N": [1e8, 2e8], "D": [1e9] * 3}, r"predict: N has shape \(2,\), D has shape \(3,\): give"),
+                          ({"N": 1e8, "D": 1e9, "weights_bits": "int4"}, "predict: weights_bits='int4': ")):
+        with pytest.raises(ValueError, match=line):
+            fit.predict(**columns)
+    with pytest.raises(ValueError, match="^base='scheme = 1': where scheme = 1: "):
+        scaling.fit(chinchilla(), "chinchilla", base="scheme = 1")
+    assert [fitted.label for fitted in scaling.compare(chinchilla(), "chinchilla, chinchilla:tied").fits] == ["chinchilla", "chinchilla:tied"]
