@@ -73,7 +73,7 @@ def _fit(arguments) -> int:
     from scaling.trust import check_trust, trusted
 
     if arguments.out:
-        check_target(arguments.out)
+        check_target(arguments.out, (".json",), arguments.table)
     check_trust(arguments)
     with _progress() as progress:
         later = {"bootstrap": 0} if arguments.resample == "wild" else {}
@@ -188,7 +188,7 @@ def _plan(arguments) -> int:
 def _report(arguments) -> int:
     from scaling.report import report as write_report
 
-    check_target(arguments.out)
+    check_target(arguments.out, (".html", ".htm"), arguments.table)
     analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh)])
 

@@ -55,7 +55,7 @@ def _baselines(law: Law, fixed: Mapping[str, float]) -> dict[str, float]:
         named = [level for level in levels if level.lower() in BASELINES]
         if len(named) != 1:
             raise ValueError(f"{factor.input}: {'several baselines' if named else 'no baseline'} among {', '.join(levels)}; say which level "
-                             f"has efficiency 1 by fixed {factor.name(levels[0])}=1")
+                             f"has efficiency 1: --fix \"{factor.name(levels[0])}=1\", or fixed={{\"{factor.name(levels[0])}\": 1}} in Python")
         found[factor.name(named[0])] = 1.0
     return found
 

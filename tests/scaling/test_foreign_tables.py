@@ -270,3 +270,16 @@ def test_what_python_passes_is_named(kumar_fit):
     with pytest.raises(ValueError, match="^base='scheme = 1': where scheme = 1: "):
         scaling.fit(chinchilla(), "chinchilla", base="scheme = 1")
     assert [fitted.label for fitted in scaling.compare(chinchilla(), "chinchilla, chinchilla:tied").fits] == ["chinchilla", "chinchilla:tied"]
+
+
+@pytest.mark.parametrize(("verb", "options", "line"), [
+    ("fit", ["--law", "chinchilla", "--out", "runs.json"], "out=runs.json: is the table that is read; name another file"),
+    ("fit", ["--law", "chinchilla", "--out", "runs.csv"], "out=runs.csv: cannot write .csv; use .json"),
+    ("report", ["--out", "runs.json"], "out=runs.json: cannot write .json; use .html or .htm"),
+])  # fmt: skip
+def test_a_table_is_not_written_over(verb, options, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps([dict(zip(chinchilla(), row, strict=True)) for row in zip(*chinchilla().values(), strict=True)])
+    (tmp_path / "runs.json").write_text(text)
+    assert run(verb, ["runs.json", *options]) == 2 and capsys.readouterr().err == f"bitlaw: {line}\n"
+    assert (tmp_path / "runs.json").read_text() == text and [path.name for path in tmp_path.iterdir()] == ["runs.json"]
