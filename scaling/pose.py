@@ -11,6 +11,7 @@ from scaling.observations import Observations
 from scaling.problem import Problem
 
 SMALL = 1000.0  # parameters or tokens: below, it is a unit
+UNHEARD_OF = 1e12  # between two losses of one table: beyond, the sums of a fit lose all digits
 LARGE_LOSS = 13.0  # nats per token: ln of 440,000, more than any vocabulary has
 
 
@@ -122,6 +123,8 @@ def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray
             others = [law_name for law_name in ("chinchilla",) if operand is not None and law_name != law.name]
             raise ValueError(f"{name} is {values[0]:g} in every fitted row, so law {law.name} cannot be fitted: vary it"
                              + (f", or fit {others[0]}" if others else ""))
+    if not (1.0 / UNHEARD_OF < loss.min() and loss.max() < UNHEARD_OF * min(1.0, loss.min())):
+        raise ValueError(f"loss is {loss.min():g} to {loss.max():g}: no law spans that; filter out what is no loss with where")
     if np.all(loss == loss[0]):
         raise ValueError(f"loss is {loss[0]:g} in every fitted row: nothing to fit")
 

@@ -283,3 +283,20 @@ def test_a_table_is_not_written_over(verb, options, line, tmp_path, monkeypatch,
     (tmp_path / "runs.json").write_text(text)
     assert run(verb, ["runs.json", *options]) == 2 and capsys.readouterr().err == f"bitlaw: {line}\n"
     assert (tmp_path / "runs.json").read_text() == text and [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+
+
+@pytest.mark.parametrize("odd", [1e-300, 1e17])
+def test_losses_that_no_law_spans_are_refused(odd):
+    with pytest.raises(ValueError, match=r"^loss is .* to .*: no law spans that; filter out"):
+        scaling.fit(chinchilla() | {"loss": [odd, *chinchilla()["loss"][1:]]}, "chinchilla")
+
+
+@pytest.mark.parametrize("diverged", [1e2, 1e5, 1e9])
+def test_one_diverged_run_among_the_losses_is_an_outlier_and_no_crash(diverged):
+    """The Huber loss gives it the pull of any other run, however far off it is: the other runs stay within two deltas of the law."""
+    table = chinchilla()
+    table["loss"][9] = diverged
+    fit = scaling.fit(table, "chinchilla")
+    others = np.arange(16) != 9
+    errors = np.log(fit.law.predict(fit.params, N=np.array(table["N"]), D=np.array(table["D"]))) - np.log(chinchilla()["loss"])
+    assert fit.converged and fit.metrics["at_bound"] == [] and np.abs(errors[others]).max() < 2e-3
