@@ -8,7 +8,7 @@ import duckdb
 
 from scaling.compare import Comparison, compare
 from scaling.fit import fit
-from scaling.observations import one_line, project
+from scaling.mapped import mapped_rows, one_line
 from scaling.result import Fit
 from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, quote, table
@@ -18,6 +18,8 @@ PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
 RUN_ALIASES = {"N": "n_params", "D": "tokens"}  # what laws call columns of run tables
+OWN_COLUMNS = {law: quote(column) for law, column in RUN_ALIASES.items()}
+"""Told to every fit: a table that is mapped may have an N of its own, in millions."""
 DONE = "coalesce(status, 'done') = 'done'"
 MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
 CORPUS = "coalesce(CAST(data_sha256 AS VARCHAR), CAST(data AS VARCHAR))"  # as in finished_runs
@@ -125,20 +127,26 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
     if unknown:
         raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, seed, and {len(RUN_COLUMNS)} "
                          "in all, listed by `bitlaw table`")
-    if given:
-        shadowed = {name.lower() for name in given}
-        kinds = RUN_COLUMNS | dict.fromkeys(RUN_ALIASES.values(), "DOUBLE")  # expressions of sizes need not be whole
-        select = [f"CAST(({sql}) AS {kinds[name]}) AS {name}" for name, sql in given.items()]
-        relation = project(relation, ", ".join(select + [quote(name) for name in relation.columns if name.lower() not in shadowed]), "columns")
-        with one_line("columns"):
-            columns_of(relation.project(", ".join(given)))  # relations are lazy: a cast that fails is told here
-    missing = [name for name in ("n_params", "tokens", "loss") if name not in relation.columns]
+    given |= {column: quote(law) for law, column in RUN_ALIASES.items() if column not in (*given, *relation.columns) and law in relation.columns}
+    missing = [name for name in ("n_params", "tokens", "loss") if name not in (*given, *relation.columns)]
     if missing:
         raise ValueError(f"a run table needs {', '.join(missing)}; this one has {', '.join(relation.columns)} "
                          f"(name them: --columns {','.join(name + '=...' for name in missing)})")
-    if where:
-        flagged = project(relation, f"*, coalesce(CAST(({where}) AS BOOLEAN), false) AS keep_", f"where {where}")
-        relation = flagged.filter("keep_").project("* EXCLUDE (keep_)")
+    kinds = RUN_COLUMNS | dict.fromkeys(RUN_ALIASES.values(), "DOUBLE")  # expressions of sizes need not be whole
+    own = {name: str(kind) for name, kind in zip(relation.columns, relation.types, strict=True)}
+    given |= {name: quote(name) for name, kind in kinds.items() if kind == "DOUBLE" and own.get(name) == "VARCHAR" and name not in given}
+    if given or where:
+        filters = {f"where {where}": where} if where else {}
+        cast = {name: sql if kinds[name] == "DOUBLE" else f"CAST(({sql}) AS {kinds[name]})" for name, sql in given.items()}
+        stages = mapped_rows(relation, cast, [name for name in cast if kinds[name] == "DOUBLE"], filters, "a report")
+        relation = stages[-1]
+        with one_line("columns", relation.columns):
+            columns_of(relation.project(", ".join(given or ["loss"])))  # relations are lazy: a cast that fails is told here
+        if where and not len(relation):
+            raise ValueError(f"where {where} leaves none of {len(stages[0])} rows")
+    below = len(relation.filter("loss <= 0"))
+    if below:
+        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a report needs positive losses, so filter these out with where")
     if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
         order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]
         relation = relation.project(f"*, 'row ' || row_number() OVER (ORDER BY {', '.join(order)}) AS run_id")
@@ -165,7 +173,7 @@ def _candidates(name: str, relation, laws: tuple[str, ...], holdout: str | None,
     if refusal:
         return refusal
     try:
-        return compare(relation, laws, holdout=holdout)
+        return compare(relation, laws, holdout=holdout, columns=OWN_COLUMNS)
     except ValueError as error:  # every variant was refused: too few rows, an input that does not vary
         return str(error)
 
@@ -175,5 +183,5 @@ def _with_bootstrap(candidates: Comparison, relation, holdout: str | None, boots
     if not bootstrap:
         return candidates
     best = candidates.best
-    final = fit(relation, best.label, holdout=holdout, bootstrap=bootstrap, progress=progress)
+    final = fit(relation, best.label, columns=OWN_COLUMNS, holdout=holdout, bootstrap=bootstrap, progress=progress)
     return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

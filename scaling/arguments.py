@@ -103,7 +103,8 @@ def _compare(p: Parser) -> None:
 
 def _predict(p: Parser) -> None:
     p.add_argument("fit", metavar="FIT.json")
-    p.add_argument("inputs", nargs="+", metavar="NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4")
+    p.add_argument("inputs", nargs="+", metavar="[QUANTITY] NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4; or, instead of the loss, a constant or functional of the "
+                   "law and what it depends on: optimal_bits, optimal_params compute=1e21, best_layout bits=8")
     _extrapolate(p)
 
 
@@ -171,7 +172,8 @@ _BUILDERS = {
     "table": ("Writes the run table of folders of runs, or a table of yours with the columns of one (absent ones NULL, its own kept).", _table),
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
-    "predict": ("Predicts the loss of a run, with its interval.", _predict),
+    "predict": ("Predicts the loss of a run, or a number that follows from the law, with its interval.\nExit code 1 when the design does not identify the number.",
+                _predict),
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.\nOr, with --regions, which forward and "
              "backward precision is the best for which size and data; with --next, which runs to train next.", _plan),
     "stats": ("Statistics of a sweep that need no law: variance between seeds and cells, loss gaps by matched seed, expected best of k runs of a "

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scaling.arguments import joined, mixed, numbers, parser, priors
+from scaling.choice import Choice
 from scaling.files import check_target
 from scaling.plugins import load_plugins
 from scaling.reach import reaches
@@ -63,8 +64,7 @@ def _table(arguments) -> int:
 
         relation = with_run_columns(relation, arguments.columns, arguments.where)
     if not len(relation):
-        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is" if not arguments.where
-                         else f"where {arguments.where}: selects no row")
+        raise ValueError(f"{', '.join(arguments.sources)}: no run below it is over; a table has a row for each that is")
     out = write_table(relation, arguments.out)
     states = dict(relation.aggregate("coalesce(status, 'no status') AS state, count(*) AS number", "state").order("state").fetchall())
     print(f"{out}: {sum(states.values())} runs ({', '.join(f'{number} {state}' for state, number in states.items())})")
@@ -88,7 +88,7 @@ def _fit(arguments) -> int:
     from scaling.trust import check_trust, trusted
 
     if arguments.out:
-        check_target(arguments.out)
+        check_target(arguments.out, (".json",), arguments.table)
     check_trust(arguments)
     with _progress() as progress:
         later = {"bootstrap": 0} if arguments.resample == "wild" else {}
@@ -140,14 +140,18 @@ def _predict(arguments) -> int:
     from scaling.result import load
 
     fitted = load(arguments.fit)
+    quantity = arguments.inputs[0] if arguments.inputs[0] in {*fitted.params, *fitted.law.functionals} else None
     pairs = {}
-    for text in arguments.inputs:
+    for text in arguments.inputs[1 if quantity else 0:]:
         name, sign, value = text.partition("=")
         if not sign:
-            raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}")
+            raise ValueError(f"{text!r}: not NAME=VALUE; law {fitted.law.name} takes {', '.join(fitted.law.inputs)}; before these may come one of "
+                             f"{', '.join((*fitted.law.functionals, *fitted.params))}")
         if name in pairs:
             raise ValueError(f"input {name} is given twice: {pairs[name]} and {value}")
         pairs[name] = value
+    if quantity:
+        return _quantity(fitted, quantity, pairs)
     names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
     named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
     inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
@@ -166,6 +170,22 @@ def _predict(arguments) -> int:
               f"({float(fitted.discrepancy_at(predicted.extrapolated)):.2%} of the loss)")
         for _, sentence in reaches(fitted.ranges, inputs).values():
             print(f"extrapolated: {sentence}")
+    return 0
+
+
+def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
+    """A constant or functional with its interval. Exit code 1 when the design does not identify it."""
+    from scaling.arguments import mixed
+
+    estimate = fitted.estimate(name, **mixed(pairs))
+    told = f"{name}{' at ' * bool(pairs)}{', '.join(f'{key}={value}' for key, value in pairs.items())}"
+    if not estimate.identified:
+        print(f"bitlaw: {told}: {estimate.reason}", file=sys.stderr)
+        return 1
+    if isinstance(estimate, Choice):
+        print(f"{told}: {estimate}")
+    else:
+        print(f"{told}: {estimate.value + 0.0:.6g}, {fitted.level:.0%} interval {estimate.low + 0.0:.6g} to {estimate.high:.6g}")
     return 0
 
 
@@ -192,7 +212,7 @@ def _stats(arguments) -> int:
 def _report(arguments) -> int:
     from scaling.report import report as write_report
 
-    check_target(arguments.out)
+    check_target(arguments.out, (".html", ".htm"), arguments.table)
     analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh, arguments.tuned)])
 
@@ -267,7 +287,8 @@ def _following(follows: list[Derived], level: float) -> Table:
     for one in follows:
         at = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in one.at.items())
         e = one.estimate
-        cells = ("", str(one)) if e is None or not e.identified else (f"{e.value:.5g}", f"{e.low:.5g} to {e.high:.5g}")
+        plain = e.identified and not isinstance(e, Choice)
+        cells = (f"{e.value:.5g}", f"{e.low:.5g} to {e.high:.5g}") if plain else ("", str(e))
         made.add_row(one.name, at, *cells)
     return made
 

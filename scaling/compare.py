@@ -86,14 +86,14 @@ def _has(law: Law, name: str) -> bool:
 
 
 def compare(table: Source, laws: Iterable[str | Law], leave: Iterable[str] = (), **options) -> Comparison:
-    """Fits every law (names may carry variants: "kumar:tied") with the same options as `scaling.fit`.
+    """Fits every law (names may carry variants: "kumar:tied"; "chinchilla,kumar" is two) with the same options as `scaling.fit`.
 
     leave: splits ("largest-N", "largest-D", "each-precision", see `scaling.held_out`) on which every law is scored as well; rows in
     `holdout` take no part in them. Of `columns` and `fixed` each law gets what it knows; what no law knows is an error. A law that these
     rows cannot fit is refused with its line instead of ending the comparison; ValueError when none can.
     """
     fits, refused, left_out = [], {}, []
-    laws = list(laws)
+    laws = [name.strip() for name in laws.split(",")] if isinstance(laws, str) else list(laws)
     columns, fixed = options.pop("columns", None) or {}, options.pop("fixed", None) or {}
     resolved = [resolve(law, tuple(columns))[0] for law in laws]  # a misspelt name is an error, not a law that these rows cannot fit
     for what, given, knows in (("columns", columns, _takes), ("fixed", fixed, _has)):

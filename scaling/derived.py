@@ -6,39 +6,30 @@ level of a column of names in turn. A quantity that needs more is not told until
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from scaling.choice import Choice
 from scaling.result import Estimate, Fit
 
-DRAWS = 1000  # of the constants, for a quantity that is a name
 MAX_LEVELS = 12
 
 
 @dataclass(frozen=True)
 class Derived:
-    """name: of the law's functional; at: its inputs; estimate: the number with its interval, or None where the value is a name (a layout);
-    shares: then name -> share of the constants that the data allow, the likeliest first."""
+    """name: of the law's functional; at: its inputs; estimate: the number with its interval, or, for a name (a layout), with its rivals."""
 
     name: str
     at: Mapping[str, object]
-    estimate: Estimate | None
-    shares: Mapping[str, float]
-
-    def __str__(self) -> str:
-        if self.estimate is not None:
-            return str(self.estimate)
-        return ", ".join(f"{value} {share:.1%}" for value, share in self.shares.items())
+    estimate: Estimate | Choice
 
     def as_json(self) -> dict:
-        """{"name", "at", and "value", "low", "high", "reason" or "shares"}."""
-        if self.estimate is None:
-            return {"name": self.name, "at": dict(self.at), "shares": dict(self.shares)}
+        """{"name", "at", "value", "reason", and "low" and "high", or "shares"}."""
         e = self.estimate
-        return {"name": self.name, "at": dict(self.at), "value": e.value, "low": e.low, "high": e.high, "reason": e.reason}
+        rest = {"shares": dict(e.shares)} if isinstance(e, Choice) else {"low": e.low, "high": e.high}
+        return {"name": self.name, "at": dict(self.at), "value": e.value, "reason": e.reason} | rest
 
 
 def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Derived], dict[str, tuple[str, ...]]]:
@@ -65,7 +56,7 @@ def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Deri
             lacking[name] = missing or tuple(operands)
             continue
         one_level = [{key: level} for key in optional if key in fit.law.levels for level in _natural(fit, key)] if not set(optional) & set(given) else []
-        found += [tell(fit, name, one | level) for one in _one_by_one(columns) for level in one_level or [{}]]
+        found += [Derived(name, one | level, fit.estimate(name, **(one | level))) for one in _one_by_one(columns) for level in one_level or [{}]]
     return found, lacking
 
 
@@ -82,22 +73,6 @@ def _refuse(fit: Fit, name: str, value: object) -> None:
         operand.from_name(value)
     elif not 0 <= value < np.inf or (value == 0 and name not in fit.law.zero_allowed and not name.endswith("_mse")):
         raise ValueError(f"at: {name}={value:g}: must be positive and finite")
-
-
-def tell(fit: Fit, name: str, columns: Mapping[str, object]) -> Derived:
-    """One functional at one set of inputs."""
-    function, _ = fit.quantity(name, columns)
-    try:
-        with np.errstate(all="ignore"):
-            value = function(fit.params)
-    except (ArithmeticError, KeyError) as error:
-        raise ValueError(f"{name} of law {fit.law.name} has no value at {', '.join(f'{key}={one}' for key, one in columns.items())} ({error})") from None
-    if not isinstance(value, str):
-        return Derived(name, columns, fit.estimate(name, **columns), {})
-    draws = fit.draws if len(fit.draws) else fit.coordinates + np.random.default_rng(0).standard_normal((DRAWS, fit.scatter.shape[1])) @ fit.scatter.T
-    with np.errstate(all="ignore"):
-        values = Counter(function(fit.constants_at(draw)) for draw in draws)
-    return Derived(name, columns, None, {value: count / len(draws) for value, count in values.most_common()})
 
 
 def _inputs(function) -> tuple[tuple[str, ...], tuple[str, ...], bool]:

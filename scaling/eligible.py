@@ -1,10 +1,11 @@
-"""The rows of a table that pass its filters, with the mapped inputs as columns of their own: what splits and first stages choose from."""
+"""The rows of a table that pass its filters, with the mapped inputs as columns of their own: what splits choose from."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import duckdb
 
+from scaling.mapped import boolean, mapped_rows
 from scaling.observations import DEFAULT_COLUMNS
 from scaling.table import Source, quote, table
 
@@ -14,25 +15,8 @@ def eligible(source: Source, columns: Mapping[str, str] | None, where: str | Non
     relation = table(source)
     mapped = {name: quote(DEFAULT_COLUMNS[name]) for name in ("N", "D") if DEFAULT_COLUMNS[name] in relation.columns and name not in relation.columns}
     mapped |= dict(columns or {})
-    numeric = {"N", "D", "loss"}
-    inputs = [f"{f'CAST(({sql}) AS DOUBLE)' if name in numeric else f'({sql})'} AS {quote(name)}" for name, sql in mapped.items()]
-    shadowed = {name.lower() for name in mapped}
-    rows = counted("columns", lambda: relation.project(", ".join(inputs + [quote(n) for n in relation.columns if n.lower() not in shadowed])))
-    conditions = {"status": "status IS NULL OR status = 'done'"} if "status" in rows.columns else {}
-    conditions |= {f"where {where}": where} if where else {}
-    conditions |= {f"holdout {holdout}": f"NOT coalesce(CAST(({holdout}) AS BOOLEAN), false)"} if holdout else {}
-    for what, condition in conditions.items():
-        flagged = counted(what, lambda condition=condition, rows=rows: rows.project(
-            f"*, coalesce(CAST(({condition}) AS BOOLEAN), false) AS keep_"))
-        rows = flagged.filter("keep_").project("* EXCLUDE (keep_)")
-    return rows
-
-
-def counted(what: str, run):
-    """What `run()` returns. Relations are lazy: its length is taken here, so that DuckDB's error is told in one line beside what caused it."""
-    try:
-        result = run()
-        len(result)
-        return result
-    except duckdb.Error as error:
-        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
+    mapped |= {"loss": quote("loss")} if "loss" in relation.columns and "loss" not in mapped else {}
+    filters = {"status": "status IS NULL OR status = 'done'"} if "status" in relation.columns else {}
+    filters |= {f"where {where}": where} if where else {}
+    filters |= {f"holdout {holdout}": f"NOT {boolean(holdout)}"} if holdout else {}
+    return mapped_rows(relation, mapped, [name for name in mapped if name in ("N", "D", "loss")], filters, "every law")[-1]

@@ -11,9 +11,9 @@ from pathlib import Path
 PATIENCE_S = 30.0  # for a file that another process has locked
 
 
-def check_target(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> Path:
-    """`path` when a file can be put there; ValueError, one line, when its folder is missing, it is a folder, or its suffix is not in
-    `suffixes`. To be called before the work whose result goes there."""
+def check_target(path: str | os.PathLike, suffixes: tuple[str, ...] = (), source: object = None) -> Path:
+    """`path` when a file can be put there; ValueError, one line, when its folder is missing, it is a folder, its suffix is not in
+    `suffixes`, or it is the file `source` that the work reads. To be called before the work whose result goes there."""
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise ValueError(f"out={path}: cannot write {path.suffix or 'a file without suffix'}; use {' or '.join(suffixes)}")
@@ -21,6 +21,8 @@ def check_target(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> Pat
         raise ValueError(f"out={path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise ValueError(f"out={path}: is a folder; name a file in it")
+    if isinstance(source, (str, os.PathLike)) and path.exists() and os.path.exists(source) and path.samefile(source):
+        raise ValueError(f"out={path}: is the table that is read; name another file")
     return path
 
 

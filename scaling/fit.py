@@ -1,8 +1,9 @@
 """`scaling.fit`: a table and a law in, a `Fit` out. It refuses what cannot be fitted and reports how far the rest can be trusted."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -43,13 +44,31 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     bias_nats with its 95 % interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout,
     loss, delta. Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
     """
-    if not 0 < level < 1 or bootstrap < 0 or seed < 0:
-        raise ValueError(f"level={level}, bootstrap={bootstrap}, seed={seed}: need 0 < level < 1, bootstrap >= 0, seed >= 0")
+    _refuse_options({"columns": columns, "ties": ties, "fixed": fixed, "priors": priors}, {"where": where, "holdout": holdout, "base": base, "weights": weights},
+                    {"bootstrap": bootstrap, "seed": seed})
+    if not (isinstance(level, Real) and 0 < level < 1):
+        raise ValueError(f"level={level!r}: need a share between 0 and 1, such as 0.95")
     found = solved(table, law, columns=columns, where=where, holdout=holdout, loss=loss, delta=delta, ties=ties, fixed=fixed, base=base,
                    priors=priors, weights=weights)
     return _assemble(found, level, bootstrap, seed, progress,
                      {"loss": loss, "delta": found.reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
+
+
+def _refuse_options(mappings: dict, conditions: dict, counts: dict) -> None:
+    """ValueError, one line, for an option of another kind than its name says."""
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r}: need a mapping of name to value")
+    for name, pair in (mappings["priors"] or {}).items():
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"priors {name}={pair!r}: need (value, deviation)")
+    for name, value in conditions.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}={value!r}: need a condition in SQL, as text")
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name}={value!r}: need a whole number of at least 0")
 
 
 def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, asked: dict) -> Fit:

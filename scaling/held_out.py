@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
-from scaling.eligible import counted, eligible
+from scaling.eligible import eligible
 from scaling.laws import Law, resolve
+from scaling.mapped import one_line
 from scaling.solved import errors_of, solved
 from scaling.table import Source, quote
 
@@ -111,7 +112,8 @@ def _largest(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> Split:
     what, colon, share = what.partition(":")
     expression = "N * D" if what == "compute" else what
     cast = f"CAST(({expression}) AS DOUBLE)"
-    values = counted(f"leave {name}", lambda: rows.project(f"{cast} AS value_").fetchall())
+    with one_line(f"leave {name}", rows.columns):
+        values = rows.project(f"{cast} AS value_").fetchall()
     found = sorted(value for value, in values if value is not None)
     if not found or not found[0] > 0:
         raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is {f'{found[0]:g} in a row' if found else 'missing everywhere'}")
@@ -140,7 +142,9 @@ def _share(name: str, text: str) -> float:
 
 def _each(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> list[Split]:
     parts = _widths(rows, name) if what == "precision" and "precision" not in rows.columns else [what]
-    found = counted(f"leave {name}", lambda: rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct())
+    with one_line(f"leave {name}", rows.columns):
+        found = rows.project(", ".join(f"({part}) AS level{i}_" for i, part in enumerate(parts))).distinct()
+        len(found)  # relations are lazy
     numeric = [str(kind).split("(")[0] in NUMERIC for kind in found.types]  # fits cast numbers: 4 and 4.0 are one level
     levels = sorted(found.fetchall(), key=lambda level: [_order(value) for value in level])
     if not 1 < len(levels) <= MAX_LEVELS:

@@ -7,21 +7,20 @@ five largest losses. A condition that is NULL counts as false.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import duckdb
 import numpy as np
 
 from scaling.laws import Law, Operand
 from scaling.laws.parameters import labels
-from scaling.table import Source, first_line, quote, table
+from scaling.mapped import boolean, mapped_rows, one_line, project, suggested
+from scaling.table import Source, quote, table
 
 DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forward": "weights_format", "backward": "output_gradients_format",
                    "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
                    "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
 """Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
-KEEP, WEIGHT, HELD, BASE = '"bitlaw keep"', '"bitlaw weight"', '"bitlaw held out"', '"bitlaw base"'  # columns of its own: no table has such names
+WEIGHT, HELD, BASE = '"bitlaw weight"', '"bitlaw held out"', '"bitlaw base"'  # columns of its own: no table has such names
 LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 """Columns of run tables that hold the natural logarithm of what the law takes."""
 
@@ -63,22 +62,20 @@ def observe(source: Source, law: Law, columns: Mapping[str, str] | None = None, 
     for whatever makes them unusable."""
     relation = table(source)
     mapping = _mapping(law, relation.columns, dict(columns or {}))
-    stages = [project(relation, _mapped(law, mapping, relation.columns), "columns")]
-    filters = {"status is not done": "status IS NULL OR CAST(status AS VARCHAR) = 'done'"} if "status" in stages[0].columns else {}
+    named = {factor.input for factor in law.factors} | {operand.input for operand in law.operands if operand.from_name}
+    filters = {"status is not done": "status IS NULL OR CAST(status AS VARCHAR) = 'done'"} if "status" in relation.columns else {}
     filters |= {f"where {where}": where} if where else {}
-    for reason, condition in filters.items():
-        flagged = project(stages[-1], f"*, {_boolean(condition)} AS {KEEP}", reason)
-        stages.append(flagged.filter(KEEP).project(f"* EXCLUDE ({KEEP})"))
+    stages = mapped_rows(relation, mapping, [name for name in mapping if name not in named], filters, f"law {law.name}")
     with one_line(f"where {where}"):  # a count need not look at all that a projection says, but a filter does
         counts = [len(stage) for stage in stages]
     dropped = {reason: before - after for reason, before, after in zip(filters, counts, counts[1:], strict=False) if before > after}
     if not counts[-1]:
         raise ValueError(f"no rows left to fit: {counts[0]} in the table"
                          + "".join(f", {number} dropped ({reason})" for reason, number in dropped.items()))
-    held = _boolean(holdout) if holdout else "false"
+    held = boolean(holdout) if holdout else "false"
     counts_as = f"CAST(({weights}) AS DOUBLE)" if weights else "1.0"
     weighed = project(stages[-1], f"*, {counts_as} AS {WEIGHT}", f"weights {weights}" if weights else "")
-    based = project(weighed, f"*, {_boolean(base) if base else 'false'} AS {BASE}", f"base {base}" if base else "")
+    based = project(weighed, f"*, {boolean(base) if base else 'false'} AS {BASE}", f"base {base}" if base else "")
     last = project(based, f"{', '.join(map(quote, mapping))}, {WEIGHT}, {BASE}, {held} AS {HELD}", f"holdout {holdout}")
     texts = [f"CAST({quote(name)} AS VARCHAR) AS {quote(name)}" if str(kind).startswith("ENUM") else quote(name)  # else fetched through pandas
              for name, kind in zip(last.columns, last.types, strict=True)]
@@ -107,42 +104,8 @@ def _mapping(law: Law, found: list[str], given: dict[str, str]) -> dict[str, str
         raise ValueError(f"law {law.name} needs {' or '.join(optional)}; the table has {', '.join(found)} (name one: columns {optional[0]}=...)")
     if missing:
         raise ValueError(f"law {law.name} needs {', '.join(missing)}; the table has {', '.join(found)} "
-                         f"(name them: columns {','.join(name + '=...' for name in missing)})")
+                         f"(name them: columns {','.join(f'{name}={suggested(name, found)}' for name in missing)})")
     return mapping
-
-
-def _mapped(law: Law, mapping: dict[str, str], found: list[str]) -> str:
-    """SELECT list of the law's inputs and the table's columns; a column that an input shadows (SQL ignores case) gives way to it."""
-    shadowed = {name.lower() for name in mapping}
-    named = {factor.input for factor in law.factors} | {operand.input for operand in law.operands if operand.from_name}
-    inputs = [f"({expression}) AS {quote(name)}" if name in named else f"CAST(({expression}) AS DOUBLE) AS {quote(name)}"
-              for name, expression in mapping.items()]
-    return ", ".join(inputs + [quote(name) for name in found if name.lower() not in shadowed])
-
-
-def _boolean(condition: str) -> str:
-    return f"coalesce(CAST(({condition}) AS BOOLEAN), false)"
-
-
-@contextmanager
-def one_line(what: str):
-    """Turns DuckDB's many-line errors into one line that says which of the caller's expressions was at fault."""
-    try:
-        yield
-    except duckdb.Error as error:
-        raise ValueError(f"{what}: {first_line(error)}") from None
-
-
-def project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
-    """`select` over `relation`; `what`, unless empty, is run once so that its errors are told here: relations are lazy.
-
-    Not `relation.query(name, sql)`: a table of that name in the caller's connection would be read instead, silently.
-    """
-    with one_line(what):
-        result = relation.project(select)
-        if what:
-            len(result)
-    return result
 
 
 def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str, int], holdout: str | None, weights: str | None,
@@ -155,7 +118,7 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
             columns[name] = _names(arrays[name], name, mapping[name], law)
             continue
         operand = operands.get(name)
-        values = np.ma.filled(_numeric(arrays[name], operand), operand.untouched if operand else np.nan)
+        values = np.ma.filled(_numeric(arrays[name], operand, name), operand.untouched if operand else np.nan)
         _refuse(values, name, mapping[name], law, infinite_allowed=operand is not None,
                 zero_allowed=name in law.zero_allowed or (operand is not None and operand.below))
         columns[name] = values
@@ -176,14 +139,17 @@ def _checked(law: Law, arrays: dict, mapping: dict[str, str], dropped: dict[str,
                         weight[order] if weights else None, based[order] if base else None)
 
 
-def _numeric(values, operand: Operand | None) -> np.ma.MaskedArray:
+def _numeric(values, operand: Operand | None, name: str) -> np.ma.MaskedArray:
     """A column as numbers, missing ones masked; names of formats through the operand, which refuses unknown ones."""
     values = np.ma.asarray(values)
     if operand is None or values.dtype.kind not in "OUS":
         return np.ma.asarray(values, dtype=np.float64)
     missing = np.ma.getmaskarray(values) | np.array([value is None for value in values.data], dtype=bool)
     numbers = np.full(values.shape, operand.untouched)
-    numbers[~missing] = operand.numbers(values.data[~missing])
+    try:
+        numbers[~missing] = operand.numbers(values.data[~missing])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return np.ma.array(numbers, mask=missing)
 
 

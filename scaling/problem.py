@@ -17,7 +17,7 @@ import numpy as np
 from scaling.laws import Law
 
 STEP = 1e-30  # of the complex-step derivative: no subtraction, so no rounding error at any size
-SMALLEST, LARGEST = -25.0, 3.0  # log of (mean of a term / mean loss): below, the term is dead; above, terms cancel
+SMALLEST, LARGEST = -25.0, 3.0  # log of (geometric mean of a term / that of the losses): below, the term is dead; above, terms cancel
 DEAD = -12.0  # the same, below which the covariance leaves the term out
 BESIDE_SPAN = 25.0  # how far outside its box of starts a term of a law that is no plain sum may go
 
@@ -50,8 +50,8 @@ class Problem:
 
     @cached_property
     def level(self) -> float:
-        """Log of the mean loss."""
-        return float(np.log(np.mean(np.exp(self.log_loss))))
+        """Log of the geometric mean of the losses: one run that diverged to 1e9 must not make every term look dead beside it."""
+        return float(np.mean(self.log_loss))
 
     @property
     def row_weights(self) -> np.ndarray | float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from scaling.choice import Choice, choice
 from scaling.files import write_whole
 from scaling.laws import Law, resolve
 from scaling.problem import constants
@@ -91,21 +92,25 @@ class Fit:
         """Two-sided Student quantile at `level` with the residual degrees of freedom."""
         return float(stdtrit(max(self.metrics["dof"], 1), 0.5 + 0.5 * self.level))
 
-    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate:
+    def estimate(self, name: str | Callable[[Mapping], float], **columns) -> Estimate | Choice:
         """A parameter, one of the law's functionals (at `columns`), or a function of the constants and `columns` of one's own, with its
         interval, or why the design does not identify it.
 
         The interval is that of the linearised covariance (symmetric in the logarithm of a positive value), or, when the fit has draws,
         the hull of it and the bootstrap percentiles. Each fails alone: the former trusts equal and independent residuals (on the
         Chinchilla points it is 40 % too narrow for beta), the latter is too narrow with few cells (nine cells: 82 % for 95 %).
+        A functional that gives a name ("best_layout") has the shares of the names instead. ValueError, one line, where there is no such
+        quantity, or no real value of it.
         """
         function, unit_scale = self.quantity(name, columns)
-        with np.errstate(all="ignore"):
-            value = function(self.params)
-        if isinstance(value, str):
-            raise ValueError(f"{name} of law {self.law.name} is a name, {value}, which has no interval; scaling.derived(fit, at) tells what share of the "
-                             "constants that the data allow give each name")
-        value = float(value)
+        try:
+            with np.errstate(all="ignore"):
+                raw = function(self.params)
+        except KeyError as error:
+            raise ValueError(f"{getattr(name, '__name__', name)} asks for {error.args[0]!r}, which this fit does not have; it has {', '.join(self.params)}") from None
+        if isinstance(raw, str):
+            return choice(self, name, function, self._reason(name, 0.0))
+        value = _real(raw, name, columns)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
         reach = self.quantile * error
         if value > 0 and unit_scale is None:
@@ -117,7 +122,7 @@ class Fit:
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
         name = name if isinstance(name, str) else getattr(name, "__name__", "function")
-        reason = self._reason(name, relative) or self._outside(name, value)
+        reason = self._reason(name, relative) or self._outside(name, value) or ("" if math.isfinite(value) else f"{name} has no finite value at these constants")
         if not reason and error == 0.0 and (held := self.on_bound(function)):
             reason = f"not identified by this design ({name} follows from {held}, which ended on its bound)"
         return Estimate(name, value, low, high, relative, reason)
@@ -179,8 +184,17 @@ class Fit:
         """Columns as arrays: names of levels as they are, names of formats as their numbers, the rest float64."""
         operands = {operand.input: operand for operand in self.law.operands}
         factors = {factor.input for factor in self.law.factors}
-        return {name: np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands
-                else np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        arrays = {}
+        for name, values in columns.items():
+            try:
+                arrays[name] = np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands else np.asarray(values, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"predict: {name}={values!r}: {error}") from None
+        try:
+            np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        except ValueError:
+            raise ValueError(f"predict: {', '.join(f'{name} has shape {array.shape}' for name, array in arrays.items())}: give one value or equally many") from None
+        return arrays
 
     def at_width(self, bits: float) -> dict[str, float]:
         """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
@@ -219,9 +233,30 @@ class Fit:
         function = self.law.functionals[name]
         try:
             inspect.signature(function).bind(self.params, **columns)
-        except TypeError as error:
-            raise ValueError(f"{name} of law {self.law.name}: {error}; given: {', '.join(columns) or 'nothing'}") from None
-        return (lambda p: function(p, **columns)), None
+        except TypeError:
+            raise ValueError(f"{name} of law {self.law.name} takes {self._taken(function)}; given: {', '.join(columns) or 'nothing'}") from None
+        for operand in self.law.operands:
+            given = columns.get(operand.input)
+            if given is not None and operand.parameters[0] not in self.params and np.any(operand.touched(operand.numbers(given))):
+                raise ValueError(f"{name}: {operand.input}={given}: no fitted row had it quantized, so that this fit has no {operand.parameters[0]}")
+
+        def value(p: Mapping[str, float]) -> float | str:
+            try:
+                return function(p, **columns)
+            except ArithmeticError:  # far out along a direction that the design leaves open
+                return math.nan
+
+        return value, None
+
+    def _taken(self, function: Callable) -> str:
+        """What a functional takes beside the constants: "N, gap", "compute, cost_per_pair (may be left out)"."""
+        told = []
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            if parameter.kind == parameter.VAR_KEYWORD:
+                told += [f"{operand.input} (may be left out)" for operand in self.law.operands]
+            else:
+                told.append(parameter.name + (" (may be left out)" if parameter.default is not parameter.empty else ""))
+        return ", ".join(told) or "nothing"
 
     def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""
@@ -237,7 +272,7 @@ class Fit:
         tail = 0.5 * (1.0 - self.level)
         values = np.where(np.isnan(values), np.inf, values)
         low, left, right, high = np.quantile(values, [tail, 0.15865, 0.84135, 1.0 - tail], method="closest_observation")
-        return float(low), float(high), float(0.5 * (right - left))
+        return float(low), float(high), float(0.5 * (right - left)) if np.isfinite(right) else math.inf  # mostly without value: no inf - inf
 
     def _reason(self, name: str, relative: float) -> str:
         condition = float(self.metrics["condition_number"])
@@ -284,6 +319,14 @@ class Fit:
             factors.append(np.where(edge, 1.0, np.maximum(factor, 1.0)))
         factors = np.broadcast_arrays(*factors)
         return np.max(factors, axis=0)
+
+
+def _real(value, name, columns: Mapping) -> float:
+    if np.iscomplexobj(value) or np.ndim(value):
+        what = "no real value" if np.iscomplexobj(value) else "more than one value"
+        told = ", ".join(f"{key}={given}" for key, given in columns.items())
+        raise ValueError(f"{getattr(name, '__name__', name)} has {what} at {told or 'these constants'}; give positive numbers, one of each")
+    return float(value)
 
 
 def load(path: str | os.PathLike, law: Law | None = None) -> Fit:

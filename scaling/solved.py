@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -46,8 +47,8 @@ def solved(table: Source, law: str | Law, *, columns: Mapping[str, str] | None =
         raise ValueError(f"law={law!r}: give the name of a law, a formula, or a Law")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: unknown; use huber, least_squares or lad")
-    if not delta > 0:
-        raise ValueError(f"delta={delta}: need delta > 0")
+    if not (isinstance(delta, Real) and delta > 0):
+        raise ValueError(f"delta={delta!r}: need a positive number")
     twice = next((name for name in ties or () if name in (fixed or {})), None)
     if twice:
         raise ValueError(f"ties: {twice}={ties[twice]}: {twice} is also fixed, at {fixed[twice]:g}; give one of the two")

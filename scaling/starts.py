@@ -69,7 +69,7 @@ def _in_a_box(problem: Problem, delta: float, polished: int) -> np.ndarray:
 def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fills in amplitudes by weighted linear least squares (weights 1/loss: the log residual to first order) and scores by objective.
 
-    A negative amplitude is replaced by a small live one (a hundredth of the mean loss) instead of being thrown away: the
+    A negative amplitude is replaced by a small live one (a hundredth of the geometric mean of the losses) instead of being thrown away: the
     polish can take the term to zero, but cannot bring a dead one back.
     """
     index = [problem.free.index(name) for name in problem.amplitudes]
@@ -85,7 +85,7 @@ def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, 
         ridge = 1e-12 * np.einsum("skk->s", gram)[:, None, None] * np.eye(len(index)) + 1e-300 * np.eye(len(index))
         right = np.einsum("skr,sr->sk", basis_SKR, np.broadcast_to(1.0 - known, (len(z_SF), problem.log_loss.size)))
         solved = np.linalg.solve(gram + ridge, right[:, :, None])[:, :, 0]
-    live = 0.01 * np.exp(problem.log_loss).mean()
+    live = 0.01 * np.exp(problem.level)
     z_SF[:, index] = np.log(np.where(solved > 0.0, solved, live))
     z_SF = np.clip(z_SF, low, high)
     objective = objective_of(problem, z_SF, delta)

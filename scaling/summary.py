@@ -36,7 +36,8 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     measured = {gap.precision: gap for gap in at_size}
     by_law, by_pairs = [], []
     for name, gap in everywhere.items():
-        estimate = fit.estimate("loss_gap", N=n_params, **fit.at_width(gap.bits)) if fit else None
+        widths = _law_widths(fit, [run for run in runs if run.precision == name]) if fit else None
+        estimate = fit.estimate("loss_gap", N=n_params, **widths) if widths else None
         if estimate is not None and estimate.identified:
             form = _form(estimate.low, estimate.high)
             also = f"; measured {measured[name].mean:{form}}" if name in measured else ""
@@ -51,6 +52,16 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     if not told:
         return f"What low precision costs: cannot be told, since no quantized run has a {reference} run of its size, tokens, seed and settings."
     return f"What low precision costs: in nats per token over {reference}, {' and '.join(told)}."
+
+
+def _law_widths(fit: Fit, runs: list[Run]) -> dict[str, float] | None:
+    """The widths of one precision as the law takes them, or None where it has no one answer: its runs differ in them, or their narrowest
+    operand is one that the law does not see (output gradients)."""
+    inputs = list(fit.at_width(1.0))
+    found = {tuple(run.widths[name] for name in inputs) for run in runs}
+    if len(found) != 1 or min(widths := found.pop()) != runs[0].bits:
+        return None
+    return dict(zip(inputs, widths, strict=True))
 
 
 def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Noise | None) -> str:

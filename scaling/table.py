@@ -46,6 +46,7 @@ TELEMETRY_COLUMNS: dict[str, str] = {"step": "BIGINT", "layer": "BIGINT", "site"
 
 _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet", ".json": "read_json", ".jsonl": "read_json",
             ".ndjson": "read_json"}
+_PACKED, _DATABASES = (".gz", ".zst"), (".duckdb", ".ddb", ".db")
 TABLE_SUFFIXES = (".parquet", ".csv")
 _COUNTER = itertools.count()
 _FILES_AT_ONCE = 64
@@ -55,7 +56,7 @@ Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelat
 
 def table(source: Source) -> duckdb.DuckDBPyRelation:
     """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
-    column to array, a data frame, a relation (returned as it is), or a DuckDB query: text that begins with SELECT, FROM, WITH, or with the
+    column to array, rows that are mappings of column to value, a data frame, a relation (returned as it is), or a DuckDB query: text that begins with SELECT, FROM, WITH, or with the
     ATTACH of a database and a semicolon: "ATTACH 'lab.duckdb' (READ_ONLY); FROM lab.runs".
 
     Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own), one row for each
@@ -76,7 +77,13 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
     if not isinstance(source, Iterable) or isinstance(source, np.ndarray):
         raise ValueError(f"table: {type(source).__name__} is no table; give folders of runs, a file, a DuckDB relation, a data frame, or a mapping of "
                          "column to array")
-    return _from_folders([Path(item) for item in source])
+    items = list(source)
+    if items and all(isinstance(item, Mapping) for item in items):  # rows, as JSON has them
+        return _from_arrays({key: [row.get(key) for row in items] for key in dict.fromkeys(key for row in items for key in row)})
+    odd = next((item for item in items if not isinstance(item, (str, os.PathLike))), None)
+    if odd is not None:
+        raise ValueError(f"table: a list of {type(odd).__name__} is no table; give folders of runs, or rows, each a mapping of column to value")
+    return _from_folders([Path(item) for item in items])
 
 
 def is_query(source: str) -> bool:
@@ -192,17 +199,21 @@ def _array(values: object) -> np.ndarray:
 
 
 def _from_file(path: Path) -> duckdb.DuckDBPyRelation:
-    if path.suffix.lower() not in _READERS:
+    suffix = Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
+    if suffix in _DATABASES:
+        raise ValueError(f"{path}: a database holds many tables; name one in a query: \"ATTACH '{path}' AS lab (READ_ONLY); FROM lab.NAME\"")
+    if suffix not in _READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known are {', '.join(_READERS)}, or a run folder")
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty")
-    reader = getattr(_connection(), _READERS[path.suffix.lower()])
+    reader = getattr(_connection(), _READERS[suffix])
+    options = {"sep": "\t"} if suffix == ".tsv" else {}  # numbers with commas in them look like columns otherwise
     try:
-        return reader(str(path))
+        return reader(str(path), **options)
     except duckdb.Error as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not text in UTF-8, as {path.suffix} must be") from None
+        raise ValueError(f"{path}: not text in UTF-8, as {suffix} must be") from None
 
 
 @functools.cache

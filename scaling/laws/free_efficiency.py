@@ -15,8 +15,8 @@ def log_terms(p, x):
     return -p["alpha"] * (xp.log(x["N"]) + xp.log(p["eff"])), -p["beta"] * xp.log(x["D"]), 0.0
 
 
-def loss_gap(p, N, scheme):
-    """Loss with `scheme` minus the baseline's at size N (any D). Nats per token."""
+def loss_gap(p, N, scheme, D=None):
+    """Loss with `scheme` minus the baseline's at size N, the same at any D. Nats per token."""
     return p["A"] * N ** -p["alpha"] * (p[f"eff[{scheme}]"] ** -p["alpha"] - 1.0)
 
 

@@ -49,7 +49,10 @@ def log_terms(p, x):
 
 
 def _bits(columns):
-    """The three bits columns, absent ones at infinity, as float64 arrays."""
+    """The three bits columns, absent ones at infinity, as float64 arrays. ValueError for another name."""
+    unknown = next((name for name in columns if name not in OPERANDS), None)
+    if unknown:
+        raise ValueError(f"{unknown}={columns[unknown]}: unknown; the widths are {', '.join(OPERANDS)}")
     return {name: np.asarray(columns.get(name, np.inf), dtype=np.float64) for name in OPERANDS}
 
 
@@ -58,8 +61,8 @@ def efficiency(p, **bits):
     return np.exp(log_efficiency(p, _bits(bits)))
 
 
-def loss_gap(p, N, **bits):
-    """Loss at the given bits minus the loss of the unquantized model of the same N (any D). Nats per token; inf where it diverges."""
+def loss_gap(p, N, D=None, **bits):
+    """Loss at the given bits minus the loss of the unquantized model of the same N, the same at any D. Nats per token; inf where it diverges."""
     with np.errstate(over="ignore"):
         return p["A"] * N ** -p["alpha"] * np.expm1(-p["alpha"] * log_efficiency(p, _bits(bits)))
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from scaling.laws import chinchilla
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Operand, exponent, scale
+from scaling.laws.parameters import BASELINES, Operand, exponent, scale
 
 EXP = {"weights_mse": ("c_w", "kappa_w"), "activations_mse": ("c_a", "kappa_a")}
 TANH = {"weights_mse": ("F_w", "C_w"), "activations_mse": ("F_a", "C_a")}
@@ -24,11 +24,13 @@ TANH = {"weights_mse": ("F_w", "C_w"), "activations_mse": ("F_a", "C_a")}
 
 @functools.cache
 def error_of(name: str) -> float:
-    """The relative Gaussian error of the format called `name`. ValueError, one line, for an unknown one.
+    """The relative Gaussian error of the format called `name`, 0 for a baseline's (bf16, fp32, none, ...). ValueError, one line, for an unknown one.
 
     An element format has no scale of its own ("int4" rounds to whole numbers), so it gets an exact one per channel, a row of 1024 values:
     another granularity has another error, which the caller then gives as a number.
     """
+    if name.lower() in BASELINES and not name.isdigit():
+        return 0.0
     import formats  # needs JAX, which a column of numbers does not
 
     fmt = formats.get(name)
@@ -65,12 +67,15 @@ def _terms(curve, operands):
 
     def efficiency(p, **mse):
         """N_eff / N at the given weights_mse, activations_mse (numbers or names of formats). Dimensionless."""
+        unknown = next((name for name in mse if name not in operands), None)
+        if unknown:
+            raise ValueError(f"{unknown}={mse[unknown]}: unknown; the errors are {', '.join(operands)}")
         numbers = {name: np.asarray(error_of(mse[name]) if isinstance(mse.get(name), str) else mse.get(name, 0.0), dtype=np.float64)
                    for name in operands}
         return np.exp(log_efficiency(p, numbers))
 
-    def loss_gap(p, N, **mse):
-        """Loss with these quantizers minus the unquantized loss at size N (any D). Nats per token."""
+    def loss_gap(p, N, D=None, **mse):
+        """Loss with these quantizers minus the unquantized loss at size N, the same at any D. Nats per token."""
         return p["A"] * N ** -p["alpha"] * (efficiency(p, **mse) ** -p["alpha"] - 1.0)
 
     return log_terms, {"efficiency": efficiency, "loss_gap": loss_gap}

@@ -148,7 +148,7 @@ def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fit
     ("fit", ["RUNS", "--law", "kumar", "--resample", "wild"], "--resample wild: needs resamples, and --bootstrap is 0"),
     ("fit", ["RUNS", "--law", "kumar", "--coverage", "5"], "--coverage 5: need at least 20 simulations"),
     ("fit", ["RUNS", "--law", "kumar:tied+plain", "--profile", "gamma"], "'gamma': law kumar has no such parameter or functional here"),
-    ("fit", ["RUNS", "--law", "kumar:tied+plain", "--profile", "bits_for_gap"], "bits_for_gap of law kumar: missing a required argument: 'N'"),
+    ("fit", ["RUNS", "--law", "kumar:tied+plain", "--profile", "bits_for_gap"], "bits_for_gap of law kumar takes N, gap; given: nothing"),
     ("fit", ["RUNS", "--law", "kumar", "--out", "no/FIT.json"], "out=no/FIT.json: the folder no does not exist"),
     ("fit", ["RUNS", "--law", "kumar", "--hold", "N > 3"], "unrecognized arguments: --hold"),
     ("compare", ["RUNS", "--laws", "chinchilla,foo"], "law 'foo': unknown"),

@@ -112,7 +112,7 @@ def test_any_function_of_the_constants_is_a_quantity():
     (CANDIDATES, "alpha", {"cost": [1.0]}, "1 costs for 9 candidates"), (CANDIDATES, "alpha", {"cost": lambda run: 0.0}, "need a positive finite number"),
     (CANDIDATES, "alpha", {"count": 0}, "count=0: need at least 1"), ([{"N": 1e4}], "alpha", {"cost": [1.0]}, "law chinchilla needs D"),
     (CANDIDATES, lambda p: np.nan, {}, "is not finite near the fitted constants"),
-    (CANDIDATES, "optimal_params", {}, "optimal_params of law chinchilla: missing a required argument: 'compute'; given: nothing"),
+    (CANDIDATES, "optimal_params", {}, "optimal_params of law chinchilla takes compute, cost_per_pair (may be left out); given: nothing"),
     ([{"N": 1e4}], "alpha", {}, "candidate {'N': 10000.0}: needs N and D for a cost of 6 N D FLOP"),
 ])
 def test_refusals(candidates, quantity, options, message):

@@ -187,7 +187,7 @@ GOOD = {"N": [1e3, 2e3, 4e3] * 3, "D": [1e5] * 3 + [2e5] * 3 + [4e5] * 3, "loss"
     ({"N": [1e3] * 9}, {}, "N is 1000 in every fitted row"),
     ({"loss": [2.0] * 9}, {}, "loss is 2 in every fitted row"),
     ({"weights_bits": [4.0] * 9}, {"law": "kumar"}, "weights_bits is 4 in every fitted row"),
-    ({"N": ["a"] * 9}, {}, "columns: Conversion Error: Could not convert string 'a' to DOUBLE"),
+    ({"N": ["a"] * 9}, {}, "N (\"N\") is text in 9 of 9 rows, such as 'a'; law chinchilla needs numbers"),
     ({"loss": [2.0] * 8}, {}, "table: columns must be one-dimensional and equally long"),
     ({}, {"where": "N > 1e9"}, "no rows left to fit: 9 in the table, 9 dropped (where N > 1e9)"),
     ({}, {"where": "D = 1e5"}, "3 rows cannot fit the 5 free parameters of law chinchilla (A, B, E, alpha, beta)"),

@@ -187,7 +187,7 @@ SCHEMES = {"N": GRID_N, "D": GRID_D, "scheme": np.tile(["fp8", "int4", "int4", "
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: scaling.fit(SCHEMES, "free_efficiency"), "scheme: no baseline among fp8, int4; say which level has efficiency 1 by fixed eff[fp8]=1"),
+    (lambda: scaling.fit(SCHEMES, "free_efficiency"), "scheme: no baseline among fp8, int4; say which level has efficiency 1: --fix \"eff[fp8]=1\", or fixed={\"eff[fp8]\": 1} in Python"),
     (lambda: scaling.fit(SCHEMES, "free_efficiency", fixed={"eff[fp8]": 1}, holdout="scheme = 'int4'"), "holdout: scheme=int4 occurs only in"),
     (lambda: laws["quartet"].predict(laws["quartet"].published["quartet"], N=1e8, D=1e10, forward="int2", backward="SR"),
      "forward=int2: law quartet has no effN[int2] here; known levels of forward are baseline, SR, RTN, QuEST"),

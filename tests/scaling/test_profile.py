@@ -84,7 +84,7 @@ def test_another_table_is_refused():
     with pytest.raises(ValueError, match="no such parameter or functional"):
         scaling.profile(fit, table, "beta")
     kumar = scaling.fit(fake_runs.rows(), "kumar:tied+plain")
-    with pytest.raises(ValueError, match="bits_for_gap of law kumar: missing a required argument: 'N'; given: nothing"):
+    with pytest.raises(ValueError, match="bits_for_gap of law kumar takes N, gap; given: nothing"):
         kumar.estimate("bits_for_gap")
 
 

@@ -220,7 +220,7 @@ def test_command_line_takes_what_fit_takes(tmp_path, demo_runs, capsys):
     (["ours.csv", "RUNS"], [], "ours.csv is a file or a query, which is read alone; put several together by a query"),
     (["ours.csv"], [], "a run table needs n_params; this one has size, tokens, loss (name them: --columns n_params=...)"),
     (["ours.csv"], ["--columns", "size=size"], "columns: 'size' is no column of a run table"),
-    (["RUNS"], ["--where", "loss > 99"], "where loss > 99: selects no row"),
+    (["RUNS"], ["--where", "loss > 99"], "where loss > 99 leaves none of 48 rows"),
     (["none"], [], "none: no such file or folder"),
 ])
 def test_command_line_refuses_in_one_line(sources, options, message, tmp_path, demo_runs, capsys, monkeypatch):
