@@ -1,7 +1,7 @@
 """The standard analysis of a folder of runs: which rows, which laws, which choice, what is held out. `bitlaw demo` and the report use it."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import duckdb
@@ -10,7 +10,7 @@ from scaling.compare import Comparison, compare
 from scaling.fit import fit
 from scaling.mapped import mapped_rows, one_line
 from scaling.result import Fit
-from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
+from scaling.statistics import Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, quote, table
 
 CHINCHILLA = ("chinchilla:tied", "chinchilla")
@@ -23,7 +23,6 @@ OWN_COLUMNS = {law: quote(column) for law, column in RUN_ALIASES.items()}
 DONE = "coalesce(status, 'done') = 'done'"
 MEASURED = "coalesce(isfinite(loss) AND n_params IS NOT NULL AND tokens IS NOT NULL, false)"
 CORPUS = "coalesce(CAST(data_sha256 AS VARCHAR), CAST(data AS VARCHAR))"  # as in finished_runs
-UNQUANTIZED = " AND ".join(f"coalesce({role}_bits, 32) >= {UNQUANTIZED_BITS:g}" for role in ("weights", "activations", "output_gradients"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
     if runs and holdout is None:
         notes.append(f"fewer than {MIN_SIZES_TO_HOLD_OUT} sizes: nothing is held out")
-    baseline = UNQUANTIZED
+    baseline = _are(run for run in runs if not run.quantized)
     if len({run.precision for run in runs}) == 1 and runs[0].quantized:
         notes.append(f"every run is {runs[0].precision}: chinchilla is fitted to these")
         baseline = None
@@ -93,6 +92,12 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
             why[name] = f"no candidate converged ({', '.join(fitted.label for fitted in candidates.fits)})"
     return Analysis(whole, relation, tuple(runs), fits.get("chinchilla"), fits.get("precision"), why, unconverged, holdout, seed_noise(runs),
                     tuple(paired_gaps(runs)), reference_precision(runs), tuple(notes))
+
+
+def _are(runs: Iterable[Run]) -> str:
+    """SQL: the rows of these runs."""
+    ids = ", ".join("'" + run.run_id.replace("'", "''") + "'" for run in runs)
+    return f"run_id IN ({ids})" if ids else "false"
 
 
 def _analysed(whole: duckdb.DuckDBPyRelation) -> tuple[duckdb.DuckDBPyRelation, list[Run], list[str]]:

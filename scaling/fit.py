@@ -136,7 +136,7 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
     errors = np.log(predicted) - np.log(loss)
     score = {**errors_of(predicted, loss), **dict(zip(("bias_nats", "bias_low", "bias_high"), mean_interval(predicted - loss), strict=True)),
              "covered": None, "half_width": None}
-    if fitted.metrics["condition_number"] <= MAX_CONDITION:
+    if fitted.converged and fitted.metrics["condition_number"] <= MAX_CONDITION:
         interval = fitted.predict(**columns, extrapolate=True)
         score["covered"] = float(np.mean((interval.low <= loss) & (loss <= interval.high)))
         score["half_width"] = float(np.median(0.5 * (interval.high - interval.low)))

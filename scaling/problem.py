@@ -168,7 +168,7 @@ class Problem:
                 else:
                     slope_SR = self._loss(moved, np.exp(amplitudes_SK1 + logs_SKR - centre_SK1)).imag
                 jacobian[:, :, self.free.index(name)] = slope_SR / (STEP * total_SR)
-        return np.log(total_SR) - self.log_loss, jacobian
+            return np.log(total_SR) - self.log_loss, jacobian
 
     def check_derivatives(self) -> None:
         """ValueError when the law loses a derivative: it uses a function that drops imaginary parts, and the complex steps see a constant that

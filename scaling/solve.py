@@ -186,6 +186,9 @@ def _normal_equations(problem: Problem, z_SF, weights_SR, delta, low, high) -> t
     none outside delta (24 rounds with both).
     """
     residuals_SR, jacobian_SRF = problem.jacobian(z_SF)
+    if not np.all(weights_SR):
+        seen_SR = np.broadcast_to(weights_SR > 0.0, residuals_SR.shape)
+        residuals_SR, jacobian_SRF = np.where(seen_SR, residuals_SR, 0.0), np.where(seen_SR[:, :, None], jacobian_SRF, 0.0)
     size = np.maximum(np.abs(residuals_SR), 1e-300)
     irls_SR = problem.row_weights * weights_SR * np.minimum(1.0, delta / size)
     weighted = irls_SR[:, :, None] * jacobian_SRF

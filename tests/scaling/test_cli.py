@@ -106,7 +106,7 @@ def test_unconverged_fits_exit_with_1_and_print_no_constants(monkeypatch, demo_r
 @pytest.mark.parametrize(("stalled", "fitted"), [({"chinchilla", "kumar"}, set()), ({"kumar"}, {"fit-chinchilla.json"})])
 def test_laws_that_do_not_converge_end_the_demo_with_1(monkeypatch, stalled, fitted, tmp_path, capsys):
     """One of the two laws is enough for the exit code."""
-    module = importlib.import_module("scaling.fit")
+    module = importlib.import_module("scaling.stages")
 
     def stalling(problem, delta, solve=module.solve):
         solution = solve(problem, delta)

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import scaling
 from benchmarks import intervals
+from scaling.problem import Problem
 from scaling.refits import problem_of
+from scaling.solve import minimise
 from scaling.uncertainty import held_out
 from tests.scaling import straight
 
@@ -166,3 +169,14 @@ def test_benchmark_prints_a_line_per_table(epoch, monkeypatch, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["table"] for line in lines] == ["chinchilla points, selection", "chinchilla points"]
     assert set(lines[0]["rules"]) == set(intervals.RULES)
+
+
+def test_inner_refits_where_the_law_has_no_value_above_the_cut():
+    """Rows above a cut weigh nothing, also where the law has no value there: an infinite loss times 0 left such refits at their start."""
+    x = np.linspace(7.0, 14.0, 12)
+    ends = replace(straight.power, log_terms=lambda p, columns: (np.where(columns["N"] < np.exp(11.5), -p["alpha"] * np.log(columns["N"]), -np.inf),))
+    problem = Problem(ends, {"N": np.exp(x)}, 3.0 - 0.3 * x + 0.01 * np.cos(9.0 * x), ("A", "alpha"), {}, {})
+    below = x < 11.0
+    (found,), (lowest,), _ = minimise(problem, np.array([[1.0, 0.1]]), below.astype(float)[None], np.inf)
+    line, residuals, *_ = np.polyfit(x[below], problem.log_loss[below], 1, full=True)
+    assert problem.theta(found[None])["alpha"].item() == pytest.approx(-line[0], rel=1e-6) and lowest == pytest.approx(0.5 * residuals[0], rel=1e-6)
