@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from scaling.result import Fit
 from scaling.searches import Search
-from scaling.statistics import Gap, Run
+from scaling.statistics import UNQUANTIZED_BITS, Gap, Run
 
 INK, FAINT = "#222222", "#d9d9d9"
 STYLE = {
@@ -27,6 +28,7 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8.0, "lines.linewidth": 1.3, "svg.fonttype": "none", "figure.dpi": 96,
 }
 MARKERS = "osD^vPX*"
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
 def style():
@@ -129,8 +131,10 @@ def _scatter(axis, runs: Sequence[Run], x, y, held: set[str], marker: str, colou
 
 
 def loss_against_bits(runs: Sequence[Run], fit: Fit | None, held: set[str]) -> Figure:
-    """One panel per token budget, one colour per size; points are runs, lines the law."""
+    """One panel per token budget, one colour per size; points are runs, lines the law. Without a law over bits: lines join the runs in which
+    the same operands are narrow, a dash for each set of them."""
     scale = _BitAxis(runs)
+    dashes = dict(zip(dict.fromkeys(_narrow(run) for run in sorted(runs, key=lambda run: -len(_narrow(run))) if _narrow(run)), DASHES * len(runs), strict=False))
     budgets = sorted({run.tokens for run in runs})[-4:]
     colours = size_colours(sorted({run.n_params for run in runs}))
     figure, axes = _panels(len(budgets))
@@ -140,16 +144,23 @@ def loss_against_bits(runs: Sequence[Run], fit: Fit | None, held: set[str]) -> F
             chosen = [run for run in runs if run.tokens == budget and run.n_params == n]
             curve = _curve(fit, n, budget, scale.grid()) if scale.finite else None
             if curve is None:
-                axis.plot(*_mean_line([run for run in chosen if math.isfinite(run.bits)], lambda run: run.bits), color=colour, lw=0.9)
+                for operands, dash in dashes.items():
+                    axis.plot(*_mean_line([run for run in chosen if _narrow(run) == operands], lambda run: run.bits), color=colour, lw=0.9, ls=dash)
             else:
                 axis.plot(scale.grid(), curve, color=colour, lw=1.1)
                 axis.plot([scale.end - 0.3, scale.end + 0.3], [_curve(fit, n, budget, np.inf)] * 2, color=colour, lw=1.1)
             _scatter(axis, chosen, lambda run: scale.place(run.bits), lambda run: run.loss, held, marker, colour)
         scale.dress(axis)
     axes[0].set_ylabel("validation loss (nats/token)")
+    joined = dashes if fit is None or not fit.one_knob else {}
     _legend(figure, [(count_label(n), colour, marker) for (n, colour), marker in zip(colours.items(), MARKERS * 9, strict=False)],
-            "parameters", held)
+            "parameters", held, joined if len(joined) > 1 else {})
     return figure
+
+
+def _narrow(run: Run) -> str:
+    """Which operands of a run are quantized: "weights, activations"; empty for none."""
+    return ", ".join(name.removesuffix("_bits") for name, bits in run.widths.items() if bits < UNQUANTIZED_BITS)
 
 
 def gap_against_bits(runs: Sequence[Run], gaps_by_size: dict[float, list[Gap]], fit: Fit | None, level: float, level_name: str) -> Figure:
@@ -312,9 +323,10 @@ def _log_tokens(axis, values: list[float]) -> None:
         axis.set_xlim(budgets[0] / 1.35, budgets[-1] * 1.35)
 
 
-def _legend(figure: Figure, entries: list[tuple], title: str, held: set[str]) -> None:
-    """One legend above all panels; `entries`: (label, colour, marker)."""
+def _legend(figure: Figure, entries: list[tuple], title: str, held: set[str], dashes: Mapping[str, str | tuple] = MappingProxyType({})) -> None:
+    """One legend beside all panels; `entries`: (label, colour, marker); dashes: label -> line style."""
     handles = [matplotlib.lines.Line2D([], [], color=colour, marker=marker or None, ms=5, label=label) for label, colour, marker in entries]
     if held:
         handles.append(matplotlib.lines.Line2D([], [], color="#666666", marker="o", ls="", markerfacecolor="white", label="held out"))
+    handles += [matplotlib.lines.Line2D([], [], color="#666666", ls=dash, label=label) for label, dash in dashes.items()]
     figure.legend(handles=handles, title=title, loc="outside right upper", alignment="left")
