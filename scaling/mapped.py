@@ -63,15 +63,13 @@ def one_line(what: str, found: Iterable[str] = ()):
 
 
 def project(relation: duckdb.DuckDBPyRelation, select: str, what: str) -> duckdb.DuckDBPyRelation:
-    """`select` over `relation`; `what`, unless empty, is run once so that its errors are told here: relations are lazy.
+    """`select` over `relation`. Names that are not there are told here, as `what`; values that cannot be made, when rows are fetched: relations are
+    lazy, and a count does not look at what a projection says.
 
     Not `relation.query(name, sql)`: a table of that name in the caller's connection would be read instead, silently.
     """
     with one_line(what, relation.columns):
-        result = relation.project(select)
-        if what:
-            len(result)
-    return result
+        return relation.project(select)
 
 
 def suggested(name: str, found: Iterable[str]) -> str:

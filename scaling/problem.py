@@ -1,8 +1,9 @@
 """A law on given rows, as the solver sees it: a vector of free coordinates, residuals of the log loss, and their exact Jacobian.
 
 Coordinates z, in the order of `free`:
-  amplitude, divisor: log of the geometric mean of its term over the rows ("centred logs": without centring, ln A and alpha are
-             correlated at 0.999 and the condition number is a thousand times worse); rows that a term does not touch do not count;
+  amplitude, divisor: log of the mean of its term over the rows ("centred logs": without centring, ln A and alpha are correlated at
+             0.999 and the condition number is a thousand times worse). The mean itself, not that of the logs: of a term such as
+             exp(-bits/g) the few rows with narrow bits tell, and those with 32 must not take part;
   scale: its logarithm;  exponent, offset: itself.
 Shapes: S starts or resamples, R rows, K terms, F free coordinates.
 """
@@ -17,7 +18,7 @@ import numpy as np
 from scaling.laws import Law
 
 STEP = 1e-30  # of the complex-step derivative: no subtraction, so no rounding error at any size
-SMALLEST, LARGEST = -25.0, 3.0  # log of (geometric mean of a term / that of the losses): below, the term is dead; above, terms cancel
+SMALLEST, LARGEST = -25.0, 3.0  # log of (mean of a term / geometric mean of the losses): below, the term is dead; above, terms cancel
 DEAD = -12.0  # the same, below which the covariance leaves the term out
 BESIDE_SPAN = 25.0  # how far outside its box of starts a term of a law that is no plain sum may go
 
@@ -112,14 +113,25 @@ class Problem:
             made[:, k] = term
         return made
 
-    def centre(self, log_terms_SKR: np.ndarray) -> np.ndarray:
-        """[S, K]: what is subtracted from a term's logs: their mean over the rows it touches, 0 for a term with a fixed amplitude."""
-        with np.errstate(invalid="ignore"):
-            means = np.add.reduce(log_terms_SKR, axis=-1) / log_terms_SKR.shape[-1]
-        if not np.isfinite(means).all():
-            touched = log_terms_SKR.real != -np.inf
-            means = np.where(touched, log_terms_SKR, 0.0).sum(axis=-1) / np.maximum(touched.sum(axis=-1), 1)
+    def parts(self, log_terms_SKR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([S, K, R] the terms without their amplitudes, centred: over the rows they have a mean of 1; [S, K] the log of what they were divided by).
+        A term with a fixed amplitude is not centred. log_terms: real."""
+        top_SK1 = log_terms_SKR.max(axis=-1, keepdims=True)
+        top_SK1 = np.where(top_SK1 == -np.inf, 0.0, top_SK1)  # a term that touches no row
+        parts_SKR = np.exp(log_terms_SKR - top_SK1)
+        mean_SK = np.where(self._free_terms, np.add.reduce(parts_SKR, axis=-1) / parts_SKR.shape[-1], np.exp(-top_SK1[..., 0]))
+        parts_SKR /= mean_SK[..., None]
+        return parts_SKR, np.where(self._free_terms, top_SK1[..., 0] + np.log(mean_SK), 0.0)
+
+    def slope_of_centre(self, parts_SKR: np.ndarray, slopes_SKR: np.ndarray) -> np.ndarray:
+        """[S, K]: derivative of the centre where the log terms have the derivatives `slopes`."""
+        means = np.add.reduce(parts_SKR * slopes_SKR, axis=-1) / parts_SKR.shape[-1]
         return np.where(self._free_terms, means, 0.0)
+
+    def _log_slopes(self, moved: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[S, K, R]: STEP times the derivative of the log terms by the parameter that moved; 0 where a row leaves a term out."""
+        logs_SKR = self.log_terms(moved)
+        return np.where(logs_SKR.real == -np.inf, 0.0, logs_SKR.imag)
 
     @cached_property
     def _free_terms(self) -> np.ndarray:
@@ -142,18 +154,16 @@ class Problem:
         """[S, R]: ln(predicted loss) - ln(loss); inf where the law has no value there."""
         with np.errstate(all="ignore"):
             theta = self.theta(z_SF)
-            logs_SKR = self.log_terms(theta)
-            parts = np.exp(self.log_amplitudes(z_SF)[:, :, None] + logs_SKR - self.centre(logs_SKR)[:, :, None])
-            residuals = np.log(self._loss(theta, parts)) - self.log_loss
+            parts_SKR, _ = self.parts(self.log_terms(theta))
+            residuals = np.log(self._loss(theta, np.exp(self.log_amplitudes(z_SF))[:, :, None] * parts_SKR)) - self.log_loss
         return np.where(np.isfinite(residuals), residuals, np.inf)
 
     def jacobian(self, z_SF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[S, R] residuals (finite starts only) and [S, R, F] their derivatives by the coordinates, exact to rounding."""
         with np.errstate(all="ignore"):
             theta = self.theta(z_SF)
-            logs_SKR = self.log_terms(theta)
-            amplitudes_SK1 = self.log_amplitudes(z_SF)[:, :, None]
-            parts_SKR = np.exp(amplitudes_SK1 + logs_SKR - self.centre(logs_SKR)[:, :, None])
+            own_SKR, _ = self.parts(self.log_terms(theta))
+            parts_SKR = np.exp(self.log_amplitudes(z_SF))[:, :, None] * own_SKR
             total_SR = self._loss(theta, parts_SKR)
             jacobian = np.empty((*total_SR.shape, len(self.free)))
             for k, name in enumerate(self.law.amplitudes):
@@ -161,12 +171,12 @@ class Problem:
                     jacobian[:, :, self.free.index(name)] = self._share(theta, parts_SKR, k) / total_SR
             for name in self.nonlinear:
                 moved = self.theta(z_SF, name)
-                logs_SKR = self.log_terms(moved)
-                centre_SK1 = self.centre(logs_SKR)[:, :, None]
+                slopes_SKR = self._log_slopes(moved)
+                slopes_SKR = slopes_SKR - self.slope_of_centre(own_SKR, slopes_SKR)[:, :, None]
                 if self.law.combine is None:
-                    slope_SR = np.einsum("skr,skr->sr", parts_SKR, logs_SKR.imag - centre_SK1.imag)
+                    slope_SR = np.einsum("skr,skr->sr", parts_SKR, slopes_SKR)
                 else:
-                    slope_SR = self._loss(moved, np.exp(amplitudes_SK1 + logs_SKR - centre_SK1)).imag
+                    slope_SR = self._loss(moved, parts_SKR * (1.0 + 1j * slopes_SKR)).imag
                 jacobian[:, :, self.free.index(name)] = slope_SR / (STEP * total_SR)
             return np.log(total_SR) - self.log_loss, jacobian
 
@@ -216,8 +226,9 @@ class Problem:
     def slopes_of_centre(self, z_F: np.ndarray) -> np.ndarray:
         """[F, F]: d(plain coordinates)/d(z), plain coordinates having the log of the amplitude itself. Identity but for that."""
         matrix = np.eye(len(self.free))
+        own_SKR, _ = self.parts(self.log_terms(self.theta(z_F[None])))
         for name in self.nonlinear:
-            centre_K = self.centre(self.log_terms(self.theta(z_F[None], name)))[0].imag / STEP
+            centre_K = self.slope_of_centre(own_SKR, self._log_slopes(self.theta(z_F[None], name)))[0] / STEP
             for k, amplitude in enumerate(self.law.amplitudes):
                 if amplitude in self.free:
                     matrix[self.free.index(amplitude), self.free.index(name)] = -centre_K[k]
@@ -232,7 +243,7 @@ class Problem:
         return self._shifted(plain_SF, 1.0)
 
     def _shifted(self, coordinates_SF: np.ndarray, sign: float) -> np.ndarray:
-        centre_SK = self.centre(self.log_terms(self.theta(coordinates_SF)))
+        _, centre_SK = self.parts(self.log_terms(self.theta(coordinates_SF)))
         result = coordinates_SF.copy()
         for k, name in enumerate(self.law.amplitudes):
             if name in self.free:

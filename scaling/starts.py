@@ -12,7 +12,7 @@ import numpy as np
 from scaling.objective import objective_of
 from scaling.problem import Problem
 
-NUM_STARTS = {1: 256, 2: 1024}
+NUM_STARTS = {1: 256, 2: 512}
 MANY_STARTS = 4096  # more than two nonlinear parameters
 POLISHED = 16
 BOX_STARTS, BOX_POLISHED = 1024, 48  # of a law that is no plain sum
@@ -75,7 +75,7 @@ def _project(problem: Problem, z_SF: np.ndarray, delta: float, low: np.ndarray, 
     index = [problem.free.index(name) for name in problem.amplitudes]
     with np.errstate(all="ignore"):
         logs_SKR = problem.log_terms(problem.theta(z_SF))
-        scaled_SKR = np.exp(logs_SKR - problem.centre(logs_SKR)[:, :, None] - problem.log_loss)
+        scaled_SKR = problem.parts(logs_SKR)[0] * np.exp(-problem.log_loss)
         free = np.array([name in problem.amplitudes for name in problem.law.amplitudes])
         known = sum((problem.fixed[name] * scaled_SKR[:, k] for k, name in enumerate(problem.law.amplitudes) if not free[k]), 0.0)
         basis_SKR = scaled_SKR[:, free]

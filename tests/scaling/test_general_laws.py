@@ -233,3 +233,14 @@ def test_a_law_that_loses_a_derivative_is_refused(blind):
               parameters=(amplitude("A"), amplitude("B"), amplitude("E"), exponent("alpha"), exponent("beta")))
     with pytest.raises(ValueError, match="law blind: its derivative by alpha is lost"):
         scaling.fit(fake_runs.rows(noise=0.003), law)
+
+
+def test_a_term_that_few_rows_feel_has_its_error():
+    """An excess that falls exponentially with bits is nothing at 32 bits, where half of the rows are. It had been taken for dead, and the error of
+    its width for 30 times less than the profile has it."""
+    n, bits = (part.ravel() for part in np.meshgrid(np.geomspace(1e6, 1e8, 8), [2.0, 3.0, 4.0, 32.0, 32.0]))
+    table = {"N": n, "weights_bits": bits, "loss": noisy(1.5 + 30 * n**-0.3 + 4 * np.exp(-bits / 0.7), 0.01)}
+    fit = scaling.fit(table, "E + A/N^alpha + C*exp(-weights_bits/g); g=0.2:10", loss="least_squares")
+    profile = scaling.profile(fit, table, "g").estimate
+    assert not fit.metrics["at_bound"] and fit.estimate("g").low < 0.7 < fit.estimate("g").high
+    assert (fit.estimate("g").low, fit.estimate("g").high) == pytest.approx((profile.low, profile.high), rel=0.02)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from tests.scaling.conftest import SHARED
@@ -38,10 +39,19 @@ def numbers(text: str, label: str) -> list[float]:
 def test_fit_your_sweep(monkeypatch):
     monkeypatch.delenv("BITLAW_SWEEP", raising=False)
     text, shown = executed("fit_your_sweep", monkeypatch)
-    assert "28 runs" in text and "N is 10020 in every fitted row" in text and shown == 3
-    assert numbers(text, "int2  +")[0] == 0.864 and numbers(text, "int4  +")[0] == 0.099  # as in runs/reference/bits/README.md
-    value, low, high, truth = numbers(text, " gamma_w ")
-    assert low < truth == 1.4 < high and low < value < high
+    assert "144 runs" in text and shown == 3
+    for label, gap in (("int-w2a32  +", 0.272), ("int-w32a2  +", 0.599), ("int6  +", 0.012)):
+        assert numbers(text, label)[0] == pytest.approx(matched_gap(label.split()[0]), abs=6e-4) == pytest.approx(gap, abs=1e-3)
+    own, literature = (numbers(text, label)[:4] for label in ("excess that grows ", "effective parameters (mse_efficiency) "))
+    assert own[0] == 12 and literature[0] == 9 and own[2] < 0.4 * literature[2]  # the held-out size, as runs/reference/ladder/README.md has it
+
+
+def matched_gap(precision: str) -> float:
+    """Mean loss of a precision minus that of the float32 run of its size, tokens and seed, from the table by SQL."""
+    path = ROOT / "runs" / "reference" / "ladder" / "runs.csv"
+    query = f"""SELECT avg(a.loss - b.loss) FROM '{path}' a JOIN '{path}' b USING (n_params, tokens, seed)
+                WHERE a.precision = '{precision}' AND b.precision = 'float32'"""
+    return duckdb.sql(query).fetchall()[0][0]
 
 
 def test_plan_a_training(monkeypatch):
