@@ -295,10 +295,13 @@ class Fit:
     def _outside(self, name: str, value: float) -> str:
         """Why a functional whose value is a value of an input cannot be told: it lies outside what was trained."""
         answered = self.law.answers.get(name)
-        low, high = self.ranges.get(answered, (-math.inf, math.inf))
+        narrowed = list(self.at_width(1.0))  # a width of all operands is one of those that the fit knows of
+        answered = narrowed if answered in {operand.input for operand in self.law.operands} else [answered]
+        spans = [self.ranges[one] for one in answered if one in self.ranges] or [(-math.inf, math.inf)]
+        low, high = min(low for low, _ in spans), max(high for _, high in spans)
         if low <= value <= high:
             return ""
-        return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {answered} trained, {low:g} to {high:g})"
+        return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {' and '.join(answered)} trained, {low:g} to {high:g})"
 
     def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.

@@ -97,7 +97,8 @@ def optimal_bits(p):
     """The width P* of all fitted operands that minimises the loss at a fixed cost C = (6/16) N D P, with N and D free. Bits.
 
     Minimising over N and D first leaves L - E proportional to (F(P) C/P)^(-alpha beta/(alpha+beta)) with F = N_eff/N, so P*
-    maximises F(P)/P whatever C, alpha and beta are (Kumar et al. 2024, section 4.3 and App. E, show it for alpha = beta).
+    maximises F(P)/P whatever C, alpha and beta are (Kumar et al. 2024, section 4.3 and App. E, show it for alpha = beta). Where one operand
+    alone is known, this too is as if the cost followed its width; `scaling.plan` charges the wider of weights and activations.
     """
     return _maximise(lambda bits: log_efficiency(p, _bits(_fitted_bits(p, bits))) - np.log(bits), 0.05, FULL_BITS - 1e-6)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 import scaling
 from scaling.laws import Law, amplitude, exponent
@@ -145,7 +146,18 @@ def test_a_design_of_two_sizes_and_budgets_states_nothing(bootstrap):
 def test_an_optimum_outside_the_widths_trained_is_not_stated():
     fit = scaling.fit(fake_runs.rows(), "kumar:tied+plain")
     estimate = fit.estimate("optimal_bits")  # 1.2564 gamma = 1.76 bits by the truth; 3 bits is the narrowest run
-    assert not estimate.identified and "outside the weights_bits trained, 3 to 32" in estimate.reason
+    assert not estimate.identified and "outside the weights_bits and activations_bits trained, 3 to 32" in estimate.reason
+
+
+@pytest.mark.parametrize("operand", ["activations_bits", "kv_bits"])
+def test_an_optimum_is_told_for_whichever_operand_was_narrow(operand):
+    """It had been held against the widths of the weights, which were all 32. With gamma 1 and n 1 the optimum P solves e^(P-1) = P + 1."""
+    n, d, bits = (part.ravel() for part in np.meshgrid([1e6, 3e6, 1e7, 3e7], [1e8, 3e8, 1e9], [2.0, 3.0, 4.0, 6.0, 32.0], indexing="ij"))
+    effective = n * np.where(bits < 32, 1 - np.exp(1.0 - bits), 1.0)
+    loss = (40 / effective**0.3 + 60 / d**0.3 + 1.0) * np.exp(0.001 * np.random.default_rng(0).standard_normal(n.size))
+    told = scaling.fit({"N": n, "D": d, operand: bits, "loss": loss}, "kumar:tied", loss="least_squares").estimate("optimal_bits")
+    truth = brentq(lambda p: math.exp(p - 1) - p - 1, 1.5, 4.0)
+    assert told.identified and told.low < truth < told.high < told.low + 0.5
 
 
 @pytest.mark.slow
