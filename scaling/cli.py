@@ -163,6 +163,9 @@ def _predict(arguments) -> int:
         raise ValueError(f"input {bad}={pairs[bad]}: must be positive")
     inputs |= named
     predicted = fitted.predict(**inputs, extrapolate=arguments.extrapolate)
+    if not predicted.loss < float("inf"):
+        print(f"bitlaw: {fitted.label} says that training diverges at {' '.join(arguments.inputs)}: it has no loss there", file=sys.stderr)
+        return 1
     print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:

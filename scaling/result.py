@@ -158,6 +158,10 @@ class Fit:
             values = columns.get(name, np.ones(()))
             if not np.all((values > 0) | ((values == 0) & (name in self.law.zero_allowed))):
                 raise ValueError(f"predict: {name} is {np.ravel(values)[np.argmin(np.ravel(values))]:g}: must be positive")
+        for operand in self.law.operands:
+            values = np.ravel(columns.get(operand.input, 1.0))
+            if not np.all(values >= 0.0):
+                raise ValueError(f"predict: {operand.input} is {values[~(values >= 0.0)][0]:g}: must be a positive number, or absent where it is not quantized")
         if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
         loss = np.asarray(self.law.predict(self.params, **columns))
@@ -169,10 +173,10 @@ class Fit:
                 mean_variance = np.maximum(mean_variance, (0.5 * (high - low)) ** 2)
         extrapolated = self._extrapolation(columns)
         beyond = self.discrepancy_at(extrapolated)
-        reach = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
-        mean_reach = self.quantile * np.sqrt(mean_variance)
-        return Prediction(loss, loss * np.exp(-reach), loss * np.exp(reach), loss * np.exp(-mean_reach), loss * np.exp(mean_reach),
-                          extrapolated)
+        half = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
+        mean_half = self.quantile * np.sqrt(mean_variance)
+        ends = [np.exp(np.log(loss) + np.where(np.isinf(loss), 0.0, one)) for one in (-half, half, -mean_half, mean_half)]  # a law that diverges has no interval
+        return Prediction(loss, *ends, extrapolated)
 
     def discrepancy_at(self, extrapolated: np.ndarray) -> np.ndarray:
         """Standard deviation of ln loss that the law's form adds at a factor `extrapolated` beyond the data: 0 inside, and growing

@@ -271,6 +271,15 @@ def test_an_unconverged_fit_states_nothing(epoch):
             ask()
 
 
+def test_widths_that_are_none_and_widths_where_the_law_diverges():
+    fit = scaling.fit(fake_runs.rows(noise=0.003), "kumar:tied")
+    for bad in (math.nan, -3.0):
+        with pytest.raises(ValueError, match=f"weights_bits is {bad:g}: must be a positive number"):
+            fit.predict(N=1e4, D=1e6, weights_bits=bad)
+    predicted = fit.predict(N=1e4, D=1e6, weights_bits=np.array([0.0, 4.0]))
+    assert predicted.loss[0] == predicted.low[0] == predicted.high[0] == math.inf and 0 < predicted.low[1] < predicted.loss[1] < predicted.high[1] < math.inf
+
+
 def test_an_input_that_was_always_zero_has_no_distance_to_go_by(epoch):
     """Mantissa bits of 0 in every run tell nothing of 7: no factor bounds how far that is."""
     sun = scaling.laws["sun"]
