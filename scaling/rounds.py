@@ -131,6 +131,8 @@ def _next(question: Question, trainer: Trainer, laws, fitted: Fit | None, there:
         wanted = constants_of(laws, [*(cell.columns for cell in cells), *there]) + SPARE
         affordable = [cell for cell in cells if total_cost([cell]) <= left]
         batch = first(cells, wanted, left) if not there else spread_out(affordable, there, max(wanted - len(there), 2))
+        while total_cost(batch) > left:
+            batch.pop()
     return batch, "" if batch else f"what is left of the budget, {left:.3g}, pays for none of the next runs"
 
 

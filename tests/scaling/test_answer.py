@@ -141,6 +141,16 @@ def test_a_budget_that_cannot_settle_it_says_so():
     assert not end.settled and "there is no interval" in answer_text.sentence(end, Question("optimal_bits", {}, 0.3), "bits")
 
 
+def test_a_second_design_keeps_to_what_is_left():
+    """Three runs are there, which no law fits yet; ten more would be wanted, and the budget pays for two."""
+    trainer = Planted(world(np.random.default_rng(0)), np.random.default_rng(0))
+    trainer.train(sorted(trainer.cells(), key=lambda cell: cell.cost)[:3])
+    cheap = sorted(cell.cost for cell in trainer.cells())
+    budget = trainer.spent() + sum(cheap[:2])
+    end = rounds(Question("optimal_bits", {}, 0.1), trainer, (LAW,), budget)
+    assert not end.settled and end.rounds[0].verdict is None and trainer.spent() <= budget and end.rounds[-1].runs > 3
+
+
 def test_questions():
     kumar = [laws["kumar"]]
     question, remark = check_quantity(Question("optimal_bits", {"compute": 1e15}, 0.3), kumar)
