@@ -1,13 +1,15 @@
 """The standard analysis of a folder of runs: which rows, which laws, which choice, what is held out. `bitlaw demo` and the report use it."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import duckdb
+import numpy as np
 
 from scaling.compare import Comparison, compare
 from scaling.fit import fit
+from scaling.laws import Law, resolve
 from scaling.mapped import mapped_rows, one_line
 from scaling.result import Fit
 from scaling.statistics import Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
@@ -58,10 +60,20 @@ class Analysis:
     def fit_precision(self) -> Fit | None:
         return self.precision.best if self.precision else None
 
+    def inputs(self, fit: Fit, runs: Sequence[Run]) -> dict[str, np.ndarray]:
+        """What the law of `fit` takes at these runs, by the columns that it was fitted to; operands that a run lacks are unquantized."""
+        told = {name: sql for name, sql in fit.metrics["columns"].items() if name in fit.law.inputs}
+        rows = self.relation.project(", ".join(["run_id", *(f"({sql})" for sql in told.values())])).fetchall()
+        by_run = {str(run_id): values for run_id, *values in rows}
+        untouched = {operand.input: operand.untouched for operand in fit.law.operands}
+        columns = zip(*(by_run[run.run_id] for run in runs), strict=True)
+        return {name: np.array([untouched.get(name) if value is None else value for value in values]) for name, values in zip(told, columns, strict=True)}
+
 
 def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int], None] | None = None, columns: Mapping[str, str] | None = None,
-            where: str | None = None) -> Analysis:
+            where: str | None = None, laws: Sequence[str | Law] | None = None) -> Analysis:
     """Fits Chinchilla to the unquantized runs and the precision law to all of them, the largest size held out when there are three.
+    laws: what to choose the law of all runs from, in place of the variants of Kumar's.
 
     alpha = beta tied, and no offsets, unless the data say otherwise: every variant is fitted, and BIC on the fitted rows chooses. A law
     that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
@@ -70,6 +82,8 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
     """
     if bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap}: need bootstrap >= 0")
+    for law in laws or ():
+        resolve(law)  # a misspelt name is an error, not a law that these rows cannot fit
     whole = with_run_columns(table(source), columns, where)
     relation, runs, notes = _analysed(whole)
     holdout = LARGEST if len({run.n_params for run in runs}) >= MIN_SIZES_TO_HOLD_OUT else None
@@ -80,13 +94,13 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
         notes.append(f"every run is {runs[0].precision}: chinchilla is fitted to these")
         baseline = None
     fits, why, unconverged = {}, {}, {}
-    for name, laws, extra in (("chinchilla", CHINCHILLA, baseline), ("precision", PRECISION, None)):
+    for name, tried, extra in (("chinchilla", CHINCHILLA, baseline), ("precision", laws or PRECISION, None)):
         rows = relation.filter(extra) if extra else relation
-        candidates = _candidates(name, rows, laws, holdout, runs, baseline)
+        candidates = _candidates(rows, tried, holdout, "" if laws and name == "precision" and runs else _refusal(name, runs, baseline))
         if isinstance(candidates, str):
             why[name] = candidates
         elif candidates.supported:
-            fits[name] = _with_bootstrap(candidates, rows, holdout, bootstrap, progress)
+            fits[name] = _with_bootstrap(candidates, rows, tried, holdout, bootstrap, progress)
         else:
             unconverged[name] = candidates.fits
             why[name] = f"no candidate converged ({', '.join(fitted.label for fitted in candidates.fits)})"
@@ -172,9 +186,8 @@ def _refusal(name: str, runs: list[Run], baseline: str | None) -> str:
     return ""
 
 
-def _candidates(name: str, relation, laws: tuple[str, ...], holdout: str | None, runs: list[Run], baseline: str | None) -> Comparison | str:
-    """The variants of a law on these rows, without a bootstrap, which only the chosen one then gets; or why none can be fitted."""
-    refusal = _refusal(name, runs, baseline)
+def _candidates(relation, laws: Sequence[str | Law], holdout: str | None, refusal: str) -> Comparison | str:
+    """The laws on these rows, without a bootstrap, which only the chosen one then gets; or why none can be fitted: `refusal`, unless empty."""
     if refusal:
         return refusal
     try:
@@ -183,10 +196,11 @@ def _candidates(name: str, relation, laws: tuple[str, ...], holdout: str | None,
         return str(error)
 
 
-def _with_bootstrap(candidates: Comparison, relation, holdout: str | None, bootstrap: int, progress) -> Comparison:
+def _with_bootstrap(candidates: Comparison, relation, laws: Sequence[str | Law], holdout: str | None, bootstrap: int, progress) -> Comparison:
     """The comparison with the chosen fit made again, with its resamples."""
     if not bootstrap:
         return candidates
     best = candidates.best
-    final = fit(relation, best.label, columns=OWN_COLUMNS, holdout=holdout, bootstrap=bootstrap, progress=progress)
+    chosen = next((law for law in laws if getattr(law, "name", law) == best.label), best.label)
+    final = fit(relation, chosen, columns=OWN_COLUMNS, holdout=holdout, bootstrap=bootstrap, progress=progress)
     return Comparison(tuple(final if fitted is best else fitted for fitted in candidates.fits), candidates.refused)

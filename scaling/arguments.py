@@ -146,6 +146,7 @@ def _report(p: Parser) -> None:
     p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...",
                    help="SQL expression of each column of a run table that has another name here; N, D stand for n_params, tokens")
     p.add_argument("--where", metavar="SQL", help="rows to use")
+    p.add_argument("--laws", type=names, metavar="A,B,...", help="laws, or formulas, to choose that of all runs from (default: the variants of kumar)")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
     _tuned(p)
@@ -180,11 +181,6 @@ _BUILDERS = {
               "search, accuracies with their intervals.", _stats),
     "report": ("Writes one self-contained HTML page about a folder or a table of runs.\nExit code 1 when no candidate of a law converged.", _report),
 }
-
-
-def names(text: str) -> list[str]:
-    """'alpha, beta' -> ["alpha", "beta"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def assignments(text: str) -> dict[str, str]:

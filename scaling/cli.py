@@ -216,7 +216,7 @@ def _report(arguments) -> int:
     from scaling.report import report as write_report
 
     check_target(arguments.out, (".html", ".htm"), arguments.table)
-    analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where)
+    analysis = _analyse(arguments.table, arguments.bootstrap, columns=arguments.columns, where=arguments.where, laws=arguments.laws)
     return _tell(analysis, [write_report(arguments.table, arguments.out, analysis, arguments.refresh, arguments.tuned)])
 
 

@@ -96,7 +96,7 @@ def _natural(fit: Fit, name: str) -> object:
 
 def _narrowest(fit: Fit) -> dict[str, float]:
     """Every operand that the fit knows of at its narrowest width fitted; nothing for operands that are no widths."""
-    return {name: fit.ranges[name][0] for name in fit.at_width(1.0) if name.endswith("_bits")}
+    return {name: fit.ranges[name][0] for name in fit.at_width(1.0)}
 
 
 def _one_by_one(columns: Mapping[str, object]) -> list[dict[str, object]]:

@@ -37,7 +37,7 @@ def run_next(fit: Fit, arguments, console: Console) -> int:
 def candidates_of(fit: Fit, texts: Sequence[str]) -> list[dict[str, float | str]]:
     """["N=1e6,2e6", "bits=4,8"] as all combinations; bits: every width that the fit has constants for. ValueError for an axis that is none."""
     law, axes = fit.law, {}
-    widths = tuple(name for name in fit.at_width(1.0) if name.endswith("bits"))
+    widths = tuple(fit.at_width(1.0))
     names = {factor.input for factor in law.factors} | {operand.input for operand in law.operands if operand.from_name}
     known = (*law.inputs, *(("bits",) if widths else ()))
     for text in texts:

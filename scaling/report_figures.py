@@ -53,9 +53,7 @@ def predictions(analysis: Analysis) -> dict[str, float]:
     fit, runs = analysis.fit_precision or analysis.fit_chinchilla, analysis.covered()
     if fit is None or fit.metrics["condition_number"] > MAX_CONDITION:
         return {}
-    inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}
-    inputs |= {name: np.array([run.widths[name] for run in runs]) for name in fit.law.inputs if name not in inputs}
-    losses = fit.law.predict(fit.params, **inputs)
+    losses = fit.law.predict(fit.params, **analysis.inputs(fit, runs))
     return {run.run_id: float(loss) for run, loss in zip(runs, losses, strict=True) if np.isfinite(loss)}
 
 

@@ -55,10 +55,8 @@ def held_out_table(fit: Fit, analysis: Analysis) -> list[str]:
     runs.sort(key=lambda run: (run.tokens, run.bits, run.precision, run.seed))
     if fit.metrics["condition_number"] > MAX_CONDITION:
         return [page.paragraph(f"Not stated: the design does not identify the law (condition number {fit.metrics['condition_number']:.1e}).")]
-    inputs = {"N": np.array([run.n_params for run in runs]), "D": np.array([run.tokens for run in runs])}
-    inputs |= {name: np.array([run.widths[name] for run in runs]) for name in fit.law.inputs if name not in inputs}
     losses = np.array([run.loss for run in runs])
-    predicted = fit.predict(**inputs, extrapolate=True)
+    predicted = fit.predict(**analysis.inputs(fit, runs), extrapolate=True)
     rows, classes = [], []
     for i, run in enumerate(runs):
         inside = predicted.low[i] <= losses[i] <= predicted.high[i]

@@ -201,13 +201,14 @@ class Fit:
         return arrays
 
     def at_width(self, bits: float) -> dict[str, float]:
-        """Inputs that put every operand the fit knows of at `bits`: {"weights_bits": 4.0, ...}."""
-        return {operand.input: bits for operand in self.law.operands if operand.parameters[0] in self.params}
+        """Inputs that put every operand whose width the fit knows of at `bits`: {"weights_bits": 4.0, ...}; empty for a law of other things."""
+        return {operand.input: bits for operand in self.law.operands if operand.parameters[0] in self.params and operand.input.endswith("_bits")}
 
     @property
     def one_knob(self) -> bool:
         """Whether all operands that the fit knows of share one width and its constants, so that the loss is a curve over bits."""
-        first = [operand.parameters[0] for operand in self.law.operands if operand.parameters[0] in self.params]
+        widths = self.at_width(1.0)
+        first = [operand.parameters[0] for operand in self.law.operands if operand.input in widths]
         return len({self.ties.get(name, name) for name in first}) == 1
 
     def save(self, path: str | os.PathLike) -> Path:

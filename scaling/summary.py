@@ -4,9 +4,10 @@ Each carries its interval, and none states a number that the design does not ide
 """
 from __future__ import annotations
 
+import inspect
 import math
 
-from scaling.result import Fit
+from scaling.result import Estimate, Fit
 from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
 from scaling.table import Source
 from scaling.table import table as as_table
@@ -37,7 +38,7 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     by_law, by_pairs = [], []
     for name, gap in everywhere.items():
         widths = _law_widths(fit, [run for run in runs if run.precision == name]) if fit else None
-        estimate = fit.estimate("loss_gap", N=n_params, **widths) if widths else None
+        estimate = _estimate(fit, "loss_gap", N=n_params, **widths) if widths else None
         if estimate is not None and estimate.identified:
             form = _form(estimate.low, estimate.high)
             also = f"; measured {measured[name].mean:{form}}" if name in measured else ""
@@ -48,16 +49,26 @@ def cost_sentence(fit: Fit | None, runs: list[Run], n_params: float) -> str:
     if by_law:
         told.append(f"{_some(by_law)} (at {n_params:,.0f} parameters, by the fitted law with its {fit.level:.0%} interval)")
     if by_pairs:
-        told.append(f"{_some(by_pairs)} (mean over matched runs with its 95% interval; the design identifies no law for it)")
+        told.append(f"{_some(by_pairs)} (mean over matched runs with its 95% interval; no law tells it here)")
     if not told:
         return f"What low precision costs: cannot be told, since no quantized run has a {reference} run of its size, tokens, seed and settings."
     return f"What low precision costs: in nats per token over {reference}, {' and '.join(told)}."
+
+
+def _estimate(fit: Fit | None, name: str, **columns) -> Estimate | None:
+    """A number that follows from a law of widths; None for a law that has none, or that asks for more than these columns."""
+    if fit is None or name not in fit.law.functionals or not fit.at_width(1.0):
+        return None
+    needed = list(inspect.signature(fit.law.functionals[name]).parameters.values())[1:]
+    return None if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in columns for p in needed) else fit.estimate(name, **columns)
 
 
 def _law_widths(fit: Fit, runs: list[Run]) -> dict[str, float] | None:
     """The widths of one precision as the law takes them, or None where it has no one answer: its runs differ in them, or their narrowest
     operand is one that the law does not see (output gradients)."""
     inputs = list(fit.at_width(1.0))
+    if not inputs:
+        return None
     found = {tuple(run.widths[name] for name in inputs) for run in runs}
     if len(found) != 1 or min(widths := found.pop()) != runs[0].bits:
         return None
@@ -71,7 +82,7 @@ def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Nois
     trained = sorted({run.bits for run in runs if run.quantized})
     if not trained or reference_precision(runs) is None:
         return "Which bits suffice: cannot be told, since there are no runs both with and without quantization."
-    estimate = fit.estimate("bits_for_gap", N=n_params, gap=limit) if fit else None
+    estimate = _estimate(fit, "bits_for_gap", N=n_params, gap=limit)
     if estimate is not None and estimate.value < trained[0]:
         narrowest = fit.estimate("loss_gap", N=n_params, **fit.at_width(trained[0]))
         if narrowest.identified and narrowest.high <= limit:
@@ -79,7 +90,7 @@ def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Nois
                     f"({narrowest.low:+.4f} to {narrowest.high:+.4f}), within {within}.")
     if estimate is None or not estimate.identified:
         products = {run.precision for run in runs if min(run.widths["weights_bits"], run.widths["activations_bits"]) < UNQUANTIZED_BITS}
-        return _measured_bits([gap for gap in paired_gaps(runs) if gap.precision in products], limit, within, estimate.reason if estimate else "no precision law was fitted")
+        return _measured_bits([gap for gap in paired_gaps(runs) if gap.precision in products], limit, within, estimate.reason if estimate else f"{fit.label} tells no width" if fit else "no precision law was fitted")
     enough = math.ceil(estimate.high - 1e-9)
     beyond = f", wider than the {trained[-1]:g} bits trained, so an extrapolation" if enough > trained[-1] else ""
     return (f"Which bits suffice: {enough} bits{beyond}; at {n_params:,.0f} parameters the gap falls within {within} at "

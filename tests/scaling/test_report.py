@@ -10,6 +10,7 @@ import pytest
 
 import scaling
 from scaling import report_figures
+from scaling.cli import run
 from scaling.statistics import Run, columns_of
 from tests.scaling import fake_runs
 
@@ -201,3 +202,15 @@ def test_what_each_role_loses_is_drawn_with_attention(tmp_path):
     steps, places, exponent, underflow = report_figures._grids(columns_of(scaling.telemetry(folder)), report_figures.ATTENTION_ROLES)
     assert (steps, places, list(exponent)) == ([1, 9], ["0 attention", "1 attention"], ["kv", "scores", "probabilities"])
     np.testing.assert_array_equal(exponent["scores"], [[-3.0, -3.0], [-4.0, -4.0]])
+
+
+def test_a_report_of_laws_of_ones_own(tmp_path, capsys):
+    """A formula is chosen, its held-out runs are told, and the sentences fall back on measured gaps, which need no law."""
+    folder = fake_runs.write_runs(tmp_path / "demo")
+    own = "E + A/N^alpha + B/D^alpha + C*exp(-weights_bits/g); g=0.2:10"
+    assert run("report", [str(folder), "--laws", f"mse_efficiency,{own}", "--out", str(tmp_path / "r.html"), "--bootstrap", "0"]) == 0
+    told, page = capsys.readouterr().out, (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "mse_efficiency" in told and "E + A/N^alpha" in told and "pairs) (mean over matched runs with its 95% interval; no law tells it here)" in told
+    assert "Held-out predictions" in page and "Fit against data" in page
+    assert run("report", [str(folder), "--laws", "kumrr", "--out", str(tmp_path / "x.html")]) == 2
+    assert "kumrr" in capsys.readouterr().err

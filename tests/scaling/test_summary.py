@@ -38,7 +38,7 @@ def test_seed_noise_is_the_tolerance_where_it_is_known():
 @pytest.mark.parametrize(("design", "cost", "bits", "far"), [
     ({"bits": {"int4": 4.0}}, "cannot be told", "cannot be told", "the 3 runs at 24,576 parameters"),
     ({"bits": {"float32": 32.0}}, "cannot be told", "cannot be told", "the 3 runs at 24,576 parameters"),
-    ({"sizes": {"2k": 2_304}}, "the design identifies no law for it", "no precision law was fitted", "no law could be fitted"),
+    ({"sizes": {"2k": 2_304}}, "no law tells it here", "no precision law was fitted", "no law could be fitted"),
     (TWO, "by the fitted law", "bits", "nothing was held out"),
 ])
 def test_poor_designs_get_no_number_they_do_not_identify(design, cost, bits, far):
