@@ -6,7 +6,8 @@ import pytest
 import scipy.stats
 
 import scaling
-from scaling.coverage import uniform_distance
+from scaling import figures
+from scaling.coverage import Coverage, uniform_distance
 from tests.scaling import fake_runs, straight
 
 
@@ -31,6 +32,15 @@ def test_scatter_that_is_not_gaussian_is_found_out():
     expected = np.max(np.abs(scipy.stats.norm.cdf(np.linspace(-3, 3, 999) / 1.77) - scipy.stats.norm.cdf(np.linspace(-3, 3, 999))))
     assert uniform_distance(made.ranks["alpha"]) == pytest.approx(expected, abs=made.band)
     assert "off by more than 3 standard errors" in " ".join(made.lines()) or made.covered["alpha"] < 1 - 0.05 + 3 * made.standard_error
+
+
+def test_the_figure_draws_the_distribution_of_the_ranks():
+    """The black line is the empirical distribution function of the TARP ranks; the band has the Kolmogorov-Smirnov distance on either side."""
+    found = Coverage(0.95, 4, {}, {"alpha": np.array([0.5, 0.1, 0.9, 0.3])}, np.array([0.2, 0.8, 0.4, 0.6]))
+    axis = figures.calibration(found).axes[0]
+    x, y = max(axis.lines, key=lambda line: line.get_linewidth()).get_data()
+    assert x.tolist() == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and y.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert len(axis.lines) == 3
 
 
 def test_distance_is_scipys():
