@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from scaling.problem import Problem
-from scaling.refits import problem_of, refit
+from scaling.refits import problem_of
 from scaling.result import Fit
+from scaling.solve import minimise
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, bootstrap, cell_index
 
@@ -48,12 +49,12 @@ def wild(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float, cou
     root_R = np.sqrt(problem.row_weights) * np.ones(residuals.size)
     orthogonal = np.linalg.svd(root_R[:, None] * jacobian, full_matrices=False)[0]
     leverage = np.minimum((orthogonal**2).sum(axis=1), 1.0 - 1e-6)
-    fitted_R, scatter_R = problem.log_loss + residuals, residuals / np.sqrt(1.0 - leverage)
+    scatter_R = residuals / np.sqrt(1.0 - leverage)
     draws = []
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         signs = rng.choice([-1.0, 1.0], size=(size, int(cells.max()) + 1))
-        z_SF, _ = refit(problem, np.repeat(z_F[None], size, axis=0), delta, fitted_R + signs[:, cells] * scatter_R)
+        z_SF, *_ = minimise(problem, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=residuals + signs[:, cells] * scatter_R)
         draws.append(problem.plain(z_SF))
         if progress:
             progress(start + size, count)
