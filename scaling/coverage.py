@@ -15,7 +15,7 @@ from scipy.special import stdtr
 from scaling.problem import Problem
 from scaling.refits import observed_of, problem_of
 from scaling.result import Fit
-from scaling.solve import minimise
+from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, spread
 
@@ -94,7 +94,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
     for start in range(0, simulations, CHUNK):
         size = min(CHUNK, simulations - start)
         losses_SR = law_R + noise(size)
-        z_SF, *_ = minimise(problem, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=losses_SR - problem.log_loss)
+        z_SF, *_ = minimise(problem, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=losses_SR - problem.log_loss, damping=WARM)
         for z, losses, new in zip(z_SF, losses_SR, noise(size), strict=True):
             again = _simulated(fit, replace(problem, log_loss=losses), z, delta)
             for name, columns in asked.items():

@@ -14,7 +14,7 @@ from scaling.objective import Pull, objective_of
 from scaling.problem import Problem
 from scaling.refits import problem_of
 from scaling.result import Estimate, Fit
-from scaling.solve import minimise
+from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import deviance_scale, spread
 
@@ -129,7 +129,7 @@ class _Curve:
         move = self.covariance @ self.slope / self.error**2
         starts = self.z + (targets_S - self.along.value(self.z[None]))[:, None] * move
         pull = Pull(self.along.value, lambda z: self.along.slopes(z, self.covariance), targets_S, STIFFNESS * self.scale / self.error**2)
-        z_SF, *_ = minimise(self.problem, starts, 1.0, self.delta, pull=pull, tolerance=TOLERANCE)
+        z_SF, *_ = minimise(self.problem, starts, 1.0, self.delta, pull=pull, tolerance=TOLERANCE, damping=WARM)
         objective_S = objective_of(self.problem, z_SF, self.delta)
         return self.along.value(z_SF), np.sqrt(2.0 * np.maximum(objective_S - self.lowest, 0.0) / self.scale)
 

@@ -9,7 +9,7 @@ import numpy as np
 from scaling.problem import Problem
 from scaling.refits import problem_of
 from scaling.result import Fit
-from scaling.solve import minimise
+from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, bootstrap, cell_index
 
@@ -54,7 +54,7 @@ def wild(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float, cou
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         signs = rng.choice([-1.0, 1.0], size=(size, int(cells.max()) + 1))
-        z_SF, *_ = minimise(problem, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=residuals + signs[:, cells] * scatter_R)
+        z_SF, *_ = minimise(problem, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=residuals + signs[:, cells] * scatter_R, damping=WARM)
         draws.append(problem.plain(z_SF))
         if progress:
             progress(start + size, count)

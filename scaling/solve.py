@@ -16,6 +16,7 @@ from scaling.problem import Problem
 from scaling.starts import POLISHED, candidates
 
 MAX_ROUNDS = 400
+COLD, WARM = 1e-2, 1e-3  # first damping: with less of it, fewer cold starts find the optimum; with more, refits take a round longer
 STALLED = 1e-13  # relative gain of a round below which a start has stalled
 SCIPY_ROUNDS = 2000
 FEW, MORE = 3, 4  # where fewer starts than FEW agree, MORE times as many are polished
@@ -134,20 +135,49 @@ def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarra
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | float, delta: float, rounds: int | None = None,
              enough: int | None = None, *, shift_SR: np.ndarray | None = None, pull: Pull | None = None,
-             tolerance: float = STALLED) -> tuple[np.ndarray, np.ndarray, int]:
+             tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
+    """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
+    -> [S, F], objective [S] with the pull, rounds used.
+
+    weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what each start adds
+    to the observed ln losses (a resample of the residuals). pull: what holds each start besides (a profile). A start leaves the batch when
+    three rounds in a row improve it by less than `tolerance` relative. damping: the first, relative to the Hessian's diagonal; WARM where starts
+    are near their optima. Steps are clipped to the bounds; a step that raises the objective is not taken. enough: all leave when the lowest one
+    has and that many agree with it.
+    """
+    low, high = problem.bounds()
+    own = problem.row_weights
+
+    def value_and_slope(z_F):
+        residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
+        if not np.isfinite(residuals).all():
+            return 1e300, np.zeros_like(z_F)
+        value = (own * huber(residuals, delta)).sum() + problem.penalty(z_F[None])[0]
+        return value / start, ((own * np.clip(residuals, -delta, delta)) @ jacobian + problem.penalty_slopes(z_F[None])[0][0]) / start
+
+    start = 1.0
+    start = max(float(value_and_slope(z_F)[0]), 1e-300)  # scaled: an objective of 1e-3 would meet the default tolerances at once
+    found = scipy.optimize.minimize(value_and_slope, z_F, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
+                                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": SCIPY_ROUNDS, "maxcor": 30})
+    return (found.x, float(found.fun) * start) if found.fun < 1.0 else (z_F, start)
+
+
+def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | float, delta: float, rounds: int | None = None,
+             enough: int | None = None, *, shift_SR: np.ndarray | None = None, pull: Pull | None = None,
+             tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
     -> [S, F], objective [S] with the pull, rounds used.
 
     weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what
     each start adds to the observed ln losses (a resample of the residuals). pull: what holds each start besides (a profile). A start leaves the
-    batch when three rounds in a row improve it by less than `tolerance` relative. Steps are clipped to the bounds; a step that raises the
+    batch when three rounds in a row improve it by less than `tolerance` relative. damping: the first, relative to the Hessian's diagonal; WARM where starts are near their optima. Steps are clipped to the bounds; a step that raises the
     objective is not taken. enough: all leave when the lowest one has and that many agree with it.
     """
     low, high = problem.bounds()
     z_SF = np.clip(starts_SF, low, high)
     posed = Objective(problem, delta, weights_SR, shift_SR, pull)
     objective = posed.at(z_SF)
-    damping, stalled = np.full(len(z_SF), 1e-2), np.zeros(len(z_SF), dtype=int)
+    damping, stalled = np.full(len(z_SF), damping), np.zeros(len(z_SF), dtype=int)
     active = np.flatnonzero(np.isfinite(objective))
     used, rounds = 0, MAX_ROUNDS if rounds is None else rounds
     while active.size and used < rounds:
@@ -194,9 +224,11 @@ def _normal_equations(posed: Objective, z_SF, low, high) -> tuple[np.ndarray, ..
     if not np.all(posed.weights):
         seen_SR = np.broadcast_to(posed.weights > 0.0, residuals_SR.shape)
         residuals_SR, jacobian_SRF = np.where(seen_SR, residuals_SR, 0.0), np.where(seen_SR[:, :, None], jacobian_SRF, 0.0)
-    size = np.maximum(np.abs(residuals_SR), 1e-300)
-    irls_SR = problem.row_weights * posed.weights * np.minimum(1.0, delta / size)
-    weighted = irls_SR[:, :, None] * jacobian_SRF
+    own_SR = problem.row_weights * posed.weights
+    if np.isfinite(delta):
+        size = np.maximum(np.abs(residuals_SR), 1e-300)
+        own_SR = own_SR * np.minimum(1.0, delta / size)
+    weighted = np.asarray(own_SR)[..., None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessians = [np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)]
     if np.isfinite(delta):
