@@ -39,18 +39,25 @@ class Pull:
 @dataclass(frozen=True)
 class Objective:
     """What each start of a batch minimises. weights: [S, R], besides the problem's own, or 1; shift: [S, R] added to the observed ln loss, for
-    starts that see other losses; pull: what holds each start besides. A row of weight 0 may be one for which the law has no value."""
+    starts that see other losses; prior_shift: [S, F] added to the means of the priors; pull: what holds each start besides. A row of weight 0 may
+    be one for which the law has no value."""
 
     problem: Problem
     delta: float
     weights: np.ndarray | float = 1.0
     shift: np.ndarray | None = None
+    prior_shift: np.ndarray | None = None
     pull: Pull | None = None
 
     def only(self, chosen: np.ndarray) -> Objective:
         """That of the starts `chosen`."""
         return replace(self, weights=self.weights[chosen] if np.ndim(self.weights) else self.weights, shift=None if self.shift is None else self.shift[chosen],
+                       prior_shift=None if self.prior_shift is None else self.prior_shift[chosen],
                        pull=None if self.pull is None else replace(self.pull, target=self.pull.target[chosen]))
+
+    def from_shift(self, z_SF: np.ndarray) -> np.ndarray:
+        """[S, F]: coordinates as the unshifted priors see them."""
+        return z_SF if self.prior_shift is None else z_SF - self.prior_shift
 
     def at(self, z_SF: np.ndarray) -> np.ndarray:
         """[S]: the value."""
@@ -60,7 +67,7 @@ class Objective:
             lost_SR = np.where(self.weights > 0.0, lost_SR, 0.0)
         total_S = (self.problem.row_weights * self.weights * lost_SR).sum(axis=1)
         if self.problem.priors:
-            total_S = total_S + self.problem.penalty(z_SF)
+            total_S = total_S + self.problem.penalty(self.from_shift(z_SF))
         return total_S if self.pull is None else total_S + self.pull.penalty(z_SF)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 
 from scaling.objective import objective_of
 from scaling.observations import Observations, observe
+from scaling.priors import posed_with
 from scaling.problem import Problem
 from scaling.result import Fit
 from scaling.table import Source
@@ -25,11 +26,13 @@ def problem_of(fit: Fit, table: Source) -> tuple[Problem, np.ndarray, float]:
     columns, loss = observed.rows(~observed.held)
     if loss.size != fit.metrics["rows"]:
         raise ValueError(f"table: {loss.size} rows to fit, but {fit.label} was fitted to {fit.metrics['rows']}; give the table of the fit")
+    if fit.metrics["priors"] and "prior_weight" not in fit.metrics:
+        raise ValueError(f"{fit.label} was fitted with priors and saved before their weight was: refits need it; fit again")
     if fit.metrics["base"]:
         raise ValueError(f"{fit.label} was fitted in two stages (base {fit.metrics['base']}): refits would fit all constants at once; fit without base")
-    if fit.metrics["priors"]:
-        raise ValueError(f"{fit.label} was fitted with priors on {', '.join(fit.metrics['priors'])}: refits would need them too; fit without")
     problem = Problem(fit.law, fit.law.complete(columns), np.log(loss), fit.free, fit.ties, fit.fixed, observed.fitted_weights)
+    if fit.metrics["priors"]:
+        problem = posed_with(problem, fit.metrics["priors"], fit.metrics["prior_weight"])
     delta = float("inf") if fit.metrics["loss"] == "least_squares" else float(fit.metrics["delta"])
     z_F = problem.centred(np.asarray(fit.coordinates)[None])[0]
     objective = float(objective_of(problem, z_F[None], delta)[0])

@@ -134,13 +134,13 @@ def by_scipy(problem: Problem, z_F: np.ndarray, delta: float) -> tuple[np.ndarra
 
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | float, delta: float, rounds: int | None = None,
-             enough: int | None = None, *, shift_SR: np.ndarray | None = None, pull: Pull | None = None,
-             tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
+             enough: int | None = None, *, shift_SR: np.ndarray | None = None, prior_shift_SF: np.ndarray | None = None,
+             pull: Pull | None = None, tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
     -> [S, F], objective [S] with the pull, rounds used.
 
     weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what each start adds
-    to the observed ln losses (a resample of the residuals). pull: what holds each start besides (a profile). A start leaves the batch when
+    to the observed ln losses (a resample of the residuals), prior_shift_SF to the means of the priors. pull: what holds each start besides (a profile). A start leaves the batch when
     three rounds in a row improve it by less than `tolerance` relative. damping: the first, relative to the Hessian's diagonal; WARM where starts
     are near their optima. Steps are clipped to the bounds; a step that raises the objective is not taken. enough: all leave when the lowest one
     has and that many agree with it.
@@ -163,8 +163,8 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | f
 
 
 def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | float, delta: float, rounds: int | None = None,
-             enough: int | None = None, *, shift_SR: np.ndarray | None = None, pull: Pull | None = None,
-             tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
+             enough: int | None = None, *, shift_SR: np.ndarray | None = None, prior_shift_SF: np.ndarray | None = None,
+             pull: Pull | None = None, tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
     """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
     -> [S, F], objective [S] with the pull, rounds used.
 
@@ -175,7 +175,7 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | f
     """
     low, high = problem.bounds()
     z_SF = np.clip(starts_SF, low, high)
-    posed = Objective(problem, delta, weights_SR, shift_SR, pull)
+    posed = Objective(problem, delta, weights_SR, shift_SR, prior_shift_SF, pull)
     objective = posed.at(z_SF)
     damping, stalled = np.full(len(z_SF), damping), np.zeros(len(z_SF), dtype=int)
     active = np.flatnonzero(np.isfinite(objective))
@@ -235,7 +235,7 @@ def _normal_equations(posed: Objective, z_SF, low, high) -> tuple[np.ndarray, ..
         own = np.where((size <= delta)[:, :, None], weighted, SOFT * weighted)
         hessians.append(np.matmul(own.transpose(0, 2, 1), jacobian_SRF))
     if problem.priors:
-        first, second = problem.penalty_slopes(z_SF)
+        first, second = problem.penalty_slopes(posed.from_shift(z_SF))
         gradient, hessians = gradient + first, [hessian + np.diag(second) for hessian in hessians]
     if posed.pull is not None:
         first, second = posed.pull.derivatives(z_SF)
