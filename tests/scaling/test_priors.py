@@ -65,8 +65,9 @@ def test_the_profile_is_that_of_ridge_regression(tmp_path):
 
 
 def test_wild_draws_are_those_of_ridge_regression():
-    """About the optimum with covariance (X'X + P)^-1 (X' diag(e^2/(1 - h)) X + P SD^2 P) (X'X + P)^-1: HC2 with the prior as one more row."""
-    table = straight.runs()
+    """About the optimum with covariance (X'X + P)^-1 (X' diag(e^2/(1 - h)) X + P SD^2 P) (X'X + P)^-1: HC2 with the prior as one more row,
+    which takes leverage from the ends of these six."""
+    table = straight.runs(rows=6)
     by_hand = ridge(table)
     draws = scaling.resample(fitted(table), table, COUNT, "wild", seed=2).draws
     leverage = np.einsum("ri,ij,rj->r", by_hand.x, by_hand.bread, by_hand.x)
