@@ -51,7 +51,8 @@ class Objective:
 
     def only(self, chosen: np.ndarray) -> Objective:
         """That of the starts `chosen`."""
-        return replace(self, weights=self.weights[chosen] if np.ndim(self.weights) else self.weights, shift=None if self.shift is None else self.shift[chosen],
+        return replace(self, weights=self.weights[chosen] if np.ndim(self.weights) else self.weights,
+                       shift=None if self.shift is None else self.shift[chosen],
                        prior_shift=None if self.prior_shift is None else self.prior_shift[chosen],
                        pull=None if self.pull is None else replace(self.pull, target=self.pull.target[chosen]))
 

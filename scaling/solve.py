@@ -139,38 +139,10 @@ def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | f
     """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
     -> [S, F], objective [S] with the pull, rounds used.
 
-    weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what each start adds
-    to the observed ln losses (a resample of the residuals), prior_shift_SF to the means of the priors. pull: what holds each start besides (a profile). A start leaves the batch when
-    three rounds in a row improve it by less than `tolerance` relative. damping: the first, relative to the Hessian's diagonal; WARM where starts
-    are near their optima. Steps are clipped to the bounds; a step that raises the objective is not taken. enough: all leave when the lowest one
-    has and that many agree with it.
-    """
-    low, high = problem.bounds()
-    own = problem.row_weights
-
-    def value_and_slope(z_F):
-        residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
-        if not np.isfinite(residuals).all():
-            return 1e300, np.zeros_like(z_F)
-        value = (own * huber(residuals, delta)).sum() + problem.penalty(z_F[None])[0]
-        return value / start, ((own * np.clip(residuals, -delta, delta)) @ jacobian + problem.penalty_slopes(z_F[None])[0][0]) / start
-
-    start = 1.0
-    start = max(float(value_and_slope(z_F)[0]), 1e-300)  # scaled: an objective of 1e-3 would meet the default tolerances at once
-    found = scipy.optimize.minimize(value_and_slope, z_F, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
-                                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": SCIPY_ROUNDS, "maxcor": 30})
-    return (found.x, float(found.fun) * start) if found.fun < 1.0 else (z_F, start)
-
-
-def minimise(problem: Problem, starts_SF: np.ndarray, weights_SR: np.ndarray | float, delta: float, rounds: int | None = None,
-             enough: int | None = None, *, shift_SR: np.ndarray | None = None, prior_shift_SF: np.ndarray | None = None,
-             pull: Pull | None = None, tolerance: float = STALLED, damping: float = COLD) -> tuple[np.ndarray, np.ndarray, int]:
-    """Levenberg-Marquardt with two Hessians (see `_normal_equations`), all starts at once; of the two steps the lower one counts.
-    -> [S, F], objective [S] with the pull, rounds used.
-
-    weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what
-    each start adds to the observed ln losses (a resample of the residuals). pull: what holds each start besides (a profile). A start leaves the
-    batch when three rounds in a row improve it by less than `tolerance` relative. damping: the first, relative to the Hessian's diagonal; WARM where starts are near their optima. Steps are clipped to the bounds; a step that raises the
+    weights_SR: row weights besides the problem's own, [S, R] or one number (a bootstrap resample is a row of counts). shift_SR: what each start
+    adds to the observed ln losses (a resample of the residuals); prior_shift_SF: to the means of the priors. pull: what holds each start
+    besides (a profile). A start leaves the batch when three rounds in a row improve it by less than `tolerance` relative. damping: the first,
+    relative to the Hessian's diagonal; WARM where starts are near their optima. Steps are clipped to the bounds; a step that raises the
     objective is not taken. enough: all leave when the lowest one has and that many agree with it.
     """
     low, high = problem.bounds()
@@ -224,11 +196,11 @@ def _normal_equations(posed: Objective, z_SF, low, high) -> tuple[np.ndarray, ..
     if not np.all(posed.weights):
         seen_SR = np.broadcast_to(posed.weights > 0.0, residuals_SR.shape)
         residuals_SR, jacobian_SRF = np.where(seen_SR, residuals_SR, 0.0), np.where(seen_SR[:, :, None], jacobian_SRF, 0.0)
-    own_SR = problem.row_weights * posed.weights
+    irls_SR = problem.row_weights * posed.weights
     if np.isfinite(delta):
         size = np.maximum(np.abs(residuals_SR), 1e-300)
-        own_SR = own_SR * np.minimum(1.0, delta / size)
-    weighted = np.asarray(own_SR)[..., None] * jacobian_SRF
+        irls_SR = irls_SR * np.minimum(1.0, delta / size)
+    weighted = np.asarray(irls_SR)[..., None] * jacobian_SRF
     gradient = np.einsum("srf,sr->sf", weighted, residuals_SR)
     hessians = [np.matmul(weighted.transpose(0, 2, 1), jacobian_SRF)]
     if np.isfinite(delta):
