@@ -39,9 +39,11 @@ class Check:
 
 
 def scipy_check(fit: Fit, table: Source, seed: int = 0) -> Check:
-    """Minimises the objective of `fit` on its table again. ValueError for another table, and for a Huber loss of weighted rows, which
-    SciPy does not have."""
+    """Minimises the objective of `fit` on its table again. ValueError for another table, and for what SciPy does not have beside a Huber loss: weights
+    of rows, and priors, whose loss is another than the rows'."""
     problem, _, delta = problem_of(fit, table)
+    if problem.priors:
+        raise ValueError(f"{fit.label} has priors on {', '.join(problem.priors)}, which are no rows of scipy's least_squares; check a fit without")
     observed = observed_of(fit, table)
     columns, _ = observed.rows(~observed.held)
     if problem.weights is not None and np.isfinite(delta):
