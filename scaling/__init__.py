@@ -40,10 +40,11 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Choice", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
-           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "derived", "design_checks", "fit", "laws", "leave_out", "load",
-           "next_runs", "paired", "pass_at", "plan", "profile", "proportion", "report", "resample", "seed_variance", "summary", "table",
-           "telemetry", "variance_parts", "worst_of", "write_table"]
+__all__ = ["Analysis", "Choice", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile",
+           "Thresholdout", "analyse", "best_of", "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves",
+           "derived", "design_checks", "fit", "laws", "leave_out", "load", "next_runs", "paired", "pass_at", "plan", "profile",
+           "proportion", "report", "resample", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of",
+           "write_table"]
 
 
 def __getattr__(name: str):

@@ -61,8 +61,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one fit says. low, high: the interval, which covers at `level` also when it is the first narrow one. half_width: (high - low)/2; limit: below which it is narrow, both in the
-    quantity's unit. reason: why the fit does not tell the quantity, empty when it does. law: label of the fit; runs: its rows."""
+    """What one fit says. low, high: the interval, which covers at `level` also when it is the first narrow one. half_width: (high
+    - low)/2; limit: below which it is narrow, both in the quantity's unit. reason: why the fit does not tell the quantity, empty
+    when it does. law: label of the fit; runs: its rows."""
 
     value: float
     low: float
@@ -128,8 +129,8 @@ def unit(question: Question, law: Law) -> str:
 
 
 def verdict(fit: Fit, question: Question) -> Verdict:
-    """What the fit answers, with the interval of a search that may stop here (PRICE). The interval of "loss" is that of the law's value with the law's discrepancy where `at` is out of range; it is
-    refused (ValueError) more than 30 times out of it."""
+    """What the fit answers, with the interval of a search that may stop here (PRICE). The interval of "loss" is that of the law's
+    value with the law's discrepancy where `at` is out of range; it is refused (ValueError) more than 30 times out of it."""
     promised, fit = fit.level, replace(fit, level=1.0 - PRICE * (1.0 - fit.level))
     if question.quantity == "loss":
         predicted = fit.predict(**question.at)
@@ -140,7 +141,8 @@ def verdict(fit: Fit, question: Question) -> Verdict:
     else:
         estimate = fit.estimate(question.quantity, **question.at)
         value, low, high, reason = estimate.value, estimate.low, estimate.high, estimate.reason
-    held = "" if question.quantity == "loss" else fit.on_bound(fit.quantity(question.quantity, question.at)[0])  # a loss within the data is the other constants' too
+    # a loss within the data is the other constants' too
+    held = "" if question.quantity == "loss" else fit.on_bound(fit.quantity(question.quantity, question.at)[0])
     if held:
         reason = reason or f"not identified by this design ({question.quantity} follows from {held}, which ended on its bound)"
     if not all(map(math.isfinite, (value, low, high))):

@@ -102,7 +102,8 @@ def _fit(arguments) -> int:
     if follows:
         _console().print(_following(follows, fitted.level))
     remarks, items = check_table(arguments.table, fitted), checklist(fitted, arguments.table)
-    for line in (*_lacking(lacking), *_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
+    for line in (*_lacking(lacking), *_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks),
+                 *(as_text(items) if arguments.checklist else ())):
         print(line)
     if arguments.out:
         told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items), "derived": [one.as_json() for one in follows]}
@@ -312,7 +313,8 @@ def _facts(fitted: Fit) -> list[str]:
     lines = [fitted.law.about,
              f"objective {m['objective']:.10g} ({rule} of ln loss), gradient {m['gradient_norm']:.1e}, {m['starts_agree']} of "
              f"{m['starts']} starts agree",
-             f"condition number {m['condition_number']:.2e}, {m['rows']} rows fitted{dropped}, residual sd {m['residual_sd']:.3%}, BIC {m['bic']:.1f}"]
+             f"condition number {m['condition_number']:.2e}, {m['rows']} rows fitted{dropped}, residual sd {m['residual_sd']:.3%}, BIC "
+             f"{m['bic']:.1f}"]
     score = m["held_out"]
     if score:
         covered = "not predicted: not identified" if score["covered"] is None else f"{score['covered']:.0%} in their intervals"

@@ -44,7 +44,8 @@ class Comparison:
         simplest: dict[str, Fit] = {}
         for fitted in sorted(converged, key=lambda fitted: len(fitted.free)):
             simplest.setdefault(fitted.law.name, fitted)
-        return [fitted for fitted in converged if all(_determined(fitted, name) for name in fitted.free if name not in simplest[fitted.law.name].free)]
+        return [fitted for fitted in converged if all(_determined(fitted, name) for name in fitted.free
+                                                      if name not in simplest[fitted.law.name].free)]
 
     def reason(self) -> str:
         """One sentence: what was chosen among what, and whether the held-out error agrees."""

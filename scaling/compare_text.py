@@ -78,7 +78,8 @@ def _refuse_guard(guard: Thresholdout, path: Path, mark: str, given: dict) -> No
         raise ValueError(f"guard {path}: belongs to other held-out rows; a new held-out set needs a new file")
     for name, value in given.items():
         if getattr(guard, name) != value:
-            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows are in use")
+            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows "
+                             "are in use")
 
 
 def check_guard(arguments) -> None:

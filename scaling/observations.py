@@ -165,7 +165,8 @@ def _names(values, name: str, expression: str, law: Law) -> np.ndarray:
 
 def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool, zero_allowed: bool = False) -> None:
     """ValueError when any value is missing, NaN, infinite (unless allowed), zero or negative: laws take logarithms."""
-    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)), ("zero", (values == 0) & (not zero_allowed)),
+    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)),
+             ("zero", (values == 0) & (not zero_allowed)),
              ("negative", values < 0))
     for kind, bad in kinds:
         if bad.any():

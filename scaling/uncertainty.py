@@ -34,8 +34,8 @@ class Spread:
 def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     """Linearised covariance at the optimum.
 
-    s^2 (J'WJ)^-1 with W the weights and s^2 the weighted residual variance, that of a row of weight 1, times the price of the Huber loss under Gaussian residuals,
-    E[psi^2] / (s E[psi'])^2: pi/2 for small delta, 1 for least squares (Huber 1964).
+    s^2 (J'WJ)^-1 with W the weights and s^2 the weighted residual variance, that of a row of weight 1, times the price of the
+    Huber loss under Gaussian residuals, E[psi^2] / (s E[psi'])^2: pi/2 for small delta, 1 for least squares (Huber 1964).
     """
     low, high = problem.bounds()
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))

@@ -96,7 +96,8 @@ def parabolas(N: np.ndarray, D: np.ndarray, loss: np.ndarray, budgets: Sequence[
     groups = [(centre, inside) for centre, inside in groups if np.unique(N[inside]).size >= MIN_SIZES]
     if not groups:
         raise ValueError(f"isoflop: no budget (6 N D within {SAME:.0%}) has {MIN_SIZES} sizes or more; "
-                         + ("an isoFLOP sweep trains several sizes at each" if budgets is None else f"given: {', '.join(f'{b:g}' for b in budgets)} FLOP"))
+                         + ("an isoFLOP sweep trains several sizes at each" if budgets is None
+                            else f"given: {', '.join(f'{b:g}' for b in budgets)} FLOP"))
     if budgets is None:
         groups = sorted(sorted(groups, key=lambda group: -group[1].sum())[:MOST], key=lambda group: group[0])
     return [_parabola(N[inside], loss[inside], float(np.exp(logs[inside].mean()))) for _, inside in groups]

@@ -81,7 +81,8 @@ def _widths(fit: Fit, rows: Rows, vary: Sequence[str] | None) -> tuple[np.ndarra
 def _budget(rows: Rows, width: np.ndarray, mine: np.ndarray) -> float:
     """Where most pairs of size and width were trained, the largest of these."""
     budgets = np.unique(rows.D[mine])
-    return float(max(budgets, key=lambda D: (len({(n, w) for n, w in zip(rows.N[mine & (rows.D == D)], width[mine & (rows.D == D)], strict=True)}), D)))
+    at = {D: mine & (rows.D == D) for D in budgets}
+    return float(max(budgets, key=lambda D: (len(set(zip(rows.N[at[D]], width[at[D]], strict=True))), D)))
 
 
 def _some(values: np.ndarray) -> str:

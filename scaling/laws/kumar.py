@@ -127,7 +127,8 @@ kumar = Law(
     inputs=("N", "D", *OPERANDS),
     parameters=(
         amplitude("A"), amplitude("B"), amplitude("E", "nats/token"), exponent("alpha"), exponent("beta"),
-        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits", start=(0.3, 6.0)), offset(shift, 0.0, 8.0, start=(0.0, 2.5))))),
+        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits", start=(0.3, 6.0)),
+                                                                  offset(shift, 0.0, 8.0, start=(0.0, 2.5))))),
     log_terms=log_terms,
     operands=tuple(Operand(name, parameters, FULL_BITS) for name, parameters in OPERANDS.items()),
     published={"kumar": {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745, "n_w": 0.3037,
