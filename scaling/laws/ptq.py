@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from scaling.laws import chinchilla
-from scaling.laws.kumar import FULL_BITS, OPERANDS, kumar, log_efficiency
+from scaling.laws.kumar import FULL_BITS, OPERANDS, bits_of, kumar, log_efficiency
 from scaling.laws.law import Law, namespace
 from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
 
@@ -65,6 +65,22 @@ def critical_tokens(p, N, ptq_bits):
     return np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
 
 
+def unified_critical_tokens(p, N, ptq_bits, **bits):
+    """D_crit of a model trained in `bits` (weights_bits, activations_bits, kv_bits; absent: unquantized): tokens beyond which more data
+    raises the loss after quantization to `ptq_bits`. Kumar et al. print it for unquantized training alone (Eq. 13); this is the same
+    minimum over D, with N_eff for N and C_T times the robustness. inf where quantization costs nothing, NaN where training diverges.
+    ValueError for a width whose C_x the constants lack: the published ones were never printed.
+    """
+    x = bits_of(bits) | {"N": np.float64(N), "D": np.float64(1.0), "ptq_bits": np.float64(ptq_bits)}
+    lacking = next((name for name in bits if ROBUSTNESS[name] not in p and (x[name] < FULL_BITS).any()), None)
+    if lacking:
+        raise ValueError(f"critical_tokens needs {ROBUSTNESS[lacking]} for {lacking} below {FULL_BITS:g}; these constants have {', '.join(p)}")
+    log_gap = np.log(p["C_T"]) + unified_log_terms(p, x)[3]  # at one token
+    with np.errstate(over="ignore"):
+        tokens = np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
+    return np.where(np.isneginf(log_efficiency(p, x)), np.nan, tokens)[()]
+
+
 def power_gap(p, N, D, ptq_bits):
     """delta of Ouyang et al. Nats per token."""
     return p["k"] * D ** p["gamma_D"] / (N ** p["gamma_N"] * ptq_bits ** p["gamma_P"])
@@ -107,7 +123,7 @@ kumar_unified = Law(
     sources={"kumar": "Table 2. The three C_x were fitted but never printed, so only unquantized training can be predicted with a gap; the sign "
                       "of the post-training offset is not printed and it is left out"},
     validity={"kumar": _TRAINED | {name: (3.0, 12.0) for name in OPERANDS}},
-    functionals=kumar.functionals | {"ptq_gap": loss_gap},
+    functionals=kumar.functionals | {"ptq_gap": loss_gap, "critical_tokens": unified_critical_tokens},
     answers=kumar.answers,
     variants={"tied": {"ties": {"beta": "alpha"}}, "plain": {"fixed": {"n_w": 0.0, "n_a": 0.0, "n_kv": 0.0}}},
 )
