@@ -27,8 +27,8 @@ ROUND_SHARE = 0.25  # of what is left of the budget that a round may take
 FIRST_SHARE = 0.5  # of the budget that the first design may take
 PRICE = 0.4  # of the tail of a single look that an interval leaves out when the first narrow one ends the search
 SPARE = 2  # runs of the first design beyond the constants of the law
-UNITS = {"loss": "nats per token", "loss_gap": "nats per token", "irreducible_loss": "nats per token", "optimal_params": "parameters",
-         "optimal_tokens_per_param": "tokens per parameter", "critical_tokens": "tokens"}
+LOSSES = ("loss", "loss_gap", "irreducible_loss")  # in the law's own unit
+UNITS = {"optimal_params": "parameters", "optimal_tokens_per_param": "tokens per parameter", "critical_tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def unit(question: Question, law: Law) -> str:
     answered = law.answers.get(question.quantity, "")
     if answered.endswith("_bits") or question.quantity.endswith("_bits"):
         return "bits"
+    if question.quantity in LOSSES:
+        return law.unit
     return law.parameter(question.quantity).unit if question.quantity in law.names else UNITS.get(question.quantity, "")
 
 

@@ -73,7 +73,7 @@ def as_html(items: Iterable[Item]) -> str:
 
 def _form(fitted: Fit) -> dict[str, str | None]:
     law, m = fitted.law, fitted.metrics
-    units = {"N": "parameters", "D": "tokens", "loss": "nats per token"}
+    units = {"N": "parameters", "D": "tokens", "loss": law.unit}
     used = [f"{name} = {sql}" + (f" ({units[name]})" if name in units else "") for name, sql in m["columns"].items()]
     held = [f"{name} = {value:g}" for name, value in fitted.fixed.items()] + [f"{name} = {source}" for name, source in fitted.ties.items()]
     return {"law": f"{law.about} ({law.cite})", "variables and where they come from": ", ".join(used),
@@ -102,7 +102,7 @@ def _measurement(fitted: Fit, records: dict[str, list]) -> dict[str, str | None]
     errors = [e for e in records.get("loss_std_err", []) if e is not None and math.isfinite(e)]
     return {"final or intermediate checkpoints": checkpoints, "evaluation set": _values(records, "data_sha256") and (
                 f"validation part of {_values(records, 'data')} (sha256 {_values(records, 'data_sha256')})"),
-            "standard error of the evaluation": f"median {np.median(errors):.2g} nats per token" if errors else None,
+            "standard error of the evaluation": f"median {np.median(errors):.2g} {fitted.law.unit}" if errors else None,
             "seeds": _values(records, "seed"),
             "exclusions": ", ".join(f"{count} rows ({reason})" for reason, count in dropped.items()) or "no row was dropped",
             "row filter": fitted.metrics["where"] or "none"}

@@ -122,7 +122,7 @@ def _compare(arguments) -> int:
     comparison, guard_lines = with_guard(comparison, arguments) if arguments.guard else (comparison, [])
     _console().print(_side_by_side(comparison))
     if comparison.left_out:
-        _console().print(left_out_table(comparison.left_out))
+        _console().print(left_out_table(comparison.left_out, comparison.unit))
     for line in (*reasons(comparison.left_out), *guard_lines):
         print(line)
     for name, why in comparison.refused.items():
@@ -167,7 +167,7 @@ def _predict(arguments) -> int:
     if not predicted.loss < float("inf"):
         print(f"bitlaw: {fitted.label} says that training diverges at {' '.join(arguments.inputs)}: it has no loss there", file=sys.stderr)
         return 1
-    print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
+    print(f"loss {predicted.loss:.6g} {fitted.law.unit}, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
@@ -318,7 +318,7 @@ def _facts(fitted: Fit) -> list[str]:
     score = m["held_out"]
     if score:
         covered = "not predicted: not identified" if score["covered"] is None else f"{score['covered']:.0%} in their intervals"
-        lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} nats/token), mean "
+        lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} {fitted.law.unit}), mean "
                      f"{score['bias']:+.3%}, {covered}")
     return lines + told(m) + [f"note: {note}" for note in m["notes"]]
 
@@ -329,7 +329,7 @@ def _side_by_side(comparison: Comparison) -> Table:
     scores = {"free parameters": lambda f: f"{len(f.free)}", "BIC": lambda f: f"{f.metrics['bic']:.1f}",
               "rms residual": lambda f: f"{f.metrics['rmse']:.3%}",
               "held-out rms": lambda f: _held_out(f, "rmse", ".3%"),
-              "held-out rms, nats/token": lambda f: _held_out(f, "rmse_nats", ".4f"),
+              f"held-out rms, {comparison.unit}": lambda f: _held_out(f, "rmse_nats", ".4f"),
               "condition number": lambda f: f"{f.metrics['condition_number']:.1e}",
               "starts that agree": lambda f: f"{f.metrics['starts_agree']} of {f.metrics['starts']}"}
     for name, score in scores.items():

@@ -26,6 +26,11 @@ class Comparison:
     left_out: tuple[LeftOut, ...] = ()
 
     @property
+    def unit(self) -> str:
+        """Of the loss that the laws are fitted to: all of them to the same column."""
+        return " or ".join(dict.fromkeys(fitted.law.unit for fitted in self.fits))
+
+    @property
     def best(self) -> Fit:
         """The fewest free parameters among the supported fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
         Raftery 1995). The held-out rows do not choose, so that their error stays an honest test. ValueError when none converged."""

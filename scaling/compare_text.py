@@ -14,11 +14,11 @@ from scaling.observations import observe
 from scaling.thresholdout import SPENT, Thresholdout, guarded, load_guard
 
 
-def left_out_table(scores: tuple[LeftOut, ...]) -> Table:
-    """A row per law and split; the levels of an each-split follow their pooled row."""
+def left_out_table(scores: tuple[LeftOut, ...], unit: str) -> Table:
+    """`unit`: of the loss. A row per law and split; the levels of an each-split follow their pooled row."""
     made = Table(title="errors of ln loss on rows left out of the fit", title_justify="left")
     for name, justify in (("split", "left"), ("left out", "left"), ("law", "left"), ("fitted", "right"), ("rows", "right"), ("rms", "right"),
-                          ("bias", "right"), ("worst", "right"), ("rms, nats/token", "right")):
+                          ("bias", "right"), ("worst", "right"), (f"rms, {unit}", "right")):
         made.add_column(name, justify=justify, overflow="fold")
     pooled = pool(scores)
     for split in dict.fromkeys(one.name for one in pooled):

@@ -49,7 +49,7 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """What to train. N (parameters), D (tokens), tokens_per_param, bits (of the operands that were searched; None when none were): with
-    intervals over the resamples of the fit. precision: the law's inputs besides N and D, and the widths of costs. loss: nats per token,
+    intervals over the resamples of the fit. precision: the law's inputs besides N and D, and the widths of costs. loss: in `unit`,
     with the interval that one such run is expected to fall in. cost: training and inference, FLOP of 16 bits; device_seconds: at the
     dense peak, None when the cost model is of no device. critical_tokens: the tokens from which more of them harm (D_crit), None when
     the law has none. frontier: the best of each precision, under a memory limit the iso-memory frontier. reach: N, D, compute -> by what
@@ -66,6 +66,7 @@ class Plan:
     bits: Range | None
     precision: Mapping[str, object]
     loss: Range
+    unit: str
     cost: float
     device_seconds: float | None
     critical_tokens: Range | None
@@ -104,7 +105,7 @@ def plan(fit: Fit, *, compute: float | None = None, cost_model: str | CostModel 
     found = _intervals(fit, best, resampled, swept, budget)
     cost = float(budget.cost(best.N, best.D, best.precision))
     return Plan(fit.label, budget.model, budget.compute, fit.level, **found, precision=best.precision,
-                loss=Range(best.loss, float(predicted.low), float(predicted.high)), cost=cost,
+                loss=Range(best.loss, float(predicted.low), float(predicted.high)), unit=fit.law.unit, cost=cost,
                 device_seconds=budget.model.seconds(cost), frontier=_frontier(fit, budget, choices, names, resampled, extrapolate),
                 reach=reaches(fit.ranges, at), notes=tuple(_notes(fit, budget, best, choices, swept)))
 

@@ -36,7 +36,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     copies = _copies(columns, loss)
     _refuse_design(law, columns, loss, copies, free, fixed)
     notes = [*reduction.notes, *_warnings(columns), *_warnings_of_copies(copies, loss.size), *_warnings_of_widths(law, reduction.absent),
-             *_warnings_of_units(columns, loss)]
+             *_warnings_of_units(law, columns, loss)]
     return Problem(law, columns, np.log(loss), free, merged, fixed, observed.fitted_weights), notes
 
 
@@ -122,12 +122,12 @@ def _warnings_of_copies(copies: int, rows: int) -> list[str]:
             "had been trained twice; keep one of each with where row_number() OVER (PARTITION BY N, D, ..., loss) = 1"] if copies else []
 
 
-def _warnings_of_units(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> list[str]:
+def _warnings_of_units(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray) -> list[str]:
     """Sizes in millions and perplexities fit as well as any; what is then predicted at N=1e9 is of another model."""
     notes = [f"{name} is {columns[name].min():.4g} to {columns[name].max():.4g}: counted in millions or billions? Laws, costs and "
              f"predictions take {unit} "
              f"(columns {name}=...*1e9)" for name, unit in (("N", "parameters"), ("D", "tokens")) if name in columns and columns[name].max() < SMALL]
-    if {"N", "D"} <= set(columns) and loss.max() > LARGE_LOSS:
+    if law.unit == Law.unit and {"N", "D"} <= set(columns) and loss.max() > LARGE_LOSS:
         notes.append(f"loss is {loss.min():.4g} to {loss.max():.4g}, more than the logarithm of any vocabulary: a perplexity? Laws take "
                      "nats per token (columns loss=ln(...))")
     return notes

@@ -24,6 +24,7 @@ def samples_for(p, coverage):
 coverage = Law(
     name="coverage",
     about="pass@k = exp(-a k^-b)",
+    unit="pass@k",
     cite="Brown et al. 2024, arXiv 2407.21787",
     inputs=("k",),
     parameters=(amplitude("a", span=(-5.0, 3.0)), exponent("b", 0.01, 3.0)),
