@@ -30,5 +30,6 @@ coverage = Law(
     parameters=(amplitude("a", span=(-5.0, 3.0)), exponent("b", 0.01, 3.0)),
     log_terms=lambda p, x: (-p["b"] * namespace(x["k"]).log(x["k"]),),
     combine=combine,
+    sources={"none": "none published: each model and task has a pair of its own, and no single one is printed"},
     functionals={"samples_for": samples_for},
 )

@@ -51,7 +51,8 @@ class Law:
     factors: the ones that hold names; zero_allowed: the ones that may be 0. levels: input -> names, filled in by `at_levels`.
     log_terms(params, columns) -> one log term per amplitude, broadcastable against each other; one for all levels of a factor's amplitude.
     combine(params, terms, columns) -> loss; None is the sum of the terms.
-    published: source -> constants with full digits; sources: source -> what they are; validity: source -> input -> (low, high) trained.
+    published: source -> constants with full digits; sources: source -> what they are ("none" -> why, for a law without any); validity:
+    source -> input -> (low, high) trained; where there is none, the source says so: "no range".
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
     answers: functional -> the input that its value is a value of; outside the fitted range of that input it is not identified.
     unit: of the loss, for tables and axes.

@@ -138,7 +138,7 @@ ptq_power = Law(
                             - p["gamma_P"] * namespace(x["ptq_bits"]).log(x["ptq_bits"]),),
     published={"ouyang": {"k": 0.017, "gamma_D": 0.5251, "gamma_N": 0.2261, "gamma_P": 5.4967}},
     sources={"ouyang": "GPTQ to 2, 3, 4 bits. `loss` is the gap to the unquantized model, nats per token. The paper's Table 1 of token counts "
-                       "does not follow from these constants"},
-    validity={"ouyang": {"N": (160e6, 12e9), "ptq_bits": (2.0, 4.0)}},
+                       "does not follow from these constants. The range of D is from a secondary source, a summary of the paper"},
+    validity={"ouyang": {"N": (160e6, 12e9), "D": (1e9, 206e9), "ptq_bits": (2.0, 4.0)}},
     functionals={"loss_gap": power_gap},
 )

@@ -213,10 +213,16 @@ def test_weighted_errors_are_those_of_weighted_least_squares():
 
 def test_every_published_row_has_its_source_and_a_cited_law():
     for law in {laws[name].name: laws[name] for name in laws}.values():
-        assert set(law.sources) == set(law.published) and set(law.validity) <= set(law.published) and law.cite
+        assert set(law.sources) == (set(law.published) or {"none"}) and law.cite, law.name
+        assert law.published or law.sources["none"].startswith(("none published: ", "none here: "))
+        ranged = {source for source, text in law.sources.items() if "no range: " not in text} if law.published else set()
+        assert set(law.validity) == ranged, law.name  # a row of constants has the range that was trained, or says that it has none
+        for range_ in law.validity.values():
+            assert set(law.measures) <= set(range_) <= set(law.inputs) and all(0 <= low < high for low, high in range_.values()), law.name
         for constants in law.published.values():
             factors = tuple(factor.parameter for factor in law.factors)
             assert all(name in (*law.names, "n_post") or name.startswith(factors) for name in constants), law.name
+    assert [name for name in laws if laws[name].published and not laws[name].validity] == ["kaplan"]
     assert "memory" in laws["kaplan"].sources["kaplan"] and "secondary" in laws["qat"].sources["W4A4"]
 
 
