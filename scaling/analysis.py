@@ -11,6 +11,7 @@ from scaling.compare import Comparison, compare
 from scaling.fit import fit
 from scaling.laws import Law, resolve
 from scaling.mapped import mapped_rows, one_line
+from scaling.observations import RUN_ALIASES
 from scaling.result import Fit
 from scaling.statistics import Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, quote, table
@@ -19,7 +20,6 @@ CHINCHILLA = ("chinchilla:tied", "chinchilla")
 PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
-RUN_ALIASES = {"N": "n_params", "D": "tokens"}  # what laws call columns of run tables
 OWN_COLUMNS = {law: quote(column) for law, column in RUN_ALIASES.items()}
 """Told to every fit: a table that is mapped may have an N of its own, in millions."""
 DONE = "coalesce(status, 'done') = 'done'"

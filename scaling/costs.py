@@ -22,7 +22,7 @@ import numpy as np
 
 ALL_FULL: Mapping[str, float] = MappingProxyType({})  # a precision of which nothing is said
 FULL = 16.0  # bits of an operand of which nothing is said: 16-bit training is what 6 N D has always meant
-WIDTHS = ("weights_bits", "activations_bits", "output_gradients_bits")
+PRICED_WIDTHS = ("weights_bits", "activations_bits", "output_gradients_bits")
 """What costs depend on. Not kv_bits: attention scores are not in 6 N D."""
 
 
@@ -78,8 +78,8 @@ def operand_widths(precision: Mapping) -> tuple[np.ndarray, np.ndarray, np.ndarr
     output_gradients_bits, or `bits` for all. Absent operands have 16 bits; absent gradients, as in Kumar's cost, the wider of the others.
     """
     common = precision.get("bits", FULL)
-    weights, activations = (np.asarray(precision.get(name, common), dtype=np.float64) for name in WIDTHS[:2])
-    gradients = np.asarray(precision.get(WIDTHS[2], np.maximum(weights, activations)), dtype=np.float64)
+    weights, activations = (np.asarray(precision.get(name, common), dtype=np.float64) for name in PRICED_WIDTHS[:2])
+    gradients = np.asarray(precision.get(PRICED_WIDTHS[2], np.maximum(weights, activations)), dtype=np.float64)
     return weights, activations, gradients
 
 

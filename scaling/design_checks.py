@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from scaling.laws.parameters import FULL_BITS
 from scaling.observations import observe
 from scaling.result import Fit
 from scaling.statistics import UNQUANTIZED_BITS
@@ -17,7 +18,6 @@ from scaling.table import Source
 CORRELATED = 0.8  # |correlation of ln N and ln D| from which the variance of an exponent is inflated by 1/(1 - r^2) = 2.8 or more
 FIXED = 1.05      # D/N within this factor is one ratio
 MIN_LEVELS = 3    # a power law with a floor has three constants per direction
-FULL_BITS = 32.0  # from here on laws of widths see no quantization
 DEAD = 1e-4       # share of the loss, below what seeds or evaluation ever resolve
 FLAT = 1e-3       # relative variation of a term below which it is a constant
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from scaling.eligible import eligible
 from scaling.laws import Law, resolve
+from scaling.laws.parameters import WIDTHS
 from scaling.mapped import one_line
 from scaling.solved import errors_of, solved
 from scaling.table import Source, quote
@@ -26,7 +27,6 @@ SPLITS = ("largest-N", "largest-D", "each-precision")
 SAME = 1.1  # values within this factor of the largest are one level: sizes of one name differ by a few percent
 MAX_LEVELS = 40
 NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "FLOAT", "DOUBLE", "DECIMAL")
-WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
 
 
 @dataclass(frozen=True)

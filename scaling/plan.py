@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling import costs
-from scaling.costs import WIDTHS, CostModel
+from scaling.costs import PRICED_WIDTHS, CostModel
 from scaling.laws import Law
 from scaling.optimum import Budget, Choices, Optimum, Sweep, optimise, optimise_all
 from scaling.problem import constants
@@ -132,7 +132,7 @@ def _swept(fit: Fit, fix: Mapping) -> tuple[str, ...]:
 def _choices(fit: Fit, model: CostModel, fix: Mapping, bits, precisions) -> tuple[Choices, list[str]]:
     """What precisions to choose from, and the names of those in a list."""
     law = fit.law
-    known = {*law.inputs, *WIDTHS} - {"N", "D"}
+    known = {*law.inputs, *PRICED_WIDTHS} - {"N", "D"}
     for name in {*fix, *(name for inputs in (precisions or {}).values() for name in inputs)}:
         if name not in known:
             raise ValueError(f"plan: {name!r} is no input of law {law.name} and no width of costs; accepted: N, D, {', '.join(sorted(known))}")
@@ -250,7 +250,7 @@ def _notes(fit: Fit, budget: Budget, best: Optimum, choices: Choices, swept: tup
     notes = []
     for name, value in best.precision.items():
         low, high = fit.ranges.get(name, (0.0, math.inf))
-        if name in WIDTHS and name not in fit.law.inputs:
+        if name in PRICED_WIDTHS and name not in fit.law.inputs:
             notes.append(f"law {fit.law.name} does not see {name}: it changes the cost and not the loss")
         elif not isinstance(value, str) and not low <= min(value, _neutral(fit.law, name)) <= high:
             notes.append(f"{name} = {value:g} lies outside of what was trained, {low:g} to {high:g}")

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import stdtrit
 
+from scaling.laws.parameters import WIDTHS
+
 UNQUANTIZED_BITS = 16.0  # float32, bfloat16 and float16 runs count as references
-
-
-WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
 GROUP = ("batch_tokens", "cooldown_steps", "lr_rule", "lr", "schedule")  # columns; other batches or schedules are other experiments
 
 

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scaling import accuracies
-from scaling.analysis import RUN_ALIASES, with_run_columns
-from scaling.observations import one_line, project
+from scaling.analysis import with_run_columns
+from scaling.mapped import one_line, project
+from scaling.observations import RUN_ALIASES
 from scaling.searches import Search, searches, shown_counts
 from scaling.seed_variance import VarianceParts, seed_variance
 from scaling.statistics import finished_runs, indistinct, paired_gaps, reference_precision

@@ -15,10 +15,9 @@ import numpy as np
 
 from scaling.laws import chinchilla
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
+from scaling.laws.parameters import FULL_BITS, WIDTHS, Operand, amplitude, exponent, offset, scale
 
-FULL_BITS = 32.0
-OPERANDS = {"weights_bits": ("gamma_w", "n_w"), "activations_bits": ("gamma_a", "n_a"), "kv_bits": ("gamma_kv", "n_kv")}
+OPERANDS = dict(zip(WIDTHS, (("gamma_w", "n_w"), ("gamma_a", "n_a"), ("gamma_kv", "n_kv")), strict=True))
 
 
 def _log_factor(bits, gamma, shift):

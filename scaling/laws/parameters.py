@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SPAN = (-4.0, 4.0)
+WIDTHS = ("weights_bits", "activations_bits", "kv_bits")  # the inputs of laws that say how narrow a run was
+FULL_BITS = 32.0  # from here on laws of widths see no quantization
 BOX_SLACK = 1e-9  # relative: a constant solved in logs that ended on its bound comes back from them rounded
 BASELINES = ("baseline", "bf16", "bfloat16", "fp32", "float32", "f32", "fp16", "none", "noquantizer", "16", "32")
 """Names, in any case, of a level whose efficiency is 1 unless the caller fixes another."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from scaling.laws import chinchilla
-from scaling.laws.kumar import FULL_BITS, OPERANDS, bits_of, kumar, log_efficiency
+from scaling.laws.kumar import OPERANDS, bits_of, kumar, log_efficiency
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
+from scaling.laws.parameters import FULL_BITS, WIDTHS, Operand, amplitude, exponent, offset, scale
 
 
 def _log_gap(p, x, log_N):
@@ -86,7 +86,7 @@ def power_gap(p, N, D, ptq_bits):
     return p["k"] * D ** p["gamma_D"] / (N ** p["gamma_N"] * ptq_bits ** p["gamma_P"])
 
 
-ROBUSTNESS = {"weights_bits": "C_w", "activations_bits": "C_a", "kv_bits": "C_kv"}
+ROBUSTNESS = dict(zip(WIDTHS, ("C_w", "C_a", "C_kv"), strict=True))
 _GAP = (amplitude("C_T"), exponent("gamma_D"), exponent("gamma_N", 0.0), scale("gamma_post", 0.05, 20.0, "bits"))
 _BASE = chinchilla.chinchilla.parameters
 _TRAINED = {"N": (30e6, 220e6), "D": (1.5e9, 26e9)}
