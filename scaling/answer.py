@@ -137,9 +137,9 @@ def verdict(fit: Fit, question: Question) -> Verdict:
     if question.quantity == "loss":
         predicted = fit.predict(**question.at)
         beyond = fit.quantile * float(fit.discrepancy_at(predicted.extrapolated))
-        reach = math.hypot(math.log(float(predicted.mean_high / predicted.loss)), beyond)
+        half_width = math.hypot(math.log(float(predicted.mean_high / predicted.loss)), beyond)
         value = float(predicted.loss)
-        low, high, reason = value * math.exp(-reach), value * math.exp(reach), ""
+        low, high, reason = value * math.exp(-half_width), value * math.exp(half_width), ""
     else:
         estimate = fit.estimate(question.quantity, **question.at)
         value, low, high, reason = estimate.value, estimate.low, estimate.high, estimate.reason

@@ -53,7 +53,7 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     found = solved(table, law, columns=columns, where=where, holdout=holdout, loss=loss, delta=delta, ties=ties, fixed=fixed, base=base,
                    priors=priors, weights=weights)
     return _assemble(found, level, bootstrap, seed, progress,
-                     {"loss": loss, "delta": found.reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
+                     {"loss": loss, "delta": found.delta, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
 
 

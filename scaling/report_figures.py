@@ -57,7 +57,7 @@ def predictions(analysis: Analysis) -> dict[str, float]:
     return {run.run_id: float(loss) for run, loss in zip(runs, losses, strict=True) if np.isfinite(loss)}
 
 
-def held_out(analysis: Analysis) -> set[str]:
+def held_out_runs(analysis: Analysis) -> set[str]:
     """run_ids that no fit has seen: those of the largest size, when it is held out and something was fitted."""
     if analysis.holdout is None or (analysis.fit_precision or analysis.fit_chinchilla) is None:
         return set()
@@ -67,7 +67,7 @@ def held_out(analysis: Analysis) -> set[str]:
 
 def _of_losses(analysis: Analysis, add, plots) -> None:
     """Loss against bits, the gaps, loss against tokens, fit against data."""
-    runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out(analysis)
+    runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out_runs(analysis)
     lines = "Lines: the fitted precision law." if fit else "Lines join the means over seeds: no law over one width is identified here."
     hollow = " Hollow points were held out of the fit." if held else ""
     add("Loss against bits", plots.loss_against_bits(runs, fit, held), "Loss against bits, per size.",

@@ -113,11 +113,11 @@ class Fit:
             return choice(self, name, function, self._reason(name, 0.0))
         value = _real(raw, name, columns)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
-        reach = self.quantile * error
+        half_width = self.quantile * error
         if value > 0 and unit_scale is None:
-            low, high = value * math.exp(-min(reach / value, 700.0)), value * math.exp(min(reach / value, 700.0))
+            low, high = value * math.exp(-min(half_width / value, 700.0)), value * math.exp(min(half_width / value, 700.0))
         else:
-            low, high = value - reach, value + reach
+            low, high = value - half_width, value + half_width
         if len(self.draws) > 20:
             draw_low, draw_high, draw_error = self._from_draws(function)
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)

@@ -170,8 +170,8 @@ def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
     mean = float(values.mean())
     if values.size < 2:
         return mean, math.nan, math.nan
-    reach = float(stdtrit(values.size - 1, 0.5 + 0.5 * level)) * float(values.std(ddof=1)) / math.sqrt(values.size)
-    return mean, mean - reach, mean + reach
+    half_width = float(stdtrit(values.size - 1, 0.5 + 0.5 * level)) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return mean, mean - half_width, mean + half_width
 
 
 def _gap(precision: str, bits: float, values: list[float]) -> Gap:

@@ -123,12 +123,12 @@ def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple
     """
     noise = spread(problem, z_F, delta).residual_sd ** 2
     rates = [max(float(np.mean(errors**2 - variance)) - noise, 0.0) / float(np.mean(distance))
-             for errors, distance, variance in held_out(problem, z_F, delta, required, condition)]
+             for errors, distance, variance in inner_splits(problem, z_F, delta, required, condition)]
     return math.sqrt(MARGIN * np.mean(rates)) if rates else 0.0
 
 
-def held_out(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],
-             condition: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def inner_splits(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],
+                 condition: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(errors of ln loss, ln of the factor beyond the fitted range, variance of ln of the law's value there by the covariance of the refit)
     of the rows above each inner cut, predicted by a refit of those below.
 
