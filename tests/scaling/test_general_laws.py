@@ -239,7 +239,8 @@ SCHEMES = {"N": GRID_N, "D": GRID_D, "scheme": np.tile(["fp8", "int4", "int4", "
     (lambda: scaling.fit(SCHEMES, "chinchilla", priors={"zeta": (1.0, 0.1)}), "parameter 'zeta' of law chinchilla: unknown"),
     (lambda: scaling.fit(SCHEMES, "chinchilla", priors={"alpha": (1.0, 0.0)}), "priors alpha=1, 0: need a positive deviation"),
     (lambda: scaling.fit(SCHEMES, "chinchilla", weights="N - 3e7"), "weights (N - 3e7) is zero in 5 of 25 rows"),
-    (lambda: scaling.fit(SCHEMES | {"weights_mse": ["int4"] * 24 + ["int99x"]}, "mse_efficiency"), ""),
+    (lambda: scaling.fit(SCHEMES | {"weights_mse": ["int4"] * 24 + ["int99x"]}, "mse_efficiency"),
+     "weights_mse: format='int99x' is not known; accepted: float8_e3m4, "),
 ])
 def test_refusals_are_one_line(call, message):
     with pytest.raises(ValueError) as error:
