@@ -7,9 +7,11 @@ A folder of runs holds one `record.json` per run (written when the run ends) and
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -196,10 +198,11 @@ def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
 
 
 def _array(values: object) -> np.ndarray:
-    """`values` as an array that DuckDB takes: masked numbers become NaN, and bfloat16 and its like float64."""
+    """`values` as an array that DuckDB takes: masked numbers become NaN, bfloat16 and its like float64; views are copied."""
     if isinstance(values, np.ma.MaskedArray):
         values = np.ma.filled(values.astype(np.float64 if values.dtype.kind in "iuf" else object), np.nan if values.dtype.kind in "iuf" else None)
     array = np.asarray(values)
+    array = array if array.flags.c_contiguous else array.copy()
     return array.astype(np.float64) if array.dtype.kind == "V" and array.dtype.names is None else array
 
 
@@ -239,14 +242,30 @@ def _connection() -> duckdb.DuckDBPyConnection:
 
 
 def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelation:
-    """`select` over the arrays as a table of its own, so that nothing refers to the caller's arrays any more."""
-    name = f"table_{next(_COUNTER)}"
+    """`select` over the arrays as a table of its own, so that nothing refers to the caller's arrays any more.
+
+    Equal arrays share one table, so that a hundred fits of one mapping do not leave a hundred tables. A table is never dropped: before
+    DuckDB 2 a relation derived from another keeps only the name of the table. What is returned cannot be inserted into, for the same reason.
+    """
+    name = f"table_{_digest(arrays, select)}"
     _connection().register("arrays_", arrays)
     try:
-        _connection().execute(f"CREATE TABLE {name} AS SELECT {select} FROM arrays_")
+        _connection().execute(f"CREATE TABLE IF NOT EXISTS {name} AS SELECT {select} FROM arrays_")
     finally:
         _connection().unregister("arrays_")
-    return _connection().table(name)
+    return _connection().table(name).select("*")
+
+
+def _digest(arrays: dict[str, np.ndarray], select: str) -> str:
+    """Equal for equal names, types, values and `select`. A column of objects that cannot be pickled is equal to no other."""
+    seen = hashlib.blake2b(select.encode(), digest_size=16)
+    for name, values in arrays.items():
+        try:
+            content = pickle.dumps(values.tolist()) if values.dtype.hasobject else values.tobytes()
+        except (pickle.PicklingError, TypeError, AttributeError):
+            content = str(next(_COUNTER)).encode()
+        seen.update(repr((name, values.dtype, values.shape, len(content))).encode() + content)
+    return seen.hexdigest()
 
 
 def first_line(error: duckdb.Error) -> str:
