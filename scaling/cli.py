@@ -154,7 +154,7 @@ def _predict(arguments) -> int:
     if quantity:
         return _quantity(fitted, quantity, pairs)
     names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
-    named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
+    named = {name: value for name, value in mixed(pairs).items() if name in names and isinstance(value, str)}
     inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
     endless = next((name for name in fitted.law.measures if inputs.get(name) == float("inf")), None)
     if endless:
@@ -191,14 +191,6 @@ def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
     else:
         print(f"{told}: {estimate.value + 0.0:.6g}, {fitted.level:.0%} interval {estimate.low + 0.0:.6g} to {estimate.high:.6g}")
     return 0
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _plan(arguments) -> int:

@@ -62,7 +62,13 @@ def loss_gap(p, N, D, ptq_bits):
 def critical_tokens(p, N, ptq_bits):
     """D_crit: tokens beyond which more data raises the loss after quantization to `ptq_bits` (Kumar et al. 2024, Eq. 13)."""
     log_gap = np.log(p["C_T"]) - ptq_bits / p["gamma_post"] + p.get("n_post", 0.0) - p["gamma_N"] * np.log(N)
-    return np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
+    return _turning_point(p, log_gap)
+
+
+def _turning_point(p, log_gap):
+    """The D at which B D^-beta falls as fast as the gap rises, which is exp(log_gap) at one token and grows as D^gamma_D."""
+    with np.errstate(over="ignore"):
+        return np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
 
 
 def unified_critical_tokens(p, N, ptq_bits, **bits):
@@ -75,9 +81,7 @@ def unified_critical_tokens(p, N, ptq_bits, **bits):
     lacking = next((name for name in bits if ROBUSTNESS[name] not in p and (x[name] < FULL_BITS).any()), None)
     if lacking:
         raise ValueError(f"critical_tokens needs {ROBUSTNESS[lacking]} for {lacking} below {FULL_BITS:g}; these constants have {', '.join(p)}")
-    log_gap = np.log(p["C_T"]) + unified_log_terms(p, x)[3]  # at one token
-    with np.errstate(over="ignore"):
-        tokens = np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
+    tokens = _turning_point(p, np.log(p["C_T"]) + unified_log_terms(p, x)[3])  # the terms at one token
     return np.where(np.isneginf(log_efficiency(p, x)), np.nan, tokens)[()]
 
 
