@@ -179,8 +179,6 @@ def _predict(arguments) -> int:
 
 def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
     """A constant or functional with its interval. Exit code 1 when the design does not identify it."""
-    from scaling.arguments import mixed
-
     estimate = fitted.estimate(name, **mixed(pairs))
     told = f"{name}{' at ' * bool(pairs)}{', '.join(f'{key}={value}' for key, value in pairs.items())}"
     if not estimate.identified:
