@@ -116,11 +116,12 @@ def draw(rows: list[dict], path: str) -> None:
                 low, middle, high = np.array([row[way] for row in here]).T
                 axes.fill_between([row["flop"] for row in here], low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot([row["flop"] for row in here], middle, marker + "-", color=colour, label=label, markersize=4)
-            axes.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", title=name,
-                     ylabel="half-width of the 95% interval" + (f" ({QUESTIONS[name][1]})" if QUESTIONS[name][1] else ""))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            at, measure = QUESTIONS[name]
+            axes.set(xscale="log", yscale="log", xlabel="training compute (FLOP)", title=name if at is not None else f"{name} at {BEYOND:g}x the largest N and D",
+                     ylabel="half-width" + (f" ({measure})" if measure else ""))
             for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axis.set_minor_formatter(NullFormatter())
         axes.legend()
         figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@
     fit.predict(N=1e5, D=1e7, weights_bits=4, activations_bits=4)
     scaling.plan(fit, compute=1e14)                    the best N, D and width for a budget, with intervals
     scaling.profile(fit, runs, "alpha")                profile likelihood; scaling.resample: wild bootstrap; scaling.coverage: does it cover?
+    scaling.scipy_check(fit, runs)                     the same objective minimised by SciPy, from other starts
     scaling.report("runs/demo", "report.html")         analyse() first when the sentences of summary() are wanted too
 
 Names are imported when first used: `bitlaw table` needs neither SciPy nor matplotlib.
@@ -28,6 +29,7 @@ _HOMES = {
     "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
+    "scaling.independent": ("scipy_check",),
     "scaling.profile": ("Profile", "profile"),
     "scaling.proportions": ("paired", "proportion"),
     "scaling.report": ("report",),
@@ -44,8 +46,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["Analysis", "Choice", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile",
            "Thresholdout", "analyse", "best_of", "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves",
            "derived", "design_checks", "fit", "laws", "leave_out", "load", "loss_gaps", "next_runs", "paired", "pass_at", "plan",
-           "profile", "proportion", "report", "resample", "seed_variance", "summary", "table", "telemetry", "variance_parts", "worst_of",
-           "write_table"]
+           "profile", "proportion", "report", "resample", "scipy_check", "seed_variance", "summary", "table", "telemetry",
+           "variance_parts", "worst_of", "write_table"]
 
 
 def __getattr__(name: str):

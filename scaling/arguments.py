@@ -85,6 +85,8 @@ def _fit(p: Parser) -> None:
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
     p.add_argument("--resample", default="cells", metavar="KIND", help="of --bootstrap: cells (default) or wild")
     p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
+    p.add_argument("--check", action="store_true", help="minimise the same objective with SciPy, from other starts, and say how far apart "
+                   "the two are")
     p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
     p.add_argument("--at", type=assignments, default={}, metavar="N=1e9,...", help="inputs of what follows from the constants (D/N, P*, "
                    "D_crit, ...): "

@@ -84,6 +84,9 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
         found = joined(first, made.last, (earlier.scatter, around.scatter), (first_draws, draws))
         around = replace(around, dof=around.dof - len(first.problem.free), at_bound=(*earlier.at_bound, *around.at_bound))
         drift = max(drift, first_drift)
+    stuck = [f"{', '.join(around.at_bound)} ended on {'its bound' if len(around.at_bound) == 1 else 'their bounds'}: linearised intervals "
+             f"of the others hold for "
+             "it there; a profile or the bootstrap lets it move"] if around.at_bound else []
     residuals = problem.residuals(solution.z[None])[0]
     rows = residuals.size
     mean_square = float(np.mean(problem.row_weights * residuals**2))
@@ -93,7 +96,7 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
         "dropped": made.observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(found.free) * np.log(rows)),
         "discrepancy": drift, "at_bound": list(around.at_bound), "held_out": None,
-        "notes": made.notes, "ridges": ridges(law, found.free, found.coordinates, found.scatter),
+        "notes": [*made.notes, *stuck], "ridges": ridges(law, found.free, found.coordinates, found.scatter),
         "constant_terms": [name for name, logs in zip(law.amplitudes, problem.log_terms(problem.theta(solution.z[None]))[0], strict=True)
                            if np.all(logs == logs[0])],
         "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),

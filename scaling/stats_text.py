@@ -8,7 +8,7 @@ from rich.table import Table
 
 from scaling import accuracies
 from scaling.analysis import with_run_columns
-from scaling.mapped import one_line, project
+from scaling.mapped import mapped_rows, one_line, project
 from scaling.observations import RUN_ALIASES
 from scaling.searches import Search, searches, shown_counts
 from scaling.seed_variance import VarianceParts, seed_variance
@@ -27,7 +27,7 @@ def run_stats(arguments, console: Console) -> int:
         relation = with_run_columns(relation, given, arguments.where)
         _of_runs(relation, arguments, console)
     elif arguments.where:
-        relation = project(relation, f"*, coalesce(CAST(({arguments.where}) AS BOOLEAN), false) AS keep_", f"where {arguments.where}").filter("keep_")
+        relation = mapped_rows(relation, {}, (), {f"where {arguments.where}": arguments.where}, "stats")[-1]
     if answered:
         found = accuracies.accuracies(relation, arguments.reference, arguments.level)
         if not found:

@@ -1,9 +1,10 @@
-"""What `bitlaw fit` adds about uncertainty when asked: --resample wild, --profile, --coverage."""
+"""What `bitlaw fit` adds about itself when asked: --check, --resample wild, --profile, --coverage."""
 from __future__ import annotations
 
 from argparse import Namespace
 
 from scaling.coverage import coverage
+from scaling.independent import scipy_check
 from scaling.profile import profile
 from scaling.resample import KINDS, resample
 from scaling.result import Fit
@@ -23,7 +24,8 @@ def trusted(fitted: Fit, arguments: Namespace, progress) -> tuple[Fit, list[str]
     """The fit, with wild draws if these were asked for, and the lines about profiles and coverage."""
     if arguments.resample == "wild":
         fitted = resample(fitted, arguments.table, arguments.bootstrap, "wild", arguments.seed, progress)
-    lines = [f"profile of {name}: {profile(fitted, arguments.table, name).estimate}" for name in arguments.profile]
+    lines = [str(scipy_check(fitted, arguments.table))] if arguments.check else []
+    lines += [f"profile of {name}: {profile(fitted, arguments.table, name).estimate}" for name in arguments.profile]
     if arguments.coverage:
         lines += coverage(fitted, arguments.table, arguments.coverage, seed=arguments.seed, progress=progress).lines()
     return fitted, lines
