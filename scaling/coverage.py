@@ -13,8 +13,9 @@ import numpy as np
 from scipy.special import stdtr
 
 from scaling.problem import Problem
-from scaling.refits import observed_of, problem_of, refit
+from scaling.refits import observed_of, problem_of
 from scaling.result import Fit
+from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, spread
 
@@ -69,8 +70,9 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
 
     names: parameters and functionals; a mapping gives each its columns, {"bits_for_gap": {"N": 1e9, "gap": 0.01}}. By default the free
     parameters, and those functionals that need no columns and can vary. Truth is the fitted law; the scatter is drawn from its residuals with random
-    signs, stretched by sqrt(rows / dof). So it tests the intervals where the law is right: what a law's discrepancy does beyond the data,
-    `benchmarks.intervals` measures on real runs. Refits are warm. ValueError for fewer than 20 simulations, an unknown name, another table.
+    signs, stretched by sqrt(rows / dof); priors are drawn about the truth with their own deviation. So it tests the intervals where the law is
+    right: what a law's discrepancy does beyond the data, `benchmarks.intervals` measures on real runs. Refits are warm. ValueError for fewer
+    than 20 simulations, an unknown name, another table.
 
     Ranks: Student's distribution function at (truth - estimate) / standard error. TARP: Lemos et al. 2023, arXiv 2302.03026, with reference
     points scattered about each estimate: the share of the draws that lie nearer to its reference point than the truth does.
@@ -79,6 +81,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
         raise ValueError(f"simulations={simulations}: need at least 20")
     asked = _asked(fit, names)
     problem, z_F, delta = problem_of(fit, table)
+    about = problem.priors_about(z_F)
     observed = observed_of(fit, table)
     rows, _ = observed.rows(~observed.held)
     rng = np.random.default_rng(seed)
@@ -93,7 +96,8 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
     for start in range(0, simulations, CHUNK):
         size = min(CHUNK, simulations - start)
         losses_SR = law_R + noise(size)
-        z_SF, _ = refit(problem, np.repeat(z_F[None], size, axis=0), delta, losses_SR)
+        z_SF, *_ = minimise(about, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=losses_SR - problem.log_loss,
+                            prior_shift_SF=problem.prior_noise(size, rng), damping=WARM)
         for z, losses, new in zip(z_SF, losses_SR, noise(size), strict=True):
             again = _simulated(fit, replace(problem, log_loss=losses), z, delta)
             for name, columns in asked.items():

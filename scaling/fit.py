@@ -43,7 +43,8 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     that the design leaves open by more than 50 %), confounded (pairs of constants with correlation over 0.95), constant_terms (amplitudes
     of terms that no input moves), undetermined (constants in which starts of one objective end apart), held_out (rows, rmse, bias, worst;
     bias_nats with its 95 % interval, rmse_nats; covered: share in their prediction interval, half_width), notes, columns, where, holdout,
-    loss, delta. Errors of ln loss are relative errors of the loss. ValueError, one line, for whatever cannot be fitted.
+    loss, delta, prior_weight (of priors beside the rows: `scaling.priors`). Errors of ln loss are relative errors of the loss. ValueError, one
+    line, for whatever cannot be fitted.
     """
     _refuse_options({"columns": columns, "ties": ties, "fixed": fixed, "priors": priors},
                     {"where": where, "holdout": holdout, "base": base, "weights": weights},
@@ -54,7 +55,8 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
                    priors=priors, weights=weights)
     return _assemble(found, level, bootstrap, seed, progress,
                      {"loss": loss, "delta": found.delta, "where": where, "holdout": holdout, "base": base, "weights": weights,
-                      "priors": {name: list(pair) for name, pair in (priors or {}).items()}})
+                      "priors": {name: list(pair) for name, pair in (priors or {}).items()},
+                      "prior_weight": (found.first or found.last).problem.prior_weight})
 
 
 def _refuse_options(mappings: dict, conditions: dict, counts: dict) -> None:

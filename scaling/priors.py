@@ -24,9 +24,14 @@ def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float
     own = problem.row_weights
     inside = max(float(np.mean(own * (np.abs(residuals) <= delta))), 1.0 / residuals.size)
     unit = float(np.mean(own * np.clip(residuals, -delta, delta) ** 2)) / inside
-    posed = replace(problem, priors={name: (float(problem.law.parameter(name).coordinate(mean)), unit / sd**2)
-                                     for name, (mean, sd) in priors.items()})
+    posed = posed_with(problem, priors, unit)
     return posed, solve(posed, delta, first.z[None])
+
+
+def posed_with(problem: Problem, priors: Mapping[str, tuple[float, float]], weight: float) -> Problem:
+    """The problem with priors that enter its objective times `weight`."""
+    return replace(problem, priors={name: (float(problem.law.parameter(name).coordinate(mean)), sd) for name, (mean, sd) in priors.items()},
+                   prior_weight=weight)
 
 
 def _refuse_prior(problem: Problem, name: str, mean: float, sd: float) -> None:

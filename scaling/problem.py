@@ -29,7 +29,7 @@ class Problem:
 
     Parameters of the law in none of the three are absent: no row touches them. weights: [R], how much each row counts,
     1 on average, or None.
-    priors: name -> (mean, precision) of its coordinate, on the scale of the objective: the penalty is precision (z - mean)^2 / 2.
+    priors: name -> (mean, deviation) of its coordinate; the penalty is prior_weight (z - mean)^2 / (2 deviation^2), see `scaling.priors`.
     """
 
     law: Law
@@ -40,6 +40,7 @@ class Problem:
     fixed: Mapping[str, float]
     weights: np.ndarray | None = None
     priors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    prior_weight: float = 1.0
 
     @cached_property
     def amplitudes(self) -> tuple[str, ...]:
@@ -205,23 +206,37 @@ class Problem:
 
     def penalty(self, z_SF: np.ndarray) -> np.ndarray:
         """[S]: what the priors add to the objective."""
-        return sum((0.5 * precision * (z_SF[:, self.free.index(name)] - mean) ** 2 for name, (mean, precision) in self.priors.items()),
+        return sum((0.5 * self.prior_weight * ((z_SF[:, self.free.index(name)] - mean) / sd) ** 2 for name, (mean, sd) in self.priors.items()),
                    np.zeros(len(z_SF)))
 
     def penalty_slopes(self, z_SF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[S, F] and [F]: first and second derivatives of `penalty`."""
         first, second = np.zeros(z_SF.shape), np.zeros(z_SF.shape[1])
-        for name, (mean, precision) in self.priors.items():
+        for name, (mean, sd) in self.priors.items():
             i = self.free.index(name)
-            first[:, i], second[i] = precision * (z_SF[:, i] - mean), precision
+            second[i] = self.prior_weight / sd**2
+            first[:, i] = second[i] * (z_SF[:, i] - mean)
         return first, second
 
     def prior_rows(self, inside: float) -> np.ndarray:
         """[number of priors, F]: the priors as rows of the Jacobian, where the objective's curvature is `inside` times J'J."""
         rows = np.zeros((len(self.priors), len(self.free)))
-        for row, (name, (_, precision)) in zip(rows, self.priors.items(), strict=True):
-            row[self.free.index(name)] = np.sqrt(precision / inside)
+        for row, (name, (_, sd)) in zip(rows, self.priors.items(), strict=True):
+            row[self.free.index(name)] = np.sqrt(self.prior_weight / inside) / sd
         return rows
+
+    def priors_about(self, z_F: np.ndarray) -> Problem:
+        """The same with the priors' means at z_F, as where the truth is z_F and priors scatter about it as runs do."""
+        return replace(self, priors={name: (float(z_F[self.free.index(name)]), sd) for name, (_, sd) in self.priors.items()})
+
+    def prior_noise(self, size: int, rng: np.random.Generator) -> np.ndarray | None:
+        """[size, F]: draws of how far the priors' means may lie from the truth, for resamples; None, and no draw, without priors."""
+        if not self.priors:
+            return None
+        noise_SF = np.zeros((size, len(self.free)))
+        for name, (_, sd) in self.priors.items():
+            noise_SF[:, self.free.index(name)] = sd * rng.standard_normal(size)
+        return noise_SF
 
     def slopes_of_centre(self, z_F: np.ndarray) -> np.ndarray:
         """[F, F]: d(plain coordinates)/d(z), plain coordinates having the log of the amplitude itself. Identity but for that."""

@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scaling.objective import Pull, objective_of
 from scaling.problem import Problem
-from scaling.refits import Pull, problem_of, refit
+from scaling.refits import problem_of
 from scaling.result import Estimate, Fit
+from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import deviance_scale, spread
 
 STEPS = (0.5, 1.0, 1.5, 2.5, 8.0)  # in units of the linearised half-width, to either side
 STIFFNESS = 1e3  # of the pull, in units of the profile's own curvature; any will do, for the point reached is on the profile
 REFINEMENTS = 2
+TOLERANCE = 1e-8  # relative gain of a round at which a refit stalls: the point reached is on the profile to that
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ class _Curve:
         move = self.covariance @ self.slope / self.error**2
         starts = self.z + (targets_S - self.along.value(self.z[None]))[:, None] * move
         pull = Pull(self.along.value, lambda z: self.along.slopes(z, self.covariance), targets_S, STIFFNESS * self.scale / self.error**2)
-        z_SF, objective_S = refit(self.problem, starts, self.delta, pull=pull, tolerance=1e-8)
+        z_SF, *_ = minimise(self.problem, starts, 1.0, self.delta, pull=pull, tolerance=TOLERANCE, damping=WARM)
+        objective_S = objective_of(self.problem, z_SF, self.delta)
         return self.along.value(z_SF), np.sqrt(2.0 * np.maximum(objective_S - self.lowest, 0.0) / self.scale)
 
 

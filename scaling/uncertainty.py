@@ -89,7 +89,8 @@ def bootstrap(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float
 
     cells: [R] integer, rows of one (N, D) cell share it and are resampled together: they share that cell's deviation from the law.
     Every cell gets an exponential weight (the Bayesian bootstrap, Rubin 1981) instead of a count: with the nine cells of a small
-    design, one multinomial resample in twelve loses a whole size, and its exponents mean nothing.
+    design, one multinomial resample in twelve loses a whole size, and its exponents mean nothing. Priors are drawn anew with their
+    deviation, as runs are: held where they are, they would make draws narrower than what they know.
     """
     rng = np.random.default_rng(seed)
     num_cells = int(cells.max()) + 1
@@ -98,7 +99,7 @@ def bootstrap(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float
         size = min(CHUNK, count - start)
         weights = rng.exponential(size=(size, num_cells))
         weights *= num_cells / weights.sum(axis=1, keepdims=True)
-        z_SF, _, _ = minimise(problem, np.repeat(z_F[None], size, axis=0), weights[:, cells], delta)
+        z_SF, _, _ = minimise(problem, np.repeat(z_F[None], size, axis=0), weights[:, cells], delta, prior_shift_SF=problem.prior_noise(size, rng))
         draws.append(problem.plain(z_SF))
         if progress:
             progress(start + size, count)

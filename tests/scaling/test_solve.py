@@ -1,18 +1,20 @@
 """The solver against scipy, finite differences and planted truth."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
 
 from scaling.laws import laws
-from scaling.objective import huber
+from scaling.objective import Pull, huber
 from scaling.observations import observe
 from scaling.problem import Problem
-from scaling.solve import minimise, solve
+from scaling.solve import WARM, minimise, solve
 from scaling.starts import candidates, low_discrepancy
-from tests.scaling import fake_runs
+from tests.scaling import fake_runs, straight
 
 
 def kumar_problem(**design) -> Problem:
@@ -92,3 +94,45 @@ def test_weights_count_rows():
     other = solve(repeated, np.inf)
     assert objective[0] == pytest.approx(other.objective, rel=1e-9)
     np.testing.assert_allclose(problem.plain(z)[0][3:6], repeated.plain(other.z[None])[0][3:6], rtol=1e-4)
+
+
+@pytest.mark.parametrize("delta", [3e-3, np.inf])
+def test_shifted_losses_are_those_of_another_table(delta):
+    """Starts that see other losses end where a fit of a table with these losses does; a row of weight 0 keeps its place."""
+    problem = kumar_problem(noise=0.01)
+    shift = 0.01 * np.random.default_rng(4).standard_normal((3, problem.log_loss.size))
+    best, weights = solve(problem, delta), np.ones_like(shift)
+    weights[2, ::7] = 0.0
+    z, objective, _ = minimise(problem, np.repeat(best.z[None], 3, axis=0), weights, delta, shift_SR=shift, damping=WARM)
+    for one, lowest, moved, kept in zip(z, objective, shift, weights > 0, strict=True):
+        other = replace(problem, log_loss=problem.log_loss + moved).rows(kept)
+        found = solve(other, delta)
+        assert lowest == pytest.approx(found.objective, rel=1e-9)
+        np.testing.assert_allclose(problem.plain(one[None])[0][3:6], other.plain(found.z[None])[0][3:6], rtol=1e-4)
+
+
+@pytest.mark.parametrize("delta", [1e-3, np.inf])
+def test_a_pull_is_part_of_the_objective(delta):
+    """Each start ends at the minimum of the objective and its pull to its own target, that of scipy's Nelder-Mead; it is infinite without a value."""
+    table = straight.runs()
+    problem = Problem(straight.power, {"N": table["N"]}, np.log(table["loss"]), ("A", "alpha"), {}, {})
+    best = solve(problem, delta)
+
+    def value(z):  # curved, and without a value beyond alpha = 0.5
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(0.5 - z[:, 1]) + z[:, 0]
+
+    def slopes(z):
+        return np.stack([np.ones(len(z)), -0.5 / np.sqrt(0.5 - z[:, 1])], axis=1)
+
+    pull = Pull(value, slopes, value(best.z[None]) + np.array([-0.05, 0.02]), 3.0)
+    z, objective, _ = minimise(problem, np.repeat(best.z[None], 2, axis=0), 1.0, delta, pull=pull)
+    for one, lowest, target in zip(z, objective, pull.target, strict=True):
+        def total(at, target=target):
+            r = problem.residuals(at[None])[0]
+            return (0.5 * r @ r if np.isinf(delta) else scipy.special.huber(delta, r).sum()) + 1.5 * (value(at[None])[0] - target) ** 2
+
+        found = scipy.optimize.minimize(total, best.z, method="Nelder-Mead", options={"xatol": 1e-11, "fatol": 1e-18, "maxiter": 5000})
+        assert lowest == pytest.approx(found.fun, rel=1e-8) and lowest == pytest.approx(total(one), rel=1e-12)
+        np.testing.assert_allclose(one, found.x, atol=1e-6)
+    assert pull.penalty(np.array([[1.0, 0.6], [1.0, 0.4]])).tolist()[0] == np.inf
