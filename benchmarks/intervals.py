@@ -25,7 +25,7 @@ import scaling
 from scaling.laws import Law, Operand, amplitude, exponent, laws, namespace, scale
 from scaling.observations import observe
 from scaling.refits import problem_of
-from scaling.uncertainty import MARGIN, held_out
+from scaling.uncertainty import MARGIN, inner_splits
 
 SELECTION = tuple(compute / 6 for compute in (5e19, 1e20, 2e20, 3e20, 6e20, 1e21))
 CRITERION = tuple(compute / 6 for compute in (1e20, 3e20, 1e21))  # N*D, as C = 6ND on these points
@@ -83,7 +83,7 @@ def half_widths(table: dict, law: str | Law, cut: float, bootstrap: int) -> tupl
     t, noise = fit.quantile, fit.metrics["residual_sd"] ** 2
     mean = (np.log(predicted.mean_high / predicted.loss) / t) ** 2
     problem, z, delta = problem_of(fit, small)
-    inner = held_out(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
+    inner = inner_splits(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
     excess, drift = ([max(np.mean(errors**2 - part * variance) - noise, 0.0) for errors, _, variance in inner] for part in (0.0, 1.0))
     far = [np.mean(distance) for _, distance, _ in inner]
     rates = np.divide(drift, far) if inner else np.zeros(1)

@@ -25,6 +25,7 @@ _HOMES = {
     "scaling.design": ("next_runs",),
     "scaling.design_checks": ("check_table", "design_checks"),
     "scaling.fit": ("fit",),
+    "scaling.gaps": ("loss_gaps",),
     "scaling.held_out": ("leave_out",),
     "scaling.laws": ("Law", "laws"),
     "scaling.plan": ("Plan", "plan"),
@@ -42,10 +43,11 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["Analysis", "Choice", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile", "Thresholdout", "analyse", "best_of",
-           "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves", "derived", "design_checks", "fit", "laws", "leave_out", "load",
-           "next_runs", "paired", "pass_at", "plan", "profile", "proportion", "report", "resample", "scipy_check", "seed_variance", "summary", "table",
-           "telemetry", "variance_parts", "worst_of", "write_table"]
+__all__ = ["Analysis", "Choice", "Comparison", "Coverage", "Derived", "Estimate", "Fit", "Law", "Plan", "Prediction", "Profile",
+           "Thresholdout", "analyse", "best_of", "best_of_curve", "check_table", "checklist", "compare", "coverage", "curves",
+           "derived", "design_checks", "fit", "laws", "leave_out", "load", "loss_gaps", "next_runs", "paired", "pass_at", "plan",
+           "profile", "proportion", "report", "resample", "scipy_check", "seed_variance", "summary", "table", "telemetry",
+           "variance_parts", "worst_of", "write_table"]
 
 
 def __getattr__(name: str):

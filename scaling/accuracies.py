@@ -14,7 +14,8 @@ an answer. model: who answered; without it the precision, without that the run."
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One model. against: the reference, on the questions that both answered (`shared` of them); None without answers, and for the reference itself."""
+    """One model. against: the reference, on the questions that both answered (`shared` of them); None without answers, and for
+    the reference itself."""
 
     model: str
     correct: int

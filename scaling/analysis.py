@@ -11,6 +11,7 @@ from scaling.compare import Comparison, compare
 from scaling.fit import fit
 from scaling.laws import Law, resolve
 from scaling.mapped import mapped_rows, one_line
+from scaling.observations import RUN_ALIASES
 from scaling.result import Fit
 from scaling.statistics import Gap, Noise, Run, columns_of, finished_runs, indistinct, paired_gaps, reference_precision, seed_noise
 from scaling.table import RUN_COLUMNS, Source, quote, table
@@ -19,7 +20,6 @@ CHINCHILLA = ("chinchilla:tied", "chinchilla")
 PRECISION = ("kumar:tied+plain", "kumar:plain", "kumar:tied", "kumar")
 MIN_SIZES_TO_HOLD_OUT = 3
 LARGEST = "N = max(N) OVER ()"
-RUN_ALIASES = {"N": "n_params", "D": "tokens"}  # what laws call columns of run tables
 OWN_COLUMNS = {law: quote(column) for law, column in RUN_ALIASES.items()}
 """Told to every fit: a table that is mapped may have an N of its own, in millions."""
 DONE = "coalesce(status, 'done') = 'done'"
@@ -67,7 +67,8 @@ class Analysis:
         by_run = {str(run_id): values for run_id, *values in rows}
         untouched = {operand.input: operand.untouched for operand in fit.law.operands}
         columns = zip(*(by_run[run.run_id] for run in runs), strict=True)
-        return {name: np.array([untouched.get(name) if value is None else value for value in values]) for name, values in zip(told, columns, strict=True)}
+        return {name: np.array([untouched.get(name) if value is None else value for value in values])
+                for name, values in zip(told, columns, strict=True)}
 
 
 def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int], None] | None = None, columns: Mapping[str, str] | None = None,
@@ -77,8 +78,9 @@ def analyse(source: Source, bootstrap: int = 200, progress: Callable[[int, int],
 
     alpha = beta tied, and no offsets, unless the data say otherwise: every variant is fitted, and BIC on the fitted rows chooses. A law
     that the runs cannot carry is left out with its reason: a small or one-sided folder is described, not refused. ValueError only when
-    `source` is no run table at all, or `bootstrap` is negative. source: whatever `scaling.table` takes; absent columns count as NULL. columns: column of a run table -> SQL expression over the
-    source's own, for tables with other names ({"n_params": '"Model Size"'}); N and D stand for n_params and tokens. where: SQL, rows to use.
+    `source` is no run table at all, or `bootstrap` is negative. source: whatever `scaling.table` takes; absent columns count as
+    NULL. columns: column of a run table -> SQL expression over the source's own, for tables with other names ({"n_params":
+    '"Model Size"'}); N and D stand for n_params and tokens. where: SQL, rows to use.
     """
     if bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap}: need bootstrap >= 0")
@@ -138,14 +140,15 @@ def _analysed(whole: duckdb.DuckDBPyRelation) -> tuple[duckdb.DuckDBPyRelation, 
     return relation, runs, notes
 
 
-def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, str] | None = None, where: str | None = None) -> duckdb.DuckDBPyRelation:
+def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, str] | None = None,
+                     where: str | None = None) -> duckdb.DuckDBPyRelation:
     """The relation with every column of a run table, those of `columns` by their expressions, the absent ones NULL, and the rows where
     `where`. ValueError when it has no loss: then it is no run table."""
     given = {RUN_ALIASES.get(name, name): sql for name, sql in (columns or {}).items()}
     unknown = next((name for name in given if name not in RUN_COLUMNS), None)
     if unknown:
-        raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, seed, and {len(RUN_COLUMNS)} "
-                         "in all, listed by `bitlaw table`")
+        raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, "
+                         f"seed, and {len(RUN_COLUMNS)} in all, listed by `bitlaw table`")
     given |= {column: quote(law) for law, column in RUN_ALIASES.items() if column not in (*given, *relation.columns) and law in relation.columns}
     missing = [name for name in ("n_params", "tokens", "loss") if name not in (*given, *relation.columns)]
     if missing:
@@ -165,7 +168,8 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
             raise ValueError(f"where {where} leaves none of {len(stages[0])} rows")
     below = len(relation.filter("loss <= 0"))
     if below:
-        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a report needs positive losses, so filter these out with where")
+        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a report needs positive losses, so filter these "
+                         "out with where")
     if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
         order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]
         relation = relation.project(f"*, 'row ' || row_number() OVER (ORDER BY {', '.join(order)}) AS run_id")

@@ -27,8 +27,8 @@ ROUND_SHARE = 0.25  # of what is left of the budget that a round may take
 FIRST_SHARE = 0.5  # of the budget that the first design may take
 PRICE = 0.4  # of the tail of a single look that an interval leaves out when the first narrow one ends the search
 SPARE = 2  # runs of the first design beyond the constants of the law
-UNITS = {"loss": "nats per token", "loss_gap": "nats per token", "irreducible_loss": "nats per token", "optimal_params": "parameters",
-         "optimal_tokens_per_param": "tokens per parameter", "critical_tokens": "tokens"}
+LOSSES = ("loss", "loss_gap", "irreducible_loss")  # in the law's own unit
+UNITS = {"optimal_params": "parameters", "optimal_tokens_per_param": "tokens per parameter", "critical_tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one fit says. low, high: the interval, which covers at `level` also when it is the first narrow one. half_width: (high - low)/2; limit: below which it is narrow, both in the
-    quantity's unit. reason: why the fit does not tell the quantity, empty when it does. law: label of the fit; runs: its rows."""
+    """What one fit says. low, high: the interval, which covers at `level` also when it is the first narrow one. half_width: (high
+    - low)/2; limit: below which it is narrow, both in the quantity's unit. reason: why the fit does not tell the quantity, empty
+    when it does. law: label of the fit; runs: its rows."""
 
     value: float
     low: float
@@ -124,23 +125,26 @@ def unit(question: Question, law: Law) -> str:
     answered = law.answers.get(question.quantity, "")
     if answered.endswith("_bits") or question.quantity.endswith("_bits"):
         return "bits"
+    if question.quantity in LOSSES:
+        return law.unit
     return law.parameter(question.quantity).unit if question.quantity in law.names else UNITS.get(question.quantity, "")
 
 
 def verdict(fit: Fit, question: Question) -> Verdict:
-    """What the fit answers, with the interval of a search that may stop here (PRICE). The interval of "loss" is that of the law's value with the law's discrepancy where `at` is out of range; it is
-    refused (ValueError) more than 30 times out of it."""
+    """What the fit answers, with the interval of a search that may stop here (PRICE). The interval of "loss" is that of the law's
+    value with the law's discrepancy where `at` is out of range; it is refused (ValueError) more than 30 times out of it."""
     promised, fit = fit.level, replace(fit, level=1.0 - PRICE * (1.0 - fit.level))
     if question.quantity == "loss":
         predicted = fit.predict(**question.at)
         beyond = fit.quantile * float(fit.discrepancy_at(predicted.extrapolated))
-        reach = math.hypot(math.log(float(predicted.mean_high / predicted.loss)), beyond)
+        half_width = math.hypot(math.log(float(predicted.mean_high / predicted.loss)), beyond)
         value = float(predicted.loss)
-        low, high, reason = value * math.exp(-reach), value * math.exp(reach), ""
+        low, high, reason = value * math.exp(-half_width), value * math.exp(half_width), ""
     else:
         estimate = fit.estimate(question.quantity, **question.at)
         value, low, high, reason = estimate.value, estimate.low, estimate.high, estimate.reason
-    held = "" if question.quantity == "loss" else fit.on_bound(fit.quantity(question.quantity, question.at)[0])  # a loss within the data is the other constants' too
+    # a loss within the data is the other constants' too
+    held = "" if question.quantity == "loss" else fit.on_bound(fit.quantity(question.quantity, question.at)[0])
     if held:
         reason = reason or f"not identified by this design ({question.quantity} follows from {held}, which ended on its bound)"
     if not all(map(math.isfinite, (value, low, high))):

@@ -25,9 +25,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p = Parser(prog="bitlaw answer", description="Trains those runs of a sweep that settle a question, and no more.\nExit code 1 when the budget "
                "cannot settle it.", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("quantity", metavar="QUANTITY", help="a constant or functional of the law, or loss: optimal_bits, alpha, optimal_params, ...")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the sweep, as `bitlaw sweep` takes it: sweep=NAME, axes; its runs are the candidates")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the sweep, as `bitlaw sweep` takes it: sweep=NAME, axes; its runs "
+                   "are the candidates")
     p.add_argument("--at", type=assignments, default={}, metavar="compute=1e15,...", help="what the quantity depends on")
-    p.add_argument("--until", required=True, metavar="H", help="half-width of the interval to reach, in the unit of the quantity; 5%% is a share of its value")
+    p.add_argument("--until", required=True, metavar="H", help="half-width of the interval to reach, in the unit of the quantity; 5%% is "
+                   "a share of its value")
     p.add_argument("--budget", required=True, metavar="TIME", help="seconds of this launch, as 540s, 9m, 1.5h")
     p.add_argument("--law", metavar="NAME", help="chinchilla, kumar:tied, ... (default: the best of those that the report tries, anew every round)")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples of every fit (default 0: linearised intervals)")
@@ -67,7 +69,8 @@ def inputs_of(row: Mapping, laws: Sequence[Law]) -> dict[str, float | str]:
             elif name in factors:
                 found[name] = str(value)
             else:
-                found[name] = math.exp(value) if column in LOGARITHMS else float(np.asarray(operands[name].numbers(value)) if name in operands else value)
+                found[name] = (math.exp(value) if column in LOGARITHMS
+                               else float(np.asarray(operands[name].numbers(value)) if name in operands else value))
     return found
 
 
@@ -86,7 +89,8 @@ class Sweep:
         if not any(run.status == "done" for run in over):
             return None, [inputs_of(run.row, self.laws) for run in over]
         ids = ", ".join(f"'{run.run_id}'" for run in over)  # of this sweep alone: its folder may hold others
-        return table(self.source.root).filter(f"run_id IN ({ids}) AND (loss IS NULL OR isfinite(loss))"), [inputs_of(run.row, self.laws) for run in over]
+        done = table(self.source.root).filter(f"run_id IN ({ids}) AND (loss IS NULL OR isfinite(loss))")
+        return done, [inputs_of(run.row, self.laws) for run in over]
 
     def train(self, cells: list[Cell]) -> bool:
         whole, failures = self.source.train([cell.key for cell in cells])
@@ -138,8 +142,8 @@ def sentence(answer: Answer, question: Question, told: str) -> str:
     name, measure = question.quantity, f" {told}" if told else ""
     if answer.settled:
         v = answer.verdict
-        return (f"{name} is {v.value:.4g}{measure}, {v.level:.0%} interval {v.low:.4g} to {v.high:.4g} (half-width {v.half_width:.3g}, below {v.limit:.3g}), "
-                f"from {last.runs} runs by {v.law}.")
+        return (f"{name} is {v.value:.4g}{measure}, {v.level:.0%} interval {v.low:.4g} to {v.high:.4g} (half-width {v.half_width:.3g}, "
+                f"below {v.limit:.3g}), from {last.runs} runs by {v.law}.")
     have = "there is no interval" if last.verdict is None else str(last.verdict) + ("" if last.verdict.reason else measure)
     return f"{name} is not settled: {answer.ended}; with {last.runs} runs {have}{f' ({last.why})' if last.verdict is None else ''}."
 

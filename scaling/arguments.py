@@ -67,7 +67,8 @@ def _rows(p: Parser) -> None:
     p.add_argument("--holdout", metavar="SQL", help='rows to predict and not to fit, e.g. "N = max(N) OVER ()"')
     p.add_argument("--loss", default="huber", help="huber (default), least_squares or lad (least absolute deviations)")
     p.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln loss (default 1e-3)")
-    p.add_argument("--fix", type=assignments, action=Merge, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" makes FP8 the baseline')
+    p.add_argument("--fix", type=assignments, action=Merge, default={}, metavar="n_w=0,...", help='hold parameters at values; "effN[FP8]=1" '
+                   'makes FP8 the baseline')
     p.add_argument("--base", metavar="SQL", help="rows that alone fit all constants they determine, which are then held (a first stage)")
     p.add_argument("--weights", metavar="SQL", help="how much each row counts beside the others; only ratios matter")
     p.add_argument("--bootstrap", type=int, default=0, metavar="K", help="cell resamples for the intervals (default 0: linearised only)")
@@ -79,13 +80,16 @@ def _fit(p: Parser) -> None:
     p.add_argument("--law", required=True, metavar="NAME|FORMULA", help="chinchilla, kumar, ...; variants after a colon: kumar:tied+plain; or a "
                    'formula, "E + A/N^alpha + B/D^beta", with further inputs and boxes after semicolons: "...; width; alpha=0:1"')
     p.add_argument("--tie", type=assignments, action=Merge, default={}, metavar="beta=alpha,...", help="make one parameter equal another")
-    p.add_argument("--prior", type=assignments, action=Merge, default={}, metavar="alpha=0.35:0.05,...", help="Gaussian priors, mean:deviation (relative for E)")
+    p.add_argument("--prior", type=assignments, action=Merge, default={}, metavar="alpha=0.35:0.05,...",
+                   help="Gaussian priors, mean:deviation (relative for E)")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
     p.add_argument("--resample", default="cells", metavar="KIND", help="of --bootstrap: cells (default) or wild")
     p.add_argument("--profile", type=names, default=[], metavar="NAME,...", help="profile-likelihood intervals of these constants or functionals")
-    p.add_argument("--check", action="store_true", help="minimise the same objective with SciPy, from other starts, and say how far apart the two are")
+    p.add_argument("--check", action="store_true", help="minimise the same objective with SciPy, from other starts, and say how far apart "
+                   "the two are")
     p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
-    p.add_argument("--at", type=assignments, default={}, metavar="N=1e9,...", help="inputs of what follows from the constants (D/N, P*, D_crit, ...): "
+    p.add_argument("--at", type=assignments, default={}, metavar="N=1e9,...", help="inputs of what follows from the constants (D/N, P*, "
+                   "D_crit, ...): "
                    "compute=1e21,bits=8,block=128 (default: the largest fitted N, D, compute; the narrowest widths; each level)")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")
     p.add_argument("--checklist", action="store_true", help="print the checklist of (Mis)Fitting, filled in as far as the fit and the table know")
@@ -104,7 +108,8 @@ def _compare(p: Parser) -> None:
 
 def _predict(p: Parser) -> None:
     p.add_argument("fit", metavar="FIT.json")
-    p.add_argument("inputs", nargs="+", metavar="[QUANTITY] NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4; or, instead of the loss, a constant or functional of the "
+    p.add_argument("inputs", nargs="+", metavar="[QUANTITY] NAME=VALUE", help="N=1e9 D=2e10 weights_bits=4; or, instead of the loss, a "
+                   "constant or functional of the "
                    "law and what it depends on: optimal_bits, optimal_params compute=1e21, best_layout bits=8")
     _extrapolate(p)
 
@@ -119,10 +124,11 @@ def _plan(p: Parser) -> None:
     p.add_argument("--precision", action="append", default=[], metavar="NAME:INPUT=VALUE,...", help="a precision to choose from, by law inputs "
                    "and widths of costs: w4a8:weights_bits=4,activations_bits=8; give it again for each")
     p.add_argument("--inference-tokens", type=float, default=0.0, metavar="D", help="tokens to be served, at 2 N FLOP each, from the same budget")
-    p.add_argument("--memory", type=float, metavar="BYTES", help="of the weights: N weights_bits/8 at most; the table is then the iso-memory frontier")
+    p.add_argument("--memory", type=float, metavar="BYTES", help="of the weights: N weights_bits/8 at most; the table is then the "
+                   "iso-memory frontier")
     regions = p.add_argument_group("regions of forward and backward precision (Quartet), instead of a plan")
-    regions.add_argument("--regions", nargs="?", const="training+inference", metavar="BUDGET", help="the D/N at which the best --scheme changes, for each "
-                         "size: for a budget of training+inference (default), or training alone")
+    regions.add_argument("--regions", nargs="?", const="training+inference", metavar="BUDGET", help="the D/N at which the best --scheme "
+                         "changes, for each size: for a budget of training+inference (default), or training alone")
     regions.add_argument("--scheme", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="FP8:FP8, FP4:FP8:forward_speedup=2,eff_N=0.64; "
                          "keys: forward_speedup, backward_speedup (over the base precision, default 1), eff_N, eff_D, or inputs of the law, such as "
                          "forward=QuEST,backward=RTN or weights_bits=4; give it again for each")
@@ -147,25 +153,29 @@ def _report(p: Parser) -> None:
     p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...",
                    help="SQL expression of each column of a run table that has another name here; N, D stand for n_params, tokens")
     p.add_argument("--where", metavar="SQL", help="rows to use")
-    p.add_argument("--laws", type=names, metavar="A,B,...", help="laws, or formulas, to choose that of all runs from (default: the variants of kumar)")
+    p.add_argument("--laws", type=names, metavar="A,B,...", help="laws, or formulas, to choose that of all runs from (default: the variants "
+                   "of kumar)")
     p.add_argument("--out", required=True, metavar="FILE.html")
     p.add_argument("--bootstrap", type=int, default=200, metavar="K", help="cell resamples for the intervals (default 200)")
     _tuned(p)
-    p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while a sweep goes on")
+    p.add_argument("--refresh", type=int, metavar="SECONDS", help="the page loads itself anew that often: for one that is made again while "
+                   "a sweep goes on")
 
 
 def _tuned(p: Parser) -> None:
-    p.add_argument("--tuned", type=names, default=["lr"], metavar="COLUMN,...", help="columns that searches went over, for the best of k (default lr)")
+    p.add_argument("--tuned", type=names, default=["lr"], metavar="COLUMN,...", help="columns that searches went over, for the best of "
+                   "k (default lr)")
 
 
 def _stats(p: Parser) -> None:
     p.add_argument("table", metavar="TABLE", help="folder of runs, .csv, .parquet, .json, or a DuckDB query")
-    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...", help="SQL expression of each column that has another name here: of "
+    p.add_argument("--columns", type=assignments, action=Merge, default={}, metavar="n_params=SQL,...",
+                   help="SQL expression of each column that has another name here: of "
                    "a run table (N, D stand for n_params, tokens), or correct, questions, question, model of accuracies")
     p.add_argument("--where", metavar="SQL", help="rows to use")
     _tuned(p)
-    p.add_argument("--independent-evaluation", action="store_true", help="runs were evaluated on different tokens: the evaluation's error is taken off the "
-                   "variance between seeds")
+    p.add_argument("--independent-evaluation", action="store_true", help="runs were evaluated on different tokens: the evaluation's error "
+                   "is taken off the variance between seeds")
     p.add_argument("--reference", metavar="MODEL", help="the model that the others are paired with, question by question (default: the first)")
     p.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
 
@@ -174,7 +184,8 @@ _BUILDERS = {
     "table": ("Writes the run table of folders of runs, or a table of yours with the columns of one (absent ones NULL, its own kept).", _table),
     "fit": ("Fits a scaling law to runs and prints its constants with intervals.\nExit code 1 when the fit did not converge.", _fit),
     "compare": ("Fits several laws on the same rows with the same rows held out, side by side.", _compare),
-    "predict": ("Predicts the loss of a run, or a number that follows from the law, with its interval.\nExit code 1 when the design does not identify the number.",
+    "predict": ("Predicts the loss of a run, or a number that follows from the law, with its interval.\nExit code 1 when the design does "
+                "not identify the number.",
                 _predict),
     "plan": ("Plans a training: the N, D and precision of the lowest loss for a budget, with intervals.\nOr, with --regions, which forward and "
              "backward precision is the best for which size and data; with --next, which runs to train next.", _plan),

@@ -73,7 +73,7 @@ def as_html(items: Iterable[Item]) -> str:
 
 def _form(fitted: Fit) -> dict[str, str | None]:
     law, m = fitted.law, fitted.metrics
-    units = {"N": "parameters", "D": "tokens", "loss": "nats per token"}
+    units = {"N": "parameters", "D": "tokens", "loss": law.unit}
     used = [f"{name} = {sql}" + (f" ({units[name]})" if name in units else "") for name, sql in m["columns"].items()]
     held = [f"{name} = {value:g}" for name, value in fitted.fixed.items()] + [f"{name} = {source}" for name, source in fitted.ties.items()]
     return {"law": f"{law.about} ({law.cite})", "variables and where they come from": ", ".join(used),
@@ -102,16 +102,19 @@ def _measurement(fitted: Fit, records: dict[str, list]) -> dict[str, str | None]
     errors = [e for e in records.get("loss_std_err", []) if e is not None and math.isfinite(e)]
     return {"final or intermediate checkpoints": checkpoints, "evaluation set": _values(records, "data_sha256") and (
                 f"validation part of {_values(records, 'data')} (sha256 {_values(records, 'data_sha256')})"),
-            "standard error of the evaluation": f"median {np.median(errors):.2g} nats per token" if errors else None, "seeds": _values(records, "seed"),
+            "standard error of the evaluation": f"median {np.median(errors):.2g} {fitted.law.unit}" if errors else None,
+            "seeds": _values(records, "seed"),
             "exclusions": ", ".join(f"{count} rows ({reason})" for reason, count in dropped.items()) or "no row was dropped",
             "row filter": fitted.metrics["where"] or "none"}
 
 
 def _fitting(fitted: Fit) -> dict[str, str | None]:
     m = fitted.metrics
-    rules = {"huber": f"sum of Huber losses, delta {m['delta']:g}", "least_squares": "sum of squares / 2", "lad": f"sum of absolute values, as Huber losses of delta {m['delta']:g}"}
+    rules = {"huber": f"sum of Huber losses, delta {m['delta']:g}", "least_squares": "sum of squares / 2",
+             "lad": f"sum of absolute values, as Huber losses of delta {m['delta']:g}"}
     return {"objective": f"{rules.get(m['loss'], m['loss'])}, of ln predicted - ln observed; value {m['objective']:.10g}",
-            "optimizer and starts": f"starts over boxes of the constants, the best polished by Levenberg-Marquardt; {m['starts_agree']} of {m['starts']} "
+            "optimizer and starts": f"starts over boxes of the constants, the best polished by Levenberg-Marquardt; {m['starts_agree']} "
+            f"of {m['starts']} "
             "polished starts agree", "convergence": f"{'converged' if m['converged'] else 'not converged'}, gradient {m['gradient_norm']:.1e}",
             "weights": str(m.get("weights") or "every row counts the same"), "priors": ", ".join(m.get("priors") or ()) or "none",
             "software": ", ".join(f"{name} {_version(name)}" for name in ("bitlaw", "numpy", "scipy")) + f", Python {platform.python_version()}"}

@@ -102,7 +102,8 @@ def _fit(arguments) -> int:
     if follows:
         _console().print(_following(follows, fitted.level))
     remarks, items = check_table(arguments.table, fitted), checklist(fitted, arguments.table)
-    for line in (*_lacking(lacking), *_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks), *(as_text(items) if arguments.checklist else ())):
+    for line in (*_lacking(lacking), *_facts(fitted), *trust, *(f"note: {remark}" for remark in remarks),
+                 *(as_text(items) if arguments.checklist else ())):
         print(line)
     if arguments.out:
         told = dict(fitted.metrics) | {"design_checks": remarks, "checklist": as_json(items), "derived": [one.as_json() for one in follows]}
@@ -121,7 +122,7 @@ def _compare(arguments) -> int:
     comparison, guard_lines = with_guard(comparison, arguments) if arguments.guard else (comparison, [])
     _console().print(_side_by_side(comparison))
     if comparison.left_out:
-        _console().print(left_out_table(comparison.left_out))
+        _console().print(left_out_table(comparison.left_out, comparison.unit))
     for line in (*reasons(comparison.left_out), *guard_lines):
         print(line)
     for name, why in comparison.refused.items():
@@ -153,7 +154,7 @@ def _predict(arguments) -> int:
     if quantity:
         return _quantity(fitted, quantity, pairs)
     names = {f.input for f in fitted.law.factors} | {o.input for o in fitted.law.operands if o.from_name}
-    named = {name: value for name, value in pairs.items() if name in names and not _is_number(value)}
+    named = {name: value for name, value in mixed(pairs).items() if name in names and isinstance(value, str)}
     inputs = numbers({name: value for name, value in pairs.items() if name not in named}, "input")
     endless = next((name for name in fitted.law.measures if inputs.get(name) == float("inf")), None)
     if endless:
@@ -166,7 +167,7 @@ def _predict(arguments) -> int:
     if not predicted.loss < float("inf"):
         print(f"bitlaw: {fitted.label} says that training diverges at {' '.join(arguments.inputs)}: it has no loss there", file=sys.stderr)
         return 1
-    print(f"loss {predicted.loss:.6g} nats/token, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
+    print(f"loss {predicted.loss:.6g} {fitted.law.unit}, {fitted.level:.0%} interval for one run {predicted.low:.6g} to {predicted.high:.6g} "
           f"(for the law's value {predicted.mean_low:.6g} to {predicted.mean_high:.6g})")
     if predicted.extrapolated > 1.0 + 1e-9:
         print(f"extrapolated: {predicted.extrapolated:.3g} times beyond the fitted range; the interval includes the law's discrepancy there "
@@ -178,8 +179,6 @@ def _predict(arguments) -> int:
 
 def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
     """A constant or functional with its interval. Exit code 1 when the design does not identify it."""
-    from scaling.arguments import mixed
-
     estimate = fitted.estimate(name, **mixed(pairs))
     told = f"{name}{' at ' * bool(pairs)}{', '.join(f'{key}={value}' for key, value in pairs.items())}"
     if not estimate.identified:
@@ -190,14 +189,6 @@ def _quantity(fitted: Fit, name: str, pairs: dict[str, str]) -> int:
     else:
         print(f"{told}: {estimate.value + 0.0:.6g}, {fitted.level:.0%} interval {estimate.low + 0.0:.6g} to {estimate.high:.6g}")
     return 0
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _plan(arguments) -> int:
@@ -312,11 +303,12 @@ def _facts(fitted: Fit) -> list[str]:
     lines = [fitted.law.about,
              f"objective {m['objective']:.10g} ({rule} of ln loss), gradient {m['gradient_norm']:.1e}, {m['starts_agree']} of "
              f"{m['starts']} starts agree",
-             f"condition number {m['condition_number']:.2e}, {m['rows']} rows fitted{dropped}, residual sd {m['residual_sd']:.3%}, BIC {m['bic']:.1f}"]
+             f"condition number {m['condition_number']:.2e}, {m['rows']} rows fitted{dropped}, residual sd {m['residual_sd']:.3%}, BIC "
+             f"{m['bic']:.1f}"]
     score = m["held_out"]
     if score:
         covered = "not predicted: not identified" if score["covered"] is None else f"{score['covered']:.0%} in their intervals"
-        lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} nats/token), mean "
+        lines.append(f"held out: {score['rows']} rows, rms error {score['rmse']:.3%} ({score['rmse_nats']:.4f} {fitted.law.unit}), mean "
                      f"{score['bias']:+.3%}, {covered}")
     return lines + told(m) + [f"note: {note}" for note in m["notes"]]
 
@@ -327,7 +319,7 @@ def _side_by_side(comparison: Comparison) -> Table:
     scores = {"free parameters": lambda f: f"{len(f.free)}", "BIC": lambda f: f"{f.metrics['bic']:.1f}",
               "rms residual": lambda f: f"{f.metrics['rmse']:.3%}",
               "held-out rms": lambda f: _held_out(f, "rmse", ".3%"),
-              "held-out rms, nats/token": lambda f: _held_out(f, "rmse_nats", ".4f"),
+              f"held-out rms, {comparison.unit}": lambda f: _held_out(f, "rmse_nats", ".4f"),
               "condition number": lambda f: f"{f.metrics['condition_number']:.1e}",
               "starts that agree": lambda f: f"{f.metrics['starts_agree']} of {f.metrics['starts']}"}
     for name, score in scores.items():

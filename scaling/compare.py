@@ -26,6 +26,11 @@ class Comparison:
     left_out: tuple[LeftOut, ...] = ()
 
     @property
+    def unit(self) -> str:
+        """Of the loss that the laws are fitted to: all of them to the same column."""
+        return " or ".join(dict.fromkeys(fitted.law.unit for fitted in self.fits))
+
+    @property
     def best(self) -> Fit:
         """The fewest free parameters among the supported fits whose BIC is within 2 of the lowest (less is no evidence: Kass and
         Raftery 1995). The held-out rows do not choose, so that their error stays an honest test. ValueError when none converged."""
@@ -44,7 +49,8 @@ class Comparison:
         simplest: dict[str, Fit] = {}
         for fitted in sorted(converged, key=lambda fitted: len(fitted.free)):
             simplest.setdefault(fitted.law.name, fitted)
-        return [fitted for fitted in converged if all(_determined(fitted, name) for name in fitted.free if name not in simplest[fitted.law.name].free)]
+        return [fitted for fitted in converged if all(_determined(fitted, name) for name in fitted.free
+                                                      if name not in simplest[fitted.law.name].free)]
 
     def reason(self) -> str:
         """One sentence: what was chosen among what, and whether the held-out error agrees."""

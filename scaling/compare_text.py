@@ -14,11 +14,11 @@ from scaling.observations import observe
 from scaling.thresholdout import SPENT, Thresholdout, guarded, load_guard
 
 
-def left_out_table(scores: tuple[LeftOut, ...]) -> Table:
-    """A row per law and split; the levels of an each-split follow their pooled row."""
+def left_out_table(scores: tuple[LeftOut, ...], unit: str) -> Table:
+    """`unit`: of the loss. A row per law and split; the levels of an each-split follow their pooled row."""
     made = Table(title="errors of ln loss on rows left out of the fit", title_justify="left")
     for name, justify in (("split", "left"), ("left out", "left"), ("law", "left"), ("fitted", "right"), ("rows", "right"), ("rms", "right"),
-                          ("bias", "right"), ("worst", "right"), ("rms, nats/token", "right")):
+                          ("bias", "right"), ("worst", "right"), (f"rms, {unit}", "right")):
         made.add_column(name, justify=justify, overflow="fold")
     pooled = pool(scores)
     for split in dict.fromkeys(one.name for one in pooled):
@@ -78,7 +78,8 @@ def _refuse_guard(guard: Thresholdout, path: Path, mark: str, given: dict) -> No
         raise ValueError(f"guard {path}: belongs to other held-out rows; a new held-out set needs a new file")
     for name, value in given.items():
         if getattr(guard, name) != value:
-            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows are in use")
+            raise ValueError(f"--guard-{name} {value:g}: {path} was started with {getattr(guard, name):g}; it cannot change while its rows "
+                             "are in use")
 
 
 def check_guard(arguments) -> None:

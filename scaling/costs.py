@@ -22,7 +22,7 @@ import numpy as np
 
 ALL_FULL: Mapping[str, float] = MappingProxyType({})  # a precision of which nothing is said
 FULL = 16.0  # bits of an operand of which nothing is said: 16-bit training is what 6 N D has always meant
-WIDTHS = ("weights_bits", "activations_bits", "output_gradients_bits")
+PRICED_WIDTHS = ("weights_bits", "activations_bits", "output_gradients_bits")
 """What costs depend on. Not kv_bits: attention scores are not in 6 N D."""
 
 
@@ -78,8 +78,8 @@ def operand_widths(precision: Mapping) -> tuple[np.ndarray, np.ndarray, np.ndarr
     output_gradients_bits, or `bits` for all. Absent operands have 16 bits; absent gradients, as in Kumar's cost, the wider of the others.
     """
     common = precision.get("bits", FULL)
-    weights, activations = (np.asarray(precision.get(name, common), dtype=np.float64) for name in WIDTHS[:2])
-    gradients = np.asarray(precision.get(WIDTHS[2], np.maximum(weights, activations)), dtype=np.float64)
+    weights, activations = (np.asarray(precision.get(name, common), dtype=np.float64) for name in PRICED_WIDTHS[:2])
+    gradients = np.asarray(precision.get(PRICED_WIDTHS[2], np.maximum(weights, activations)), dtype=np.float64)
     return weights, activations, gradients
 
 
@@ -117,9 +117,10 @@ class Device:
     """rates: dtype -> (bits of an operand, dense peak in FLOP/s); no structured sparsity. source: the vendor's document. doubts: dtype -> why its
     rate is not certain, told wherever it is used.
 
-    Vendor figures are those printed in the document named. Those that NVIDIA prints with sparsity alone are halved (H200, B200), so they are as coarse
-    as what is printed: half of 2.2 PFLOPS for the TF32 of B200, where eight of them are 18, half of 2.25. What a document leaves out and others
-    report is secondary, and in `doubts`. The whitepapers' rates of A100 and H100 also follow from units and clocks (tests/scaling/test_costs.py).
+    Vendor figures are those printed in the document named. Those that NVIDIA prints with sparsity alone are halved (H200, B200),
+    so they are as coarse as what is printed: half of 2.2 PFLOPS for the TF32 of B200, where eight of them are 18, half of 2.25.
+    What a document leaves out and others report is secondary, and in `doubts`. The whitepapers' rates of A100 and H100 also
+    follow from units and clocks (tests/scaling/test_costs.py).
     """
 
     name: str
@@ -142,8 +143,8 @@ DEVICES = {device.name: device for device in (
            {"float32": "B200's FP32 rate of 75 TFLOPS is the datasheet's; an earlier NVIDIA brief is reported with 80"}),
     Device("v5p", {"int8": (8, 918 * T), "float8": (8, 459 * T), "bfloat16": (16, 459 * T)},
            "vendor: Google Cloud, TPU v5p (BF16 459 TFLOP/s) and the comparison in TPU7x (FP8 459); INT8 918 is secondary",
-           {"int8": "v5p's INT8 rate of 918 TOPS is not in Google's system architecture, which prints BF16 alone; it is known from reports of the announcement "
-                    "of 6 December 2023. v5p:float plans without it"}),
+           {"int8": "v5p's INT8 rate of 918 TOPS is not in Google's system architecture, which prints BF16 alone; it is known from reports "
+            "of the announcement of 6 December 2023. v5p:float plans without it"}),
     Device("v6e", {"int8": (8, 1836 * T), "float8": (8, 918 * T), "bfloat16": (16, 918 * T)},
            "vendor: Google Cloud, TPU v6e, peak compute per chip (BF16 918 TFLOP/s, INT8 1836 TOP/s) and the comparison in TPU7x (FP8 918)"),
 )}
@@ -163,7 +164,8 @@ def device(name: str, kind: str = "") -> CostModel:
     for bits, rate in kept.values():
         rates[float(bits)] = max(rate, rates.get(float(bits), 0.0))
     full = name + (f":{kind}" if kind else "")
-    doubts = {float(made.rates[dtype][0]): text for dtype, text in made.doubts.items() if dtype in kept and made.rates[dtype][1] == rates[made.rates[dtype][0]]}
+    doubts = {float(made.rates[dtype][0]): text for dtype, text in made.doubts.items() if dtype in kept
+              and made.rates[dtype][1] == rates[made.rates[dtype][0]]}
     listed = ", ".join(f"{dtype} {rate / T:g}" for dtype, (_, rate) in kept.items())
     return CostModel(full, f"6 N D at the dense peak of the fastest dtype as wide, TFLOP/s: {listed}", _stepped(rates, full),
                      tuple(sorted(rates)), rates[FULL], made.source, doubts)

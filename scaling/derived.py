@@ -55,7 +55,8 @@ def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Deri
         if missing or (any_operand and not set(columns) & set(operands)):
             lacking[name] = missing or tuple(operands)
             continue
-        one_level = [{key: level} for key in optional if key in fit.law.levels for level in _natural(fit, key)] if not set(optional) & set(given) else []
+        one_level = [] if set(optional) & set(given) else [
+            {key: level} for key in optional if key in fit.law.levels for level in _natural(fit, key)]
         found += [Derived(name, one | level, fit.estimate(name, **(one | level))) for one in _one_by_one(columns) for level in one_level or [{}]]
     return found, lacking
 
@@ -79,7 +80,8 @@ def _inputs(function) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """(required, optional, whether any operand may be given) of a functional, the constants left out."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    return (tuple(p.name for p in plain if p.default is p.empty), tuple(p.name for p in plain if p.default is not p.empty), len(plain) < len(parameters))
+    return (tuple(p.name for p in plain if p.default is p.empty), tuple(p.name for p in plain if p.default is not p.empty),
+            len(plain) < len(parameters))
 
 
 def _natural(fit: Fit, name: str) -> object:

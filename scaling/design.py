@@ -142,7 +142,8 @@ def _rows(fit: Fit, candidates: Sequence[Mapping]) -> np.ndarray:
     for names in dict.fromkeys(tuple(candidate) for candidate in candidates):
         there = [i for i, candidate in enumerate(candidates) if tuple(candidate) == names]
         columns = {name: np.array([candidates[i][name] for i in there]) for name in names}
-        rows_CK[there] = _slopes(fit, lambda p, columns=columns: np.log(fit.law.predict(p, **columns)), lambda i: f"candidate {dict(candidates[there[i]])}").T
+        rows_CK[there] = _slopes(fit, lambda p, columns=columns: np.log(fit.law.predict(p, **columns)),
+                                 lambda i: f"candidate {dict(candidates[there[i]])}").T
     return rows_CK
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from scaling.laws.parameters import FULL_BITS
 from scaling.observations import observe
 from scaling.result import Fit
 from scaling.statistics import UNQUANTIZED_BITS
@@ -17,7 +18,6 @@ from scaling.table import Source
 CORRELATED = 0.8  # |correlation of ln N and ln D| from which the variance of an exponent is inflated by 1/(1 - r^2) = 2.8 or more
 FIXED = 1.05      # D/N within this factor is one ratio
 MIN_LEVELS = 3    # a power law with a floor has three constants per direction
-FULL_BITS = 32.0  # from here on laws of widths see no quantization
 DEAD = 1e-4       # share of the loss, below what seeds or evaluation ever resolve
 FLAT = 1e-3       # relative variation of a term below which it is a constant
 
@@ -39,7 +39,8 @@ def _ratio(columns: Mapping[str, np.ndarray], fitted: Fit) -> list[str]:
     correlation = float(np.corrcoef(log_n, log_d)[0, 1])
     ratio = columns["D"] / columns["N"]
     if ratio.max() <= FIXED * ratio.min():
-        return [f"D/N is {np.median(ratio):.3g} in every row (correlation of ln N and ln D {correlation:.3f}): the fit cannot tell what parameters do "
+        return [f"D/N is {np.median(ratio):.3g} in every row (correlation of ln N and ln D {correlation:.3f}): the fit cannot tell what "
+                "parameters do "
                 "from what tokens do; A, B, alpha, beta and every optimum that follows from them are one ridge. Train some sizes at other D/N"]
     said = any("correlation of logs" in note for note in fitted.metrics["notes"])
     if abs(correlation) >= CORRELATED and not said:
@@ -60,8 +61,8 @@ def _levels(columns: Mapping[str, np.ndarray], fitted: Fit) -> list[str]:
         elif name.endswith("_bits"):
             wide = (values >= UNQUANTIZED_BITS) & (values < FULL_BITS)
             if wide.any():
-                found.append(f"{name} is {_listed(np.unique(values[wide]))} in {int(wide.sum())} rows, which the law takes for quantized to that width: where "
-                             "it stands for an unquantized baseline (BF16), leave it empty")
+                found.append(f"{name} is {_listed(np.unique(values[wide]))} in {int(wide.sum())} rows, which the law takes for quantized "
+                             "to that width: where it stands for an unquantized baseline (BF16), leave it empty")
             levels = np.unique(values[values < UNQUANTIZED_BITS])
             if 0 < levels.size < MIN_LEVELS:
                 found.append(f"{name} has {levels.size} level{'s' * (levels.size > 1)} below {UNQUANTIZED_BITS:g} ({_listed(levels)}): between and "
@@ -92,8 +93,8 @@ def _terms(columns: Mapping[str, np.ndarray], fitted: Fit) -> list[str]:
                 work[name] = 1.0 - np.asarray(law.predict(dict(fitted.params) | {name: gone}, **columns)) / whole
     work = {name: share for name, share in work.items() if np.isfinite(share).all()}
     dead = [name for name, share in work.items() if np.abs(share).max() < DEAD]
-    remarks = [f"the term of {name} is dead: it makes at most {np.abs(work[name]).max():.1e} of the loss in any row, so {_sharers(fitted, name)} could "
-               "be anything; fit a law without it" for name in dead]
+    remarks = [f"the term of {name} is dead: it makes at most {np.abs(work[name]).max():.1e} of the loss in any row, so "
+               f"{_sharers(fitted, name)} could be anything; fit a law without it" for name in dead]
     flat = [name for name in work if name not in dead and np.ptp(work[name] * whole) < FLAT * np.abs(work[name] * whole).max()]
     if len(flat) > 1:
         remarks.append(f"the terms of {', '.join(flat)} are all constant over these rows: only their sum is known, and E is no entropy")

@@ -32,10 +32,11 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     tables; a quoted name is a column). where, holdout: SQL; held-out rows are predicted, never fitted. bootstrap: number of cell
     resamples. loss: "huber" (with `delta`), "least_squares" or "lad" (least absolute deviations: Huber with delta 1e-6). ties:
     {"beta": "alpha"} makes beta equal alpha; fixed: {"n_w": 0.0}, or another fit's params. base: SQL; all constants that these rows
-    determine are fitted on them alone and then held (Quartet's two stages; intervals hold the uncertainty of both). priors: {"alpha": (0.35, 0.05)}, mean and standard
-    deviation of a Gaussian on an exponent or offset, for E and scales (value, relative deviation) of a log-normal. weights: SQL, how
-    much a row counts beside the others (1/variance, the number of seeds behind a mean): only the ratios matter, they are scaled to a mean of 1. level: of the intervals. progress(done, total) is called during the bootstrap.
-    Levels of a factor: 1 for the one called baseline, bf16, fp32, ... or for the one in fixed: {"effN[FP8]": 1}.
+    determine are fitted on them alone and then held (Quartet's two stages; intervals hold the uncertainty of both). priors:
+    {"alpha": (0.35, 0.05)}, mean and standard deviation of a Gaussian on an exponent or offset, for E and scales (value, relative
+    deviation) of a log-normal. weights: SQL, how much a row counts beside the others (1/variance, the number of seeds behind a
+    mean): only the ratios matter, they are scaled to a mean of 1. level: of the intervals. progress(done, total) is called during
+    the bootstrap. Levels of a factor: 1 for the one called baseline, bf16, fp32, ... or for the one in fixed: {"effN[FP8]": 1}.
 
     Metrics: objective, gradient_norm, converged, starts, starts_agree, condition_number (of J'J in centred logs), rows, dof, dropped,
     residual_sd (of a row of weight 1), rmse, bic (rows ln rmse^2 + free constants ln rows), discrepancy, at_bound, ridges (directions
@@ -45,14 +46,15 @@ def fit(table: Source, law: str | Law, *, columns: Mapping[str, str] | None = No
     loss, delta, prior_weight (of priors beside the rows: `scaling.priors`). Errors of ln loss are relative errors of the loss. ValueError, one
     line, for whatever cannot be fitted.
     """
-    _refuse_options({"columns": columns, "ties": ties, "fixed": fixed, "priors": priors}, {"where": where, "holdout": holdout, "base": base, "weights": weights},
+    _refuse_options({"columns": columns, "ties": ties, "fixed": fixed, "priors": priors},
+                    {"where": where, "holdout": holdout, "base": base, "weights": weights},
                     {"bootstrap": bootstrap, "seed": seed})
     if not (isinstance(level, Real) and 0 < level < 1):
         raise ValueError(f"level={level!r}: need a share between 0 and 1, such as 0.95")
     found = solved(table, law, columns=columns, where=where, holdout=holdout, loss=loss, delta=delta, ties=ties, fixed=fixed, base=base,
                    priors=priors, weights=weights)
     return _assemble(found, level, bootstrap, seed, progress,
-                     {"loss": loss, "delta": found.reach, "where": where, "holdout": holdout, "base": base, "weights": weights,
+                     {"loss": loss, "delta": found.delta, "where": where, "holdout": holdout, "base": base, "weights": weights,
                       "priors": {name: list(pair) for name, pair in (priors or {}).items()},
                       "prior_weight": (found.first or found.last).problem.prior_weight})
 
@@ -84,7 +86,8 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
         found = joined(first, made.last, (earlier.scatter, around.scatter), (first_draws, draws))
         around = replace(around, dof=around.dof - len(first.problem.free), at_bound=(*earlier.at_bound, *around.at_bound))
         drift = max(drift, first_drift)
-    stuck = [f"{', '.join(around.at_bound)} ended on {'its bound' if len(around.at_bound) == 1 else 'their bounds'}: linearised intervals of the others hold for "
+    stuck = [f"{', '.join(around.at_bound)} ended on {'its bound' if len(around.at_bound) == 1 else 'their bounds'}: linearised intervals "
+             f"of the others hold for "
              "it there; a profile or the bootstrap lets it move"] if around.at_bound else []
     residuals = problem.residuals(solution.z[None])[0]
     rows = residuals.size

@@ -99,7 +99,8 @@ def _record(path: Path, columns: Mapping[str, str]) -> dict | None:
         raise _Damaged(f"a record is a JSON object, this is a {type(record).__name__}")
     version = record.get("record_version", 1)
     if type(version) is int and version > RECORD_VERSION:
-        raise ValueError(f"{path} has record_version {version}; this bitlaw reads up to {RECORD_VERSION}: use the bitlaw that wrote it, or a newer one")
+        raise ValueError(f"{path} has record_version {version}; this bitlaw reads up to {RECORD_VERSION}: use the bitlaw that wrote it, "
+                         "or a newer one")
     for column, kind in columns.items():
         value = record.get(column)
         if value is not None and not isinstance(value, str if kind == "VARCHAR" else (int, float)):

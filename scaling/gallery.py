@@ -13,7 +13,8 @@ from scaling import page
 from scaling.plots import FAINT, INK
 from scaling.statistics import Run, columns_of, indistinct, mean_interval, reference_precision
 
-MEASURED = ("tokens_per_s", "weights_bytes_per_param", "moments_bytes_per_param", "peak_bytes_per_param", "gradient_cosine", "gradient_magnitude", "edq", "lost_updates")
+MEASURED = ("tokens_per_s", "weights_bytes_per_param", "moments_bytes_per_param", "peak_bytes_per_param", "gradient_cosine",
+            "gradient_magnitude", "edq", "lost_updates")
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def table(shown: Sequence[Exhibit], reference: str) -> str:
         return "–" if value is None or not math.isfinite(value) else format(value, spec)
 
     rows = [(e.precision, e.pairs, f"{e.gap:+.4f}", "one pair" if math.isnan(e.low) else f"{e.low:+.4f} to {e.high:+.4f}", cell(e.cost, ".2f"),
-             cell(e.weights_bytes, ".2f"), cell(e.moments_bytes, ".2f"), cell(e.peak_bytes, ".1f"), cell(e.cosine, ".4f"), cell(e.magnitude, ".4f"), cell(e.edq, ".3f"), cell(e.lost, ".1%"))
+             cell(e.weights_bytes, ".2f"), cell(e.moments_bytes, ".2f"), cell(e.peak_bytes, ".1f"), cell(e.cosine, ".4f"),
+             cell(e.magnitude, ".4f"), cell(e.edq, ".3f"), cell(e.lost, ".1%"))
             for e in shown]
-    header = ("precision", "pairs", f"gap to {reference}", "95% interval", "time ratio", "bytes: weights", "optimizer", "peak", "gradient cosine", "magnitude",
+    header = ("precision", "pairs", f"gap to {reference}", "95% interval", "time ratio", "bytes: weights", "optimizer", "peak",
+              "gradient cosine", "magnitude",
               "EDQ", "updates lost")
     return page.table(header, rows, (1, 2, 4, 5, 6, 7, 8, 9, 10, 11))

@@ -18,6 +18,7 @@ import numpy as np
 
 from scaling.eligible import eligible
 from scaling.laws import Law, resolve
+from scaling.laws.parameters import WIDTHS
 from scaling.mapped import one_line
 from scaling.solved import errors_of, solved
 from scaling.table import Source, quote
@@ -26,7 +27,6 @@ SPLITS = ("largest-N", "largest-D", "each-precision")
 SAME = 1.1  # values within this factor of the largest are one level: sizes of one name differ by a few percent
 MAX_LEVELS = 40
 NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "FLOAT", "DOUBLE", "DECIMAL")
-WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def leave_out(source: Source, law: str | Law, splits: Iterable[str] = SPLITS, **
     return score(rows, law, pose_splits(rows, splits), options)
 
 
-def score(rows: duckdb.DuckDBPyRelation, law: str | Law, splits: Iterable[Split], options: Mapping, guess: Mapping[str, float] | None = None) -> list[LeftOut]:
+def score(rows: duckdb.DuckDBPyRelation, law: str | Law, splits: Iterable[Split], options: Mapping,
+          guess: Mapping[str, float] | None = None) -> list[LeftOut]:
     """The same on `eligible` rows with splits that have been posed. Intervals play no part, so that only the optimum is found: from `guess`,
     the constants of a fit to all rows, or else from those of the split before, beside a few fresh starts."""
     apart = ("where", "holdout", "bootstrap", "progress", "columns", "level", "seed")
@@ -103,7 +104,8 @@ def pose_splits(rows: duckdb.DuckDBPyRelation, names: Iterable[str]) -> list[Spl
     for name in names:
         kind, dash, what = name.partition("-")
         if not dash or kind not in ("largest", "each") or not what:
-            raise ValueError(f"leave {name!r}: unknown; give largest-N, largest-D, largest-compute, largest-COLUMN:25%, each-precision or each-COLUMN")
+            raise ValueError(f"leave {name!r}: unknown; give largest-N, largest-D, largest-compute, largest-COLUMN:25%, each-precision "
+                             "or each-COLUMN")
         splits += _each(rows, name, what) if kind == "each" else [_largest(rows, name, what)]
     return splits
 
@@ -116,7 +118,8 @@ def _largest(rows: duckdb.DuckDBPyRelation, name: str, what: str) -> Split:
         values = rows.project(f"{cast} AS value_").fetchall()
     found = sorted(value for value, in values if value is not None)
     if not found or not found[0] > 0:
-        raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is {f'{found[0]:g} in a row' if found else 'missing everywhere'}")
+        raise ValueError(f"leave {name!r}: {expression} must be positive numbers; it is "
+                         f"{f'{found[0]:g} in a row' if found else 'missing everywhere'}")
     if colon:
         first = found[-max(1, round(len(found) * _share(name, share)))]
     else:
@@ -234,6 +237,6 @@ def verdict(chosen: str, scores: Iterable[LeftOut]) -> str:
             against.append(f"{name} would choose {best.label} ({best.rmse:.2%} against {mine.rmse:.2%})")
     parts = [f"BIC chooses {chosen}"]
     parts += [f"{', '.join(agree)} agree{'s' * (len(agree) == 1)}"] if agree else []
-    parts += [f"held-out errors disagree: {'; '.join(against)}. BIC weighs the fit to these runs, left-out rows what lies beyond them: for a prediction "
-              "trust the split that is like it"] if against else []
+    parts += [f"held-out errors disagree: {'; '.join(against)}. BIC weighs the fit to these runs, left-out rows what lies beyond them: "
+              "for a prediction trust the split that is like it"] if against else []
     return "; ".join([parts[0], *silent, *parts[1:]]) + "."

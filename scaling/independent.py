@@ -34,8 +34,9 @@ class Check:
         return abs(self.ratio - 1.0) <= 1e-6 and self.apart <= 0.01
 
     def __str__(self) -> str:
-        return (f"scipy least_squares from {self.starts} starts: objective {self.lowest:.10g}, {self.ratio - 1.0:+.1e} relative to the fit's, constants "
-                f"within {self.apart:.2g} standard errors, {self.within} of the starts" + ("" if self.agrees else "; it does not confirm the fit"))
+        return (f"scipy least_squares from {self.starts} starts: objective {self.lowest:.10g}, {self.ratio - 1.0:+.1e} relative to the "
+                f"fit's, constants within {self.apart:.2g} standard errors, {self.within} of the starts"
+                + ("" if self.agrees else "; it does not confirm the fit"))
 
 
 def scipy_check(fit: Fit, table: Source, seed: int = 0) -> Check:

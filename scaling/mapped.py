@@ -30,8 +30,8 @@ def mapped_rows(relation: duckdb.DuckDBPyRelation, mapping: Mapping[str, str], n
         kinds = dict(zip(mapping, map(str, relation.project(inputs).types), strict=True)) if mapping else {}
     for name in numeric:
         if kinds[name].endswith("]") or kinds[name].startswith(("STRUCT", "MAP")):
-            raise ValueError(f"{name} ({mapping[name]}) is {kinds[name]}, not one value in each row; {who} needs a number in each: take the values apart in a "
-                             "query (SELECT unnest(...) ...)")
+            raise ValueError(f"{name} ({mapping[name]}) is {kinds[name]}, not one value in each row; {who} needs a number in each: take "
+                             "the values apart in a query (SELECT unnest(...) ...)")
     raw = {name: f"CAST(({mapping[name]}) AS VARCHAR)" for name in numeric if kinds[name] == "VARCHAR" or kinds[name].startswith("ENUM")}
     text = [name for name, sql in raw.items() if len(project(relation, f"{_no_number(sql)} AS {KEEP}", "").filter(KEEP))]
     shadowed = {name.lower() for name in mapping}
@@ -107,6 +107,8 @@ def _remedy(name: str, expression: str, value: str) -> str:
     if re.fullmatch(r"\s*-?\d+,\d+\s*", value):
         return f"make the comma a point: columns {name}=replace({expression}, ',', '.')"
     if re.match(r"\s*\d", value) or (name.endswith("_bits") and re.search(r"\d", value)):
-        return f"take the number out of it, times its unit: columns {name}=TRY_CAST(regexp_extract({expression}, '[0-9.]+') AS DOUBLE), or filter these out with where"
-    unquantized = f", or, where that means unquantized, read it as missing: columns {name}=TRY_CAST({expression} AS DOUBLE)" if name.endswith("_bits") else ""
+        return ("take the number out of it, times its unit: columns "
+                f"{name}=TRY_CAST(regexp_extract({expression}, '[0-9.]+') AS DOUBLE), or filter these out with where")
+    unquantized = (f", or, where that means unquantized, read it as missing: columns {name}=TRY_CAST({expression} AS DOUBLE)"
+                   if name.endswith("_bits") else "")
     return f"filter these out with where{unquantized}"

@@ -30,7 +30,8 @@ def run_next(fit: Fit, arguments, console: Console) -> int:
     if arguments.count is None and len(found) > SHOWN:
         print(f"{len(found) - SHOWN} more are not shown")
     print(f"cost: {model.about}")
-    print("half-widths are expected ones, of the linearised law: they know where a run lies, not what its loss will be, and not whether the law is right")
+    print("half-widths are expected ones, of the linearised law: they know where a run lies, not what its loss will be, and not whether "
+          "the law is right")
     return 0
 
 
@@ -54,11 +55,13 @@ def candidates_of(fit: Fit, texts: Sequence[str]) -> list[dict[str, float | str]
     if missing:
         raise ValueError(f"--candidates: also needs {', '.join(missing)}: {EXAMPLE}")
     runs = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [{**{name: value for name, value in run.items() if name != "bits"}, **(dict.fromkeys(widths, run["bits"]) if "bits" in run else {})} for run in runs]
+    return [{**{name: value for name, value in run.items() if name != "bits"},
+             **(dict.fromkeys(widths, run["bits"]) if "bits" in run else {})} for run in runs]
 
 
 def _table(fit: Fit, quantity: str, found: Sequence[Suggestion], alone: bool) -> Table:
-    made = Table(title=f"{fit.label}: half-width of the {fit.level:.0%} interval of {quantity}, " + ("each run by itself" if alone else "each given the runs above it"),
+    made = Table(title=f"{fit.label}: half-width of the {fit.level:.0%} interval of {quantity}, "
+                 + ("each run by itself" if alone else "each given the runs above it"),
                  title_justify="left")
     inputs = list(dict.fromkeys(name for suggestion in found for name in suggestion.columns))
     for name in (*inputs, "cost (FLOP of 16 bits)", "half-width now", "with this run", "shrunk per FLOP"):

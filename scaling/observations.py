@@ -16,10 +16,11 @@ from scaling.laws.parameters import labels
 from scaling.mapped import boolean, mapped_rows, one_line, project, suggested
 from scaling.table import Source, quote, table
 
-DEFAULT_COLUMNS = {"N": "n_params", "D": "tokens", "scheme": "precision", "forward": "weights_format", "backward": "output_gradients_format",
+RUN_ALIASES = {"N": "n_params", "D": "tokens"}
+DEFAULT_COLUMNS = {**RUN_ALIASES, "scheme": "precision", "forward": "weights_format", "backward": "output_gradients_format",
                    "exp_bits": "weights_exp_bits", "man_bits": "weights_man_bits", "block": "weights_block",
                    "weights_mse": "weights_log_mse", "activations_mse": "activations_log_mse"}
-"""Where run tables keep what laws call N and D; inputs that are not here have the same name in both."""
+"""Where run tables keep the inputs of laws, sizes (RUN_ALIASES) among them; inputs that are not here have the same name in both."""
 WEIGHT, HELD, BASE = '"bitlaw weight"', '"bitlaw held out"', '"bitlaw base"'  # columns of its own: no table has such names
 LOGARITHMS = ("weights_log_mse", "activations_log_mse")
 """Columns of run tables that hold the natural logarithm of what the law takes."""
@@ -165,7 +166,8 @@ def _names(values, name: str, expression: str, law: Law) -> np.ndarray:
 
 def _refuse(values: np.ndarray, name: str, expression: str, law: Law, infinite_allowed: bool, zero_allowed: bool = False) -> None:
     """ValueError when any value is missing, NaN, infinite (unless allowed), zero or negative: laws take logarithms."""
-    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)), ("zero", (values == 0) & (not zero_allowed)),
+    kinds = (("missing or NaN", np.isnan(values)), ("infinite", np.isinf(values) & (not infinite_allowed)),
+             ("zero", (values == 0) & (not zero_allowed)),
              ("negative", values < 0))
     for kind, bad in kinds:
         if bad.any():

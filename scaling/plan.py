@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling import costs
-from scaling.costs import WIDTHS, CostModel
+from scaling.costs import PRICED_WIDTHS, CostModel
 from scaling.laws import Law
 from scaling.optimum import Budget, Choices, Optimum, Sweep, optimise, optimise_all
 from scaling.problem import constants
@@ -49,7 +49,7 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """What to train. N (parameters), D (tokens), tokens_per_param, bits (of the operands that were searched; None when none were): with
-    intervals over the resamples of the fit. precision: the law's inputs besides N and D, and the widths of costs. loss: nats per token,
+    intervals over the resamples of the fit. precision: the law's inputs besides N and D, and the widths of costs. loss: in `unit`,
     with the interval that one such run is expected to fall in. cost: training and inference, FLOP of 16 bits; device_seconds: at the
     dense peak, None when the cost model is of no device. critical_tokens: the tokens from which more of them harm (D_crit), None when
     the law has none. frontier: the best of each precision, under a memory limit the iso-memory frontier. reach: N, D, compute -> by what
@@ -66,6 +66,7 @@ class Plan:
     bits: Range | None
     precision: Mapping[str, object]
     loss: Range
+    unit: str
     cost: float
     device_seconds: float | None
     critical_tokens: Range | None
@@ -104,7 +105,7 @@ def plan(fit: Fit, *, compute: float | None = None, cost_model: str | CostModel 
     found = _intervals(fit, best, resampled, swept, budget)
     cost = float(budget.cost(best.N, best.D, best.precision))
     return Plan(fit.label, budget.model, budget.compute, fit.level, **found, precision=best.precision,
-                loss=Range(best.loss, float(predicted.low), float(predicted.high)), cost=cost,
+                loss=Range(best.loss, float(predicted.low), float(predicted.high)), unit=fit.law.unit, cost=cost,
                 device_seconds=budget.model.seconds(cost), frontier=_frontier(fit, budget, choices, names, resampled, extrapolate),
                 reach=reaches(fit.ranges, at), notes=tuple(_notes(fit, budget, best, choices, swept)))
 
@@ -131,7 +132,7 @@ def _swept(fit: Fit, fix: Mapping) -> tuple[str, ...]:
 def _choices(fit: Fit, model: CostModel, fix: Mapping, bits, precisions) -> tuple[Choices, list[str]]:
     """What precisions to choose from, and the names of those in a list."""
     law = fit.law
-    known = {*law.inputs, *WIDTHS} - {"N", "D"}
+    known = {*law.inputs, *PRICED_WIDTHS} - {"N", "D"}
     for name in {*fix, *(name for inputs in (precisions or {}).values() for name in inputs)}:
         if name not in known:
             raise ValueError(f"plan: {name!r} is no input of law {law.name} and no width of costs; accepted: N, D, {', '.join(sorted(known))}")
@@ -249,7 +250,7 @@ def _notes(fit: Fit, budget: Budget, best: Optimum, choices: Choices, swept: tup
     notes = []
     for name, value in best.precision.items():
         low, high = fit.ranges.get(name, (0.0, math.inf))
-        if name in WIDTHS and name not in fit.law.inputs:
+        if name in PRICED_WIDTHS and name not in fit.law.inputs:
             notes.append(f"law {fit.law.name} does not see {name}: it changes the cost and not the loss")
         elif not isinstance(value, str) and not low <= min(value, _neutral(fit.law, name)) <= high:
             notes.append(f"{name} = {value:g} lies outside of what was trained, {low:g} to {high:g}")

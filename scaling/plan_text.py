@@ -66,7 +66,7 @@ def plan_table(made: Plan) -> Table:
     rows = [("N", made.N, "parameters"), ("D", made.D, "tokens"), ("D/N", made.tokens_per_param, "tokens per parameter")]
     rows += [("bits", made.bits, "bits")] if made.bits else []
     rows += [("D_crit", made.critical_tokens, "tokens, beyond which more harm")] if made.critical_tokens else []
-    for name, number, unit in (*rows, ("loss", made.loss, "nats per token, interval of one run")):
+    for name, number, unit in (*rows, ("loss", made.loss, f"{made.unit}, interval of one run")):
         interval = "the same in all" if number.low == number.high else f"{number.low:.4g} to {number.high:.4g}"
         table.add_row(name, f"{number.value:.5g}", interval, unit)
     return table
@@ -76,7 +76,7 @@ def frontier_table(made: Plan) -> Table:
     """A row for each precision: the best N and D that it can have, and their loss."""
     shared = made.frontier[0].share is not None
     table = Table(title="the best of each precision", title_justify="left")
-    for name in ("precision", "N (parameters)", "D (tokens)", "loss (nats/token)", *(["best in resamples"] if shared else [])):
+    for name in ("precision", "N (parameters)", "D (tokens)", f"loss ({made.unit})", *(["best in resamples"] if shared else [])):
         table.add_column(name, justify="left" if name == "precision" else "right")
     for row in made.frontier:
         cells = (row.name, f"{row.N:.4g}", f"{row.D:.4g}", f"{row.loss:.5g}")

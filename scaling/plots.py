@@ -134,7 +134,8 @@ def loss_against_bits(runs: Sequence[Run], fit: Fit | None, held: set[str]) -> F
     """One panel per token budget, one colour per size; points are runs, lines the law. Without a law over bits: lines join the runs in which
     the same operands are narrow, a dash for each set of them."""
     scale = _BitAxis(runs)
-    dashes = dict(zip(dict.fromkeys(_narrow(run) for run in sorted(runs, key=lambda run: -len(_narrow(run))) if _narrow(run)), DASHES * len(runs), strict=False))
+    dashes = dict(zip(dict.fromkeys(_narrow(run) for run in sorted(runs, key=lambda run: -len(_narrow(run))) if _narrow(run)),
+                      DASHES * len(runs), strict=False))
     budgets = sorted({run.tokens for run in runs})[-4:]
     colours = size_colours(sorted({run.n_params for run in runs}))
     figure, axes = _panels(len(budgets))
@@ -295,7 +296,8 @@ def heat_maps(steps: Sequence[int], places: Sequence[str], exponent: dict[str, n
         low, high = np.nanmin(values), np.nanmax(values)
         room = max(0.5 - 0.5 * (high - low), 0.0)  # a scale that hardly moves has one colour
         grids = (column[0].imshow(values, cmap="viridis", vmin=low - room, vmax=high + room, aspect="auto", interpolation="nearest"),
-                 column[1].imshow(np.where(underflow[role] > 0, underflow[role], np.nan), cmap="YlOrRd", norm=shares, aspect="auto", interpolation="nearest"))
+                 column[1].imshow(np.where(underflow[role] > 0, underflow[role], np.nan), cmap="YlOrRd", norm=shares, aspect="auto",
+                                  interpolation="nearest"))
         for axis, grid, label in zip(column, grids, ("log2 of the scale", "share that became 0"), strict=True):
             axis.grid(False)
             bar = figure.colorbar(grid, ax=axis, pad=0.02)

@@ -36,7 +36,7 @@ def pose(law: Law, observed: Observations, ties: Mapping[str, str], fixed: Mappi
     copies = _copies(columns, loss)
     _refuse_design(law, columns, loss, copies, free, fixed)
     notes = [*reduction.notes, *_warnings(columns), *_warnings_of_copies(copies, loss.size), *_warnings_of_widths(law, reduction.absent),
-             *_warnings_of_units(columns, loss)]
+             *_warnings_of_units(law, columns, loss)]
     return Problem(law, columns, np.log(loss), free, merged, fixed, observed.fitted_weights), notes
 
 
@@ -58,7 +58,8 @@ def _refuse_constants(law: Law, ties: Mapping[str, str], fixed: Mapping[str, flo
         if _end(ties, tied) is None:
             raise ValueError(f"ties: {tied}={source} is a circle; tie {tied} to a constant that is not tied to it")
         if kinds[0] != kinds[1]:
-            raise ValueError(f"ties: {tied}={source}: {tied} is an {kinds[0]} and {source} an {kinds[1]}; tie constants of one kind".replace("an s", "a s"))
+            raise ValueError(f"ties: {tied}={source}: {tied} is an {kinds[0]} and {source} an {kinds[1]}; tie constants of one "
+                             "kind".replace("an s", "a s"))
 
 
 def _end(ties: Mapping[str, str], tied: str) -> str | None:
@@ -88,7 +89,8 @@ def _baselines(law: Law, fixed: Mapping[str, float]) -> dict[str, float]:
             continue
         unknown = next((level for level in factor.held if level not in levels), None)
         if unknown is not None:
-            raise ValueError(f"{factor.name(unknown)}={factor.held[unknown]:g}: no fitted row has {factor.input}={unknown}; levels are {', '.join(levels)}")
+            raise ValueError(f"{factor.name(unknown)}={factor.held[unknown]:g}: no fitted row has {factor.input}={unknown}; levels are "
+                             f"{', '.join(levels)}")
         found |= {factor.name(level): value for level, value in factor.held.items()}
         if factor.baseline is None:
             continue
@@ -115,16 +117,19 @@ def _copies(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> int:
 
 
 def _warnings_of_copies(copies: int, rows: int) -> list[str]:
-    return [f"{copies} of {rows} rows are copies of another (the same inputs and loss): if a run was logged twice, the intervals are too narrow, as if it "
+    return [f"{copies} of {rows} rows are copies of another (the same inputs and loss): if a run was logged twice, the intervals are too "
+            "narrow, as if it "
             "had been trained twice; keep one of each with where row_number() OVER (PARTITION BY N, D, ..., loss) = 1"] if copies else []
 
 
-def _warnings_of_units(columns: Mapping[str, np.ndarray], loss: np.ndarray) -> list[str]:
+def _warnings_of_units(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray) -> list[str]:
     """Sizes in millions and perplexities fit as well as any; what is then predicted at N=1e9 is of another model."""
-    notes = [f"{name} is {columns[name].min():.4g} to {columns[name].max():.4g}: counted in millions or billions? Laws, costs and predictions take {unit} "
+    notes = [f"{name} is {columns[name].min():.4g} to {columns[name].max():.4g}: counted in millions or billions? Laws, costs and "
+             f"predictions take {unit} "
              f"(columns {name}=...*1e9)" for name, unit in (("N", "parameters"), ("D", "tokens")) if name in columns and columns[name].max() < SMALL]
-    if {"N", "D"} <= set(columns) and loss.max() > LARGE_LOSS:
-        notes.append(f"loss is {loss.min():.4g} to {loss.max():.4g}, more than the logarithm of any vocabulary: a perplexity? Laws take nats per token (columns loss=ln(...))")
+    if law.unit == Law.unit and {"N", "D"} <= set(columns) and loss.max() > LARGE_LOSS:
+        notes.append(f"loss is {loss.min():.4g} to {loss.max():.4g}, more than the logarithm of any vocabulary: a perplexity? Laws take "
+                     "nats per token (columns loss=ln(...))")
     return notes
 
 
@@ -132,7 +137,8 @@ def _warnings_of_widths(law: Law, absent: tuple[str, ...]) -> list[str]:
     """A law of quantized operands on rows of which none is quantized."""
     if not law.operands or not all(set(operand.parameters) <= set(absent) for operand in law.operands):
         return []
-    return [f"no row is quantized: {', '.join(operand.input for operand in law.operands)} are absent or unquantized in all, so that nothing is said of {', '.join(absent)}"]
+    return [f"no row is quantized: {', '.join(operand.input for operand in law.operands)} are absent or unquantized in all, so that nothing "
+            f"is said of {', '.join(absent)}"]
 
 
 def _refuse_design(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray, copies: int, free: tuple[str, ...], fixed: Mapping) -> None:

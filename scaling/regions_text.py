@@ -125,10 +125,12 @@ def _facts(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], limits: dict,
     for scheme in schemes:
         own = ", ".join(f"{key}={value}" for key, value in scheme.inputs.items())
         lines.append(f"{scheme.name}: forward {scheme.forward_speedup:g}x, backward {scheme.backward_speedup:g}x, so training "
-                     f"{scheme.training_speedup:.4g}x; " + (f"the law at {own}" if own else f"effN {scheme.eff_N:g}, effD {scheme.eff_D:g}, taken as exact"))
+                     f"{scheme.training_speedup:.4g}x; " + (f"the law at {own}" if own
+                     else f"effN {scheme.eff_N:g}, effD {scheme.eff_D:g}, taken as exact"))
     for size, (low, high) in limits.items():
         if not extrapolate and (low > LOWEST or high < HIGHEST):
-            lines.append(f"{size:.4g} parameters: D/N from {low:.4g} to {high:.4g} is within {MAX_REACH:g} times of what was fitted; --extrapolate looks further")
+            lines.append(f"{size:.4g} parameters: D/N from {low:.4g} to {high:.4g} is within {MAX_REACH:g} times of what was fitted; "
+                         "--extrapolate looks further")
         ends = [ratio for N, _, _, ratio, end in rows if N == size and end is not None]
         for at in [{"N": size, "D": size * ratio} for ratio in ends] or [{"N": size}]:
             where = f"boundary at {at['D'] / size:.4g} tokens per parameter: " if "D" in at else ""
@@ -144,5 +146,7 @@ def _draw(fit: Fit, schemes: Sequence[Scheme], at, sizes: list[float], limits: d
     margin = math.sqrt(10.0) if len(sizes) == 1 else 1.0
     ends = np.array(list(limits.values()))
     ratios = (10.0, 3000.0) if arguments.extrapolate else (float(ends[:, 0].min()), float(ends[:, 1].max()))
-    figure = region_map(fit, schemes, (sizes[0] / margin, sizes[-1] * margin), ratios, at=at, budget=arguments.regions, extrapolate=arguments.extrapolate)
-    return write_whole(arguments.out, lambda partial: figure.savefig(partial, format=arguments.out.rsplit(".", 1)[1], dpi=PAPER["savefig.dpi"]), SUFFIXES)
+    figure = region_map(fit, schemes, (sizes[0] / margin, sizes[-1] * margin), ratios, at=at, budget=arguments.regions,
+                        extrapolate=arguments.extrapolate)
+    return write_whole(arguments.out, lambda partial: figure.savefig(partial, format=arguments.out.rsplit(".", 1)[1],
+                                                                     dpi=PAPER["savefig.dpi"]), SUFFIXES)

@@ -28,8 +28,9 @@ MAX_LISTED = 60  # runs shown before the list is folded
 def report(source: Source, out: str | os.PathLike, fits: Analysis | None = None, refresh: int | None = None, tuned: Sequence[str] = TUNED) -> Path:
     """Writes the report of `source` (a run folder or table) to the HTML file `out` and returns its path.
 
-    fits: an `analyse(source)` that has been made already. refresh: seconds after which the page loads itself anew. tuned: columns that a search went over, whose
-    best of k is then shown. ValueError, one line, when the source is no run table or `out` cannot be.
+    fits: an `analyse(source)` that has been made already. refresh: seconds after which the page loads itself anew. tuned: columns
+    that a search went over, whose best of k is then shown. ValueError, one line, when the source is no run table or `out` cannot
+    be.
     """
     check_target(out)
     analysis = fits or analyse(source)
@@ -71,7 +72,8 @@ def _head(analysis: Analysis, left: int) -> list[str]:
             parts.append(f'<p class="note alert">{count} run{"s" * (count > 1)} {state}: {page.escape(shown)}. '
                          "They are in no fit and in no figure of final losses.</p>")
     if left:
-        parts.append(page.paragraph(f"{left} run{'s' * (left > 1)} of {left + len(states)} {'are' if left > 1 else 'is'} not over yet.", "note alert"))
+        parts.append(page.paragraph(f"{left} run{'s' * (left > 1)} of {left + len(states)} {'are' if left > 1 else 'is'} not over yet.",
+                                    "note alert"))
     parts += [page.paragraph(f"No {name} fit: {why}.", "note") for name, why in analysis.why.items()]
     parts += [page.paragraph(f"Note: {note}.", "note") for note in analysis.notes]
     return parts
@@ -94,8 +96,8 @@ def _tables(analysis: Analysis, tuned: Sequence[str]) -> list[str]:
     shown = exhibits(analysis.runs, analysis.relation)
     if len(shown) >= MIN_EXHIBITS:
         parts += ["<h2>Gallery of precisions</h2>", table(shown, analysis.reference), page.paragraph(
-            "Gradient cosine and magnitude: of one batch's gradients against those in float32 at the end of a run; EDQ (effective descent quality, Collage) and "
-            "updates lost: over the last quarter of the logged steps; means over the runs of a precision.", "note")]
+            "Gradient cosine and magnitude: of one batch's gradients against those in float32 at the end of a run; EDQ (effective descent "
+            "quality, Collage) and updates lost: over the last quarter of the logged steps; means over the runs of a precision.", "note")]
     listing = run_table(analysis)
     num_runs = len(analysis.whole)
     parts += ["<h2>Runs</h2>", listing if num_runs <= MAX_LISTED else page.details(f"All {num_runs} runs", listing)]

@@ -57,7 +57,7 @@ def predictions(analysis: Analysis) -> dict[str, float]:
     return {run.run_id: float(loss) for run, loss in zip(runs, losses, strict=True) if np.isfinite(loss)}
 
 
-def held_out(analysis: Analysis) -> set[str]:
+def held_out_runs(analysis: Analysis) -> set[str]:
     """run_ids that no fit has seen: those of the largest size, when it is held out and something was fitted."""
     if analysis.holdout is None or (analysis.fit_precision or analysis.fit_chinchilla) is None:
         return set()
@@ -67,7 +67,7 @@ def held_out(analysis: Analysis) -> set[str]:
 
 def _of_losses(analysis: Analysis, add, plots) -> None:
     """Loss against bits, the gaps, loss against tokens, fit against data."""
-    runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out(analysis)
+    runs, fit, held = analysis.runs, drawable(analysis.fit_precision), held_out_runs(analysis)
     lines = "Lines: the fitted precision law." if fit else "Lines join the means over seeds: no law over one width is identified here."
     hollow = " Hollow points were held out of the fit." if held else ""
     add("Loss against bits", plots.loss_against_bits(runs, fit, held), "Loss against bits, per size.",
@@ -98,9 +98,11 @@ def _of_precisions(analysis: Analysis, add) -> None:
         return
     noise = None if analysis.noise is None else analysis.noise.sd * 2**0.5
     add("Gallery of precisions", gallery.figure(shown, noise), "Gallery of precisions.",
-        f"Left: loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, mean over the pairs with its 95% interval"
+        f"Left: loss minus that of the {analysis.reference} run of the same size, tokens, seed and settings, mean over the pairs with its "
+        "95% interval"
         + ("; grey: the standard deviation of such a difference between seeds alone. " if noise else ". ")
-        + "Middle: time per token as the runs were trained, whatever else ran beside them. Right: what weights and optimizer state take; gradients and activations come on top.")
+        + "Middle: time per token as the runs were trained, whatever else ran beside them. Right: what weights and optimizer state take; "
+        "gradients and activations come on top.")
 
 
 def _of_roles(analysis: Analysis, add) -> None:
@@ -112,7 +114,8 @@ def _of_roles(analysis: Analysis, add) -> None:
         hidden = len(means) - role_losses.MAX_ROWS
         add("What rounding loses", role_losses.figure(means), "What rounding loses, by role.",
             "Of one batch's values at the end of a run, in the role's first product; means over layers, sites and the runs of a precision. Keys and "
-            "values (kv), scores and probabilities are attention's. Empty: no run quantizes the role." + (f" {hidden} wider precisions are not drawn." if hidden > 0 else ""))
+            "values (kv), scores and probabilities are attention's. Empty: no run quantizes the role."
+            + (f" {hidden} wider precisions are not drawn." if hidden > 0 else ""))
 
 
 def _of_searches(analysis: Analysis, tuned: Sequence[str], add, plots) -> None:
@@ -120,7 +123,8 @@ def _of_searches(analysis: Analysis, tuned: Sequence[str], add, plots) -> None:
     found = searches(analysis.relation, tuned)
     if found:
         add("Best of k", plots.best_of_k(found, analysis.runs), "What tuning is expected to reach.",
-            f"Expected lowest validation loss of a search of k runs over {', '.join(tuned)}, one panel per size, one line per precision and token budget"
+            f"Expected lowest validation loss of a search of k runs over {', '.join(tuned)}, one panel per size, one line per precision "
+            "and token budget"
             " (thicker: more tokens). From the runs made, without bias: the mean over all choices of k different ones.")
 
 
@@ -168,7 +172,8 @@ def _of_telemetry(analysis: Analysis, source, add, plots) -> None:
             rows = columns_of(mine.filter(f"role IN {roles}"))
             if not rows["step"]:
                 continue
-            add(f"Scales of {run_id}{where}", plots.heat_maps(*_grids(rows, roles)), f"Scales and what they lose{where}: {precision}, {kinds_of_scale}.",
+            add(f"Scales of {run_id}{where}", plots.heat_maps(*_grids(rows, roles)), f"Scales and what they lose{where}: {precision}, "
+                f"{kinds_of_scale}.",
                 f"Run {run_id}, {plots.count_label(n_params)} parameters. Above: log2 of the scale by {rows_are}, mean over the scales of a "
                 f"tensor. Below: share of a tensor's values that were not zero and were quantized to zero; white: none.{left}", bool(where))
 

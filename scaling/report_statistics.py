@@ -25,7 +25,8 @@ def search_section(analysis: Analysis, tuned: Sequence[str]) -> list[str]:
     if not found:
         return []
     header, counts = search_header(found, tuned)
-    text = (f"The lowest loss that a search of k runs is expected to end at (nats per token), were its runs drawn from those made over {', '.join(tuned)}: unbiased, "
+    text = (f"The lowest loss that a search of k runs is expected to end at (nats per token), were its runs drawn from those made over "
+            f"{', '.join(tuned)}: unbiased, "
             "the mean over all choices of k different runs of a seed, and over seeds. Tuning has ended where a column no longer falls.")
     return [f"<h2>Searches over {page.escape(', '.join(tuned))}</h2>", page.paragraph(text, "note"),
             page.table(header, [search_cells(search, counts) for search in found], (0, 1, *range(3, len(header)))),
@@ -42,5 +43,6 @@ def accuracy_section(analysis: Analysis) -> list[str]:
         return [page.paragraph(f"No accuracies: {error}.", "note")]
     if not found:
         return []
-    text = "Credible intervals (95%): of one accuracy under a uniform prior, of two models on the same questions under a uniform prior on the four outcomes."
+    text = ("Credible intervals (95%): of one accuracy under a uniform prior, of two models on the same questions under a uniform prior "
+            "on the four outcomes.")
     return ["<h2>Accuracies</h2>", page.table(ACCURACY_HEADER, [accuracy_cells(one) for one in found], (1, 2, 4, 5, 7)), page.paragraph(text, "note")]

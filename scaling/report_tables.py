@@ -81,7 +81,8 @@ def gap_table(analysis: Analysis) -> list[str]:
              "one pair" if math.isnan(gap.low) else f"{gap.low:+.4f} to {gap.high:+.4f}", f"{min(gap.values):+.4f}", f"{max(gap.values):+.4f}")
             for gap in analysis.gaps]
     header = ("precision", "bits", "pairs", f"mean gap to {analysis.reference}", "95% interval of the mean", "smallest", "largest")
-    note = "Pairs match in size, tokens, seed, data, batch, learning rate and schedule; nats per token. The gap depends on size and tokens, so the mean is over this design."
+    note = ("Pairs match in size, tokens, seed, data, batch, learning rate and schedule; nats per token. The gap depends on size and "
+            "tokens, so the mean is over this design.")
     return [*parts, page.table(header, rows, (1, 2, 3, 5, 6)), page.paragraph(note, "note")]
 
 

@@ -107,22 +107,24 @@ class Fit:
             with np.errstate(all="ignore"):
                 raw = function(self.params)
         except KeyError as error:
-            raise ValueError(f"{getattr(name, '__name__', name)} asks for {error.args[0]!r}, which this fit does not have; it has {', '.join(self.params)}") from None
+            raise ValueError(f"{getattr(name, '__name__', name)} asks for {error.args[0]!r}, which this fit does not have; it has "
+                             f"{', '.join(self.params)}") from None
         if isinstance(raw, str):
             return choice(self, name, function, self._reason(name, 0.0))
         value = _real(raw, name, columns)
         error = math.sqrt(float((self._slopes(lambda p: np.asarray(function(p), dtype=np.float64)) ** 2).sum()))
-        reach = self.quantile * error
+        half_width = self.quantile * error
         if value > 0 and unit_scale is None:
-            low, high = value * math.exp(-min(reach / value, 700.0)), value * math.exp(min(reach / value, 700.0))
+            low, high = value * math.exp(-min(half_width / value, 700.0)), value * math.exp(min(half_width / value, 700.0))
         else:
-            low, high = value - reach, value + reach
+            low, high = value - half_width, value + half_width
         if len(self.draws) > 20:
             draw_low, draw_high, draw_error = self._from_draws(function)
             low, high, error = min(low, draw_low), max(high, draw_high), max(error, draw_error)
         relative = error / (unit_scale or abs(value) or 1.0)
         name = name if isinstance(name, str) else getattr(name, "__name__", "function")
-        reason = self._reason(name, relative) or self._outside(name, value) or ("" if math.isfinite(value) else f"{name} has no finite value at these constants")
+        nowhere = "" if math.isfinite(value) else f"{name} has no finite value at these constants"
+        reason = self._reason(name, relative) or self._outside(name, value) or nowhere
         if not reason and error == 0.0 and (held := self.on_bound(function)):
             reason = f"not identified by this design ({name} follows from {held}, which ended on its bound)"
         return Estimate(name, value, low, high, relative, reason)
@@ -161,7 +163,8 @@ class Fit:
         for operand in self.law.operands:
             values = np.ravel(columns.get(operand.input, 1.0))
             if not np.all(values >= 0.0):
-                raise ValueError(f"predict: {operand.input} is {values[~(values >= 0.0)][0]:g}: must be a positive number, or absent where it is not quantized")
+                raise ValueError(f"predict: {operand.input} is {values[~(values >= 0.0)][0]:g}: must be a positive number, or absent where "
+                                 "it is not quantized")
         if not extrapolate:
             refuse_far(self.ranges, columns, "predict")
         loss = np.asarray(self.law.predict(self.params, **columns))
@@ -175,7 +178,8 @@ class Fit:
         beyond = self.discrepancy_at(extrapolated)
         half = self.quantile * np.sqrt(mean_variance + float(self.metrics["residual_sd"]) ** 2 + beyond**2)
         mean_half = self.quantile * np.sqrt(mean_variance)
-        ends = [np.exp(np.log(loss) + np.where(np.isinf(loss), 0.0, one)) for one in (-half, half, -mean_half, mean_half)]  # a law that diverges has no interval
+        # a law that diverges has no interval
+        ends = [np.exp(np.log(loss) + np.where(np.isinf(loss), 0.0, one)) for one in (-half, half, -mean_half, mean_half)]
         return Prediction(loss, *ends, extrapolated)
 
     def discrepancy_at(self, extrapolated: np.ndarray) -> np.ndarray:
@@ -191,13 +195,15 @@ class Fit:
         arrays = {}
         for name, values in columns.items():
             try:
-                arrays[name] = np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands else np.asarray(values, dtype=np.float64)
+                arrays[name] = (np.asarray(values) if name in factors else operands[name].numbers(values) if name in operands
+                                else np.asarray(values, dtype=np.float64))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"predict: {name}={values!r}: {error}") from None
         try:
             np.broadcast_shapes(*(array.shape for array in arrays.values()))
         except ValueError:
-            raise ValueError(f"predict: {', '.join(f'{name} has shape {array.shape}' for name, array in arrays.items())}: give one value or equally many") from None
+            raise ValueError(f"predict: {', '.join(f'{name} has shape {array.shape}' for name, array in arrays.items())}: give one value "
+                             "or equally many") from None
         return arrays
 
     def at_width(self, bits: float) -> dict[str, float]:
@@ -306,7 +312,8 @@ class Fit:
         low, high = min(low for low, _ in spans), max(high for _, high in spans)
         if low <= value <= high:
             return ""
-        return f"not identified by this design (the law puts {name} at {value:.3g}, outside the {' and '.join(answered)} trained, {low:g} to {high:g})"
+        return (f"not identified by this design (the law puts {name} at {value:.3g}, outside the {' and '.join(answered)} trained, "
+                f"{low:g} to {high:g})")
 
     def _extrapolation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Largest factor by which an input, or the scale N*D, lies outside its fitted range; broadcast shape, at least 1.

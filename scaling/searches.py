@@ -41,7 +41,8 @@ def searches(relation, tuned: Sequence[str] = TUNED) -> list[Search]:
     columns = columns_of(relation)
     unknown = next((name for name in tuned if name not in columns), None)
     if unknown or not tuned:
-        raise ValueError(f"tuned: {unknown!r} is no column of the table; it has {', '.join(columns)}" if unknown else "tuned: name at least one column")
+        raise ValueError(f"tuned: {unknown!r} is no column of the table; it has {', '.join(columns)}" if unknown else "tuned: name at least "
+                         "one column")
     row_of = {str(name or i): i for i, name in enumerate(columns["run_id"] if "run_id" in columns else [None] * len(relation))}
     kept = [i for i, name in enumerate(GROUP) if name not in tuned]
     cells: dict[tuple, dict] = defaultdict(lambda: defaultdict(dict))
@@ -79,7 +80,8 @@ def _search(cell: tuple, by_seed: dict, diverged: int) -> Search | None:
     common = [values for values in losses if len(losses[values]) == max(map(len, losses.values()))]
     best = min(common, key=lambda values: float(np.mean(losses[values])))
     length = min(map(len, curves))
-    return Search(*cell[:3], np.mean([curve[:length] for curve in curves], axis=0), best, len(curves), sum(map(len, losses.values())), diverged, repeated)
+    return Search(*cell[:3], np.mean([curve[:length] for curve in curves], axis=0), best, len(curves), sum(map(len, losses.values())),
+                  diverged, repeated)
 
 
 def shown_counts(longest: int) -> list[int]:

@@ -41,12 +41,14 @@ def variance_parts(losses: Sequence[float], cells: Sequence[Hashable], std_error
     """The decomposition. losses, std_errors: [runs], the latter of the evaluation alone; cells: [runs], equal for runs of one cell.
 
     same_tokens: every run was evaluated on the same tokens. Then the evaluation's error is common to all runs and is no part of their
-    spread, so nothing is taken off; how far it is common is unknown, so the standard errors are reported and not used. ValueError when no cell has two runs.
+    spread, so nothing is taken off; how far it is common is unknown, so the standard errors are reported and not used. ValueError
+    when no cell has two runs.
     """
     values = np.asarray(losses, dtype=np.float64)
     errors = None if std_errors is None else np.asarray(std_errors, dtype=np.float64)
     if values.ndim != 1 or len(cells) != values.size or (errors is not None and errors.shape != values.shape):
-        raise ValueError(f"losses, cells and std_errors must be equally long; got {values.shape}, {len(cells)}, {None if errors is None else errors.shape}")
+        raise ValueError(f"losses, cells and std_errors must be equally long; got {values.shape}, {len(cells)}, "
+                         f"{None if errors is None else errors.shape}")
     if not np.isfinite(values).all() or (errors is not None and not (errors >= 0).all()):
         raise ValueError("losses must be finite and std_errors at least zero; leave other runs out")
     order = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
@@ -54,7 +56,8 @@ def variance_parts(losses: Sequence[float], cells: Sequence[Hashable], std_error
     counts = np.bincount(index)
     dof = values.size - counts.size
     if dof < 1:
-        raise ValueError(f"no cell has two runs ({counts.size} cells, {values.size} runs), so the variance between seeds is unknown; train more seeds")
+        raise ValueError(f"no cell has two runs ({counts.size} cells, {values.size} runs), so the variance between seeds is unknown; train "
+                         "more seeds")
     means = np.bincount(index, values) / counts
     within = float(((values - means[index]) ** 2).sum() / dof)
     # E[sum of squares within] = dof * seeds + sum over runs of (1 - 1/n_cell) se^2, whatever the sizes of the cells.

@@ -19,14 +19,14 @@ LAD_DELTA = 1e-6  # of the Huber loss that stands for least absolute deviations:
 
 @dataclass(frozen=True)
 class Solved:
-    """What was solved and on which rows. first: the stage before the last one, or None; label: the law with its variants; reach: the delta that
-    the solver used; notes: for the reader."""
+    """What was solved and on which rows. first: the stage before the last one, or None; label: the law with its variants; delta:
+    Huber's, as the solver used it: inf for least squares, tiny for absolute values; notes: for the reader."""
 
     last: Stage
     first: Stage | None
     observed: Observations
     label: str
-    reach: float
+    delta: float
     notes: list[str]
 
     @property
@@ -55,15 +55,15 @@ def solved(table: Source, law: str | Law, *, columns: Mapping[str, str] | None =
     resolved, variant_ties, variant_fixed, label = resolve(law, tuple(columns or ()))
     ties, fixed = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {})
     observed = observe(table, resolved, columns, where, holdout, weights, base)
-    reach = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
-    first = first_stage(resolved, observed, ties, fixed, priors, reach, base) if base else None
+    delta = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
+    first = first_stage(resolved, observed, ties, fixed, priors, delta, base) if base else None
     problem, notes = pose(resolved, observed, ties, first.params | fixed if first else fixed)
-    last = solve_stage(problem, reach, None if first else priors, guess)
+    last = solve_stage(problem, delta, None if first else priors, guess)
     if first:
         notes.insert(0, f"{', '.join(first.problem.free)} were fitted to the {first.problem.log_loss.size} rows where {base} and held for the others")
     if last.solution.agree == 1:
         notes.append(f"only one of {last.solution.starts} starts ended at this optimum: a lower one may exist")
-    return Solved(last, first, observed, label, reach, notes)
+    return Solved(last, first, observed, label, delta, notes)
 
 
 def errors_of(predicted: np.ndarray, loss: np.ndarray) -> dict[str, float]:

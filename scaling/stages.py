@@ -74,9 +74,9 @@ class Joined:
 def joined(first: Stage, second: Stage, scatters: tuple[np.ndarray, np.ndarray], draws: tuple[np.ndarray, np.ndarray]) -> Joined:
     """The constants of both stages with their joint covariance, to first order.
 
-    The second stage's optimum moves with what is held: by G = -(J2'J2)^-1 J2'J1, J1 and J2 the (weighted) Jacobian of its residuals by the constants of the
-    first and of the second stage. So its covariance is its own and G V1 G' (the two-step estimator of Murphy and Topel 1985, with stages whose
-    scatter is independent).
+    The second stage's optimum moves with what is held: by G = -(J2'J2)^-1 J2'J1, J1 and J2 the (weighted) Jacobian of its
+    residuals by the constants of the first and of the second stage. So its covariance is its own and G V1 G' (the two-step
+    estimator of Murphy and Topel 1985, with stages whose scatter is independent).
     """
     early, late = first.problem, second.problem
     free = (*early.free, *late.free)

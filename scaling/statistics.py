@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import stdtrit
 
+from scaling.laws.parameters import WIDTHS
+
 UNQUANTIZED_BITS = 16.0  # float32, bfloat16 and float16 runs count as references
-
-
-WIDTHS = ("weights_bits", "activations_bits", "kv_bits")
 GROUP = ("batch_tokens", "cooldown_steps", "lr_rule", "lr", "schedule")  # columns; other batches or schedules are other experiments
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run. n_params, tokens; bits: the narrowest width of weights, activations and output gradients (inf when none is
-    below 16); widths: bits columns as the laws take them; loss, nats/token; data: name of the data set; corpus: what tells data sets apart, their sha256 or, where
-    there is none, their name; group: what else must match for two runs to be a pair (GROUP)."""
+    below 16); widths: bits columns as the laws take them; loss, nats/token; data: name of the data set; corpus: what tells data
+    sets apart, their sha256 or, where there is none, their name; group: what else must match for two runs to be a pair
+    (GROUP)."""
 
     run_id: str
     n_params: float
@@ -82,7 +82,8 @@ def finished_runs(relation) -> list[Run]:
         corpus = row["data"] if row["data_sha256"] is None else row["data_sha256"]
         bits = min((float(width) for width in widths if width < UNQUANTIZED_BITS), default=math.inf)
         runs.append(Run(str(row["run_id"] or i), float(row["n_params"]), float(row["tokens"]), bits, law_widths,
-                        str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]), None if row["data"] is None else str(row["data"]),
+                        str(row["precision"] or _width_name(bits)), int(row["seed"] or 0), float(row["loss"]),
+                        None if row["data"] is None else str(row["data"]),
                         None if corpus is None else str(corpus), tuple(row[name] for name in GROUP)))
         exemptions.append(row["exemptions"])
     return _one_name_per_width(_one_name_per_exemptions(runs, exemptions))
@@ -169,8 +170,8 @@ def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
     mean = float(values.mean())
     if values.size < 2:
         return mean, math.nan, math.nan
-    reach = float(stdtrit(values.size - 1, 0.5 + 0.5 * level)) * float(values.std(ddof=1)) / math.sqrt(values.size)
-    return mean, mean - reach, mean + reach
+    half_width = float(stdtrit(values.size - 1, 0.5 + 0.5 * level)) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return mean, mean - half_width, mean + half_width
 
 
 def _gap(precision: str, bits: float, values: list[float]) -> Gap:

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scaling import accuracies
-from scaling.analysis import RUN_ALIASES, with_run_columns
+from scaling.analysis import with_run_columns
 from scaling.mapped import mapped_rows, one_line, project
+from scaling.observations import RUN_ALIASES
 from scaling.searches import Search, searches, shown_counts
 from scaling.seed_variance import VarianceParts, seed_variance
 from scaling.statistics import finished_runs, indistinct, paired_gaps, reference_precision
@@ -52,8 +53,8 @@ def _of_runs(relation, arguments, console: Console) -> None:
     runs = finished_runs(relation)
     print(f"{len(runs)} finished runs of {len(relation)} rows")
     if alike := len(indistinct(runs)):
-        print(f"note: {alike} runs share size, tokens, precision, seed, data, batch, learning rate and schedule with another run: only a search over what "
-              "tells them apart (--tuned) can use them")
+        print(f"note: {alike} runs share size, tokens, precision, seed, data, batch, learning rate and schedule with another run: only "
+              "a search over what tells them apart (--tuned) can use them")
     try:
         parts = seed_variance(relation, same_tokens=not arguments.independent_evaluation, level=arguments.level)
     except ValueError as error:
@@ -107,7 +108,8 @@ def search_notes(found: list[Search]) -> list[str]:
     diverged, repeated = (sum(getattr(search, name) for search in found) for name in ("diverged", "repeated"))
     notes = []
     if diverged:
-        notes.append(f"{diverged} diverged runs of these cells are in no curve: a search would have paid for them, so its best of k is higher than told")
+        notes.append(f"{diverged} diverged runs of these cells are in no curve: a search would have paid for them, so its best of k is "
+                     "higher than told")
     if repeated:
         notes.append(f"{repeated} runs share seed and tuned values with another run of their cell and are left out: they differ in something else")
     return notes
@@ -116,7 +118,8 @@ def search_notes(found: list[Search]) -> list[str]:
 def accuracy_cells(one: accuracies.Accuracy) -> tuple[str, ...]:
     """A row of the table of accuracies."""
     pair = one.against
-    told = ("", "", "", "") if pair is None else (f"{one.shared}", f"{pair.difference:+.2%}", f"{pair.low:+.2%} to {pair.high:+.2%}", f"{pair.better:.1%}")
+    told = ("", "", "", "") if pair is None else (f"{one.shared}", f"{pair.difference:+.2%}", f"{pair.low:+.2%} to {pair.high:+.2%}",
+                                                  f"{pair.better:.1%}")
     return (one.model, f"{one.correct} of {one.questions}", f"{one.share.value:.2%}", f"{one.share.low:.2%} to {one.share.high:.2%}", *told)
 
 
@@ -135,7 +138,8 @@ def _gap_table(gaps, reference: str) -> Table:
                  ("precision", "bits", "pairs", "mean gap", "95% interval of the mean", "smallest", "largest"), (1, 2, 3, 5, 6))
     for gap in gaps:
         made.add_row(gap.precision, f"{gap.bits:g}", f"{len(gap.values)}", f"{gap.mean:+.4f}",
-                     "one pair" if math.isnan(gap.low) else f"{gap.low:+.4f} to {gap.high:+.4f}", f"{min(gap.values):+.4f}", f"{max(gap.values):+.4f}")
+                     "one pair" if math.isnan(gap.low) else f"{gap.low:+.4f} to {gap.high:+.4f}", f"{min(gap.values):+.4f}",
+                     f"{max(gap.values):+.4f}")
     return made
 
 

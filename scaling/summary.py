@@ -60,7 +60,8 @@ def _estimate(fit: Fit | None, name: str, **columns) -> Estimate | None:
     if fit is None or name not in fit.law.functionals or not fit.at_width(1.0):
         return None
     needed = list(inspect.signature(fit.law.functionals[name]).parameters.values())[1:]
-    return None if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in columns for p in needed) else fit.estimate(name, **columns)
+    lacking = any(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in columns for p in needed)
+    return None if lacking else fit.estimate(name, **columns)
 
 
 def _law_widths(fit: Fit, runs: list[Run]) -> dict[str, float] | None:
@@ -90,7 +91,8 @@ def bits_sentence(fit: Fit | None, runs: list[Run], n_params: float, noise: Nois
                     f"({narrowest.low:+.4f} to {narrowest.high:+.4f}), within {within}.")
     if estimate is None or not estimate.identified:
         products = {run.precision for run in runs if min(run.widths["weights_bits"], run.widths["activations_bits"]) < UNQUANTIZED_BITS}
-        return _measured_bits([gap for gap in paired_gaps(runs) if gap.precision in products], limit, within, estimate.reason if estimate else f"{fit.label} tells no width" if fit else "no precision law was fitted")
+        why = estimate.reason if estimate else f"{fit.label} tells no width" if fit else "no precision law was fitted"
+        return _measured_bits([gap for gap in paired_gaps(runs) if gap.precision in products], limit, within, why)
     enough = math.ceil(estimate.high - 1e-9)
     beyond = f", wider than the {trained[-1]:g} bits trained, so an extrapolation" if enough > trained[-1] else ""
     return (f"Which bits suffice: {enough} bits{beyond}; at {n_params:,.0f} parameters the gap falls within {within} at "
@@ -115,7 +117,8 @@ def held_out_sentence(fit: Fit | None, runs: list[Run]) -> str:
         return (f"How far off the prediction was: not stated; the design does not identify the law "
                 f"(condition number {fit.metrics['condition_number']:.1e}).")
     interval = f"95% interval {score['bias_low']:+.3f} to {score['bias_high']:+.3f}" if score["rows"] > 1 else "one run, so no interval"
-    return (f"How far off the prediction was: the {score['rows']} run{'s' * (score['rows'] > 1)} at {max(run.n_params for run in runs):,.0f} parameters, held out, "
+    return (f"How far off the prediction was: the {score['rows']} run{'s' * (score['rows'] > 1)} at {max(run.n_params for run in runs):,.0f} "
+            "parameters, held out, "
             f"came out {abs(score['bias_nats']):.3f} nats per token {'below' if score['bias_nats'] > 0 else 'above'} the prediction on average "
             f"(mean error {score['bias_nats']:+.3f}, {interval}; root mean square "
             f"{score['rmse_nats']:.3f}, {score['rmse']:.1%} of the loss); {score['covered'] * score['rows']:.0f} of {score['rows']} fell in "

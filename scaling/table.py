@@ -1,15 +1,17 @@
 """Run tables: every way to hand runs to `scaling`, as one DuckDB relation.
 
 A folder of runs holds one `record.json` per run (written when the run ends) and one `metrics.jsonl` (appended while it trains).
-`table` reads the former, `curves` the latter, also while runs are trained; files, relations and mappings of arrays pass through `table` as well, so whatever
-takes a table takes any of them.
+`table` reads the former, `curves` the latter, also while runs are trained; files, relations and mappings of arrays pass through
+`table` as well, so whatever takes a table takes any of them.
 """
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,8 +34,10 @@ RUN_COLUMNS: dict[str, str] = {
     "quantized_fraction": "DOUBLE", "dot_precision": "VARCHAR", "execution": "VARCHAR", "layout": "VARCHAR", "lr_rule": "VARCHAR",
     "lr": "DOUBLE", "batch_tokens": "BIGINT", "steps": "BIGINT", "schedule": "VARCHAR", "diverged_step": "BIGINT", "wall_s": "DOUBLE",
     "tokens_per_s": "DOUBLE", "mfu": "DOUBLE", "edq": "DOUBLE", "lost_updates": "DOUBLE", "updates_per_ulp": "DOUBLE",
-    "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE", **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:6] for what in ("underflow", "overflow")},
-    "weights_bytes_per_param": "DOUBLE", "moments_bytes_per_param": "DOUBLE", "peak_bytes_per_param": "DOUBLE", "device": "VARCHAR", "n_devices": "BIGINT", "jax_version": "VARCHAR",
+    "gradient_cosine": "DOUBLE", "gradient_magnitude": "DOUBLE",
+    **{f"{role}_{what}": "DOUBLE" for role in _ROLES[:6] for what in ("underflow", "overflow")},
+    "weights_bytes_per_param": "DOUBLE", "moments_bytes_per_param": "DOUBLE", "peak_bytes_per_param": "DOUBLE", "device": "VARCHAR",
+    "n_devices": "BIGINT", "jax_version": "VARCHAR",
     "code_version": "VARCHAR", "data": "VARCHAR", "data_sha256": "VARCHAR", "record_version": "BIGINT",
 }
 """Columns that every run table has, absent ones NULL, and their SQL types (section 4 of the design)."""
@@ -56,8 +60,9 @@ Source = "str | os.PathLike | Iterable[str | os.PathLike] | duckdb.DuckDBPyRelat
 
 def table(source: Source) -> duckdb.DuckDBPyRelation:
     """`source` as a relation: a run folder or several (every `record.json` below them), a .csv/.parquet/.json file, a mapping of
-    column to array, rows that are mappings of column to value, a data frame, a relation (returned as it is), or a DuckDB query: text that begins with SELECT, FROM, WITH, or with the
-    ATTACH of a database and a semicolon: "ATTACH 'lab.duckdb' (READ_ONLY); FROM lab.runs".
+    column to array, rows that are mappings of column to value, a data frame, a relation (returned as it is), or a DuckDB query:
+    text that begins with SELECT, FROM, WITH, or with the ATTACH of a database and a semicolon: "ATTACH 'lab.duckdb' (READ_ONLY);
+    FROM lab.runs".
 
     Run folders give RUN_COLUMNS first (absent ones NULL), then every other key found in a record (`ptq_*` and one's own), one row for each
     run_id whose run is over: where there are several copies of a run, a finished one. A damaged record is left out, with a line on stderr.
@@ -75,8 +80,8 @@ def table(source: Source) -> duckdb.DuckDBPyRelation:
     if hasattr(source, "columns"):  # a data frame
         return _from_arrays({str(name): source[name] for name in source.columns})
     if not isinstance(source, Iterable) or isinstance(source, np.ndarray):
-        raise ValueError(f"table: {type(source).__name__} is no table; give folders of runs, a file, a DuckDB relation, a data frame, or a mapping of "
-                         "column to array")
+        raise ValueError(f"table: {type(source).__name__} is no table; give folders of runs, a file, a DuckDB relation, a data frame, or "
+                         "a mapping of column to array")
     items = list(source)
     if items and all(isinstance(item, Mapping) for item in items):  # rows, as JSON has them
         return _from_arrays({key: [row.get(key) for row in items] for key in dict.fromkeys(key for row in items for key in row)})
@@ -110,9 +115,10 @@ def curves(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.Du
 
 
 def telemetry(source: str | os.PathLike | Iterable[str | os.PathLike]) -> duckdb.DuckDBPyRelation:
-    """What linear layers and attention measured: one row per line of every `telemetry.jsonl` below the folder(s): run_id and TELEMETRY_COLUMNS, read as
-    `curves` are. A row is of one step, layer, site and role (weights, activations, output_gradients; of site attention kv, scores, probabilities); underflow and overflow are shares of
-    its values, exponent is log2 of its scale; these three are NULL where nothing was quantized."""
+    """What linear layers and attention measured: one row per line of every `telemetry.jsonl` below the folder(s): run_id and
+    TELEMETRY_COLUMNS, read as `curves` are. A row is of one step, layer, site and role (weights, activations, output_gradients;
+    of site attention kv, scores, probabilities); underflow and overflow are shares of its values, exponent is log2 of its scale;
+    these three are NULL where nothing was quantized."""
     return _from_lines(source, "telemetry.jsonl", TELEMETRY_COLUMNS)
 
 
@@ -187,14 +193,16 @@ def _from_arrays(arrays: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
     try:
         return _stored(columns, "*")
     except duckdb.Error as error:
-        raise ValueError(f"table: {first_line(error)}; dtypes are {', '.join(f'{name} {values.dtype}' for name, values in columns.items())}") from None
+        raise ValueError(f"table: {first_line(error)}; dtypes are "
+                         f"{', '.join(f'{name} {values.dtype}' for name, values in columns.items())}") from None
 
 
 def _array(values: object) -> np.ndarray:
-    """`values` as an array that DuckDB takes: masked numbers become NaN, and bfloat16 and its like float64."""
+    """`values` as an array that DuckDB takes: masked numbers become NaN, bfloat16 and its like float64; views are copied."""
     if isinstance(values, np.ma.MaskedArray):
         values = np.ma.filled(values.astype(np.float64 if values.dtype.kind in "iuf" else object), np.nan if values.dtype.kind in "iuf" else None)
     array = np.asarray(values)
+    array = array if array.flags.c_contiguous else array.copy()
     return array.astype(np.float64) if array.dtype.kind == "V" and array.dtype.names is None else array
 
 
@@ -234,14 +242,30 @@ def _connection() -> duckdb.DuckDBPyConnection:
 
 
 def _stored(arrays: dict[str, np.ndarray], select: str) -> duckdb.DuckDBPyRelation:
-    """`select` over the arrays as a table of its own, so that nothing refers to the caller's arrays any more."""
-    name = f"table_{next(_COUNTER)}"
+    """`select` over the arrays as a table of its own, so that nothing refers to the caller's arrays any more.
+
+    Equal arrays share one table, so that a hundred fits of one mapping do not leave a hundred tables. A table is never dropped: before
+    DuckDB 2 a relation derived from another keeps only the name of the table. What is returned cannot be inserted into, for the same reason.
+    """
+    name = f"table_{_digest(arrays, select)}"
     _connection().register("arrays_", arrays)
     try:
-        _connection().execute(f"CREATE TABLE {name} AS SELECT {select} FROM arrays_")
+        _connection().execute(f"CREATE TABLE IF NOT EXISTS {name} AS SELECT {select} FROM arrays_")
     finally:
         _connection().unregister("arrays_")
-    return _connection().table(name)
+    return _connection().table(name).select("*")
+
+
+def _digest(arrays: dict[str, np.ndarray], select: str) -> str:
+    """Equal for equal names, types, values and `select`. A column of objects that cannot be pickled is equal to no other."""
+    seen = hashlib.blake2b(select.encode(), digest_size=16)
+    for name, values in arrays.items():
+        try:
+            content = pickle.dumps(values.tolist()) if values.dtype.hasobject else values.tobytes()
+        except (pickle.PicklingError, TypeError, AttributeError):
+            content = str(next(_COUNTER)).encode()
+        seen.update(repr((name, values.dtype, values.shape, len(content))).encode() + content)
+    return seen.hexdigest()
 
 
 def first_line(error: duckdb.Error) -> str:

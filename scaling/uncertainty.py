@@ -34,8 +34,8 @@ class Spread:
 def spread(problem: Problem, z_F: np.ndarray, delta: float) -> Spread:
     """Linearised covariance at the optimum.
 
-    s^2 (J'WJ)^-1 with W the weights and s^2 the weighted residual variance, that of a row of weight 1, times the price of the Huber loss under Gaussian residuals,
-    E[psi^2] / (s E[psi'])^2: pi/2 for small delta, 1 for least squares (Huber 1964).
+    s^2 (J'WJ)^-1 with W the weights and s^2 the weighted residual variance, that of a row of weight 1, times the price of the
+    Huber loss under Gaussian residuals, E[psi^2] / (s E[psi'])^2: pi/2 for small delta, 1 for least squares (Huber 1964).
     """
     low, high = problem.bounds()
     residuals, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
@@ -89,8 +89,8 @@ def bootstrap(problem: Problem, z_F: np.ndarray, cells: np.ndarray, delta: float
 
     cells: [R] integer, rows of one (N, D) cell share it and are resampled together: they share that cell's deviation from the law.
     Every cell gets an exponential weight (the Bayesian bootstrap, Rubin 1981) instead of a count: with the nine cells of a small
-    design, one multinomial resample in twelve loses a whole size, and its exponents mean nothing. Priors are drawn anew with their deviation, as runs are: held where they
-    are, they would make draws narrower than what they know.
+    design, one multinomial resample in twelve loses a whole size, and its exponents mean nothing. Priors are drawn anew with their
+    deviation, as runs are: held where they are, they would make draws narrower than what they know.
     """
     rng = np.random.default_rng(seed)
     num_cells = int(cells.max()) + 1
@@ -124,12 +124,12 @@ def discrepancy(problem: Problem, z_F: np.ndarray, delta: float, required: tuple
     """
     noise = spread(problem, z_F, delta).residual_sd ** 2
     rates = [max(float(np.mean(errors**2 - variance)) - noise, 0.0) / float(np.mean(distance))
-             for errors, distance, variance in held_out(problem, z_F, delta, required, condition)]
+             for errors, distance, variance in inner_splits(problem, z_F, delta, required, condition)]
     return math.sqrt(MARGIN * np.mean(rates)) if rates else 0.0
 
 
-def held_out(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],
-             condition: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def inner_splits(problem: Problem, z_F: np.ndarray, delta: float, required: tuple[str, ...],
+                 condition: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(errors of ln loss, ln of the factor beyond the fitted range, variance of ln of the law's value there by the covariance of the refit)
     of the rows above each inner cut, predicted by a refit of those below.
 

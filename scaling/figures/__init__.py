@@ -12,4 +12,5 @@ from scaling.figures.errors import held_out, interval_fan, residuals
 from scaling.figures.precisions import bits_curves, effective_parameters
 from scaling.figures.region_map import region_map
 
-__all__ = ["bits_curves", "calibration", "effective_parameters", "held_out", "interval_fan", "isoflop", "loss_against_compute", "region_map", "residuals"]
+__all__ = ["bits_curves", "calibration", "effective_parameters", "held_out", "interval_fan", "isoflop", "loss_against_compute", "region_map",
+           "residuals"]

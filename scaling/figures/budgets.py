@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from scaling.figures.sheet import (
     COMPUTE,
-    LOSS,
     MAX_LISTED,
     baseline,
     drawn,
@@ -73,9 +72,8 @@ def loss_against_compute(fit: Fit, runs: Source, at: Mapping[str, object] | None
     line, = axis.plot(span, lowest, color="#b3261e", lw=1.5, zorder=4, label="frontier of the law")
     line.set_gid("frontier")
     axis.set_xscale("log")
-    loss_axis(axis)
+    loss_axis(axis, fit.law)
     axis.set_xlabel(COMPUTE)
-    axis.set_ylabel(LOSS)
     words = told(at, fit.law)
     if words:
         axis.set_title(f"curves: {words}")
@@ -96,7 +94,8 @@ def parabolas(N: np.ndarray, D: np.ndarray, loss: np.ndarray, budgets: Sequence[
     groups = [(centre, inside) for centre, inside in groups if np.unique(N[inside]).size >= MIN_SIZES]
     if not groups:
         raise ValueError(f"isoflop: no budget (6 N D within {SAME:.0%}) has {MIN_SIZES} sizes or more; "
-                         + ("an isoFLOP sweep trains several sizes at each" if budgets is None else f"given: {', '.join(f'{b:g}' for b in budgets)} FLOP"))
+                         + ("an isoFLOP sweep trains several sizes at each" if budgets is None
+                            else f"given: {', '.join(f'{b:g}' for b in budgets)} FLOP"))
     if budgets is None:
         groups = sorted(sorted(groups, key=lambda group: -group[1].sum())[:MOST], key=lambda group: group[0])
     return [_parabola(N[inside], loss[inside], float(np.exp(logs[inside].mean()))) for _, inside in groups]
@@ -145,9 +144,8 @@ def isoflop(fit: Fit, runs: Source, budgets: Sequence[float] | None = None, at: 
     line, = axis.plot(sizes, lowest, "D-", color="#222222", ms=2.8, lw=0.8, zorder=4)
     line.set_gid("frontier")
     log_ticks(axis, "x", rows.N[mine])
-    loss_axis(axis)
+    loss_axis(axis, fit.law)
     axis.set_xlabel("parameters N")
-    axis.set_ylabel(LOSS)
     budgets_legend = figure.legend(*_unique(axis), loc="outside right upper", title="6ND (FLOP)", alignment="left", handletextpad=0.3)
     budgets_legend.set_zorder(6)
     kinds = [entry("law", color="#555555", lw=1.1), entry("parabola", color="#555555", lw=0.8, ls=(0, (3, 2))),

@@ -13,8 +13,8 @@ from scaling.plots import INK
 @drawn
 def calibration(found: Coverage) -> Figure:
     """Share of the simulations in which the truth has at most a rank, against the rank: on the diagonal where the stated uncertainty is right,
-    S-shaped where it is too wide, its mirror image where it is too narrow. Black: all constants at once (TARP); thin: each of at most eight; band: holds 95 %
-    of the curves of a calibrated fit."""
+    S-shaped where it is too wide, its mirror image where it is too narrow. Black: all constants at once (TARP); thin: each of at
+    most eight; band: holds 95 % of the curves of a calibrated fit."""
     figure, axis = sheet()
     rank = np.linspace(0.0, 1.0, 201)
     axis.fill_between(rank, np.clip(rank - found.band, 0.0, 1.0), np.clip(rank + found.band, 0.0, 1.0), color="#e9e9e9", lw=0, zorder=0)

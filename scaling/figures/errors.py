@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling.figures.sheet import COMPUTE, LOSS, Rows, baseline, drawn, entry, frontier, held_entry, legend_above, loss_axis, rows_of, sheet, told
+from scaling.figures.sheet import COMPUTE, Rows, baseline, drawn, entry, frontier, held_entry, legend_above, loss_axis, rows_of, sheet, told
 from scaling.plots import MARKERS
 from scaling.result import Fit
 from scaling.table import Source
@@ -126,9 +126,8 @@ def interval_fan(fit: Fit, runs: Source, factor: float = 10.0, levels: Sequence[
             handles += axis.plot(rows.compute[chosen], rows.loss[chosen], "o", color="#666666", markerfacecolor=face, ms=2.8, mew=0.7, label=label)
     handles.append(axis.axvline(edge, color="#555555", lw=0.8, ls=(0, (3, 2)), label="largest fitted"))
     axis.set_xscale("log")
-    loss_axis(axis)
+    loss_axis(axis, fit.law)
     axis.set_xlabel(COMPUTE)
-    axis.set_ylabel(LOSS)
     words = told(at, fit.law)
     legend_above(figure, handles, words or None)
     return figure

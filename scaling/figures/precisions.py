@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling.figures.sheet import LOSS, Rows, baseline, drawn, held_entry, legend_above, loss_axis, rows_of, sheet, told, unit_levels
+from scaling.figures.sheet import Rows, baseline, drawn, held_entry, legend_above, loss_axis, rows_of, sheet, told, unit_levels
 from scaling.laws.parameters import Factor
 from scaling.plots import MARKERS, count_label, size_colours
 from scaling.result import Fit
@@ -52,9 +52,8 @@ def bits_curves(fit: Fit, runs: Source, D: float | None = None, vary: Sequence[s
             axis.plot(np.where(apart, end, width)[chosen], rows.loss[chosen], marker, color=colour, markerfacecolor=face, ms=3.8, mew=0.9)
     ticks = {bits: f"{bits:g}" for bits in finite} | ({end: "unquantized"} if (mine & apart).any() else {})
     axis.set_xticks(list(ticks), list(ticks.values()))
-    loss_axis(axis)
+    loss_axis(axis, fit.law)
     axis.set_xlabel(BITS)
-    axis.set_ylabel(LOSS)
     words = [f"{count_label(D)} tokens", told(at, fit.law), "curves: best layout" if "man_bits" in vary else ""]
     axis.set_title(", ".join(filter(None, words)))
     legend_above(figure, axis.get_legend_handles_labels()[0][::-1] + ([held_entry()] if (mine & rows.held).any() else []))
@@ -81,7 +80,8 @@ def _widths(fit: Fit, rows: Rows, vary: Sequence[str] | None) -> tuple[np.ndarra
 def _budget(rows: Rows, width: np.ndarray, mine: np.ndarray) -> float:
     """Where most pairs of size and width were trained, the largest of these."""
     budgets = np.unique(rows.D[mine])
-    return float(max(budgets, key=lambda D: (len({(n, w) for n, w in zip(rows.N[mine & (rows.D == D)], width[mine & (rows.D == D)], strict=True)}), D)))
+    at = {D: mine & (rows.D == D) for D in budgets}
+    return float(max(budgets, key=lambda D: (len(set(zip(rows.N[at[D]], width[at[D]], strict=True))), D)))
 
 
 def _some(values: np.ndarray) -> str:

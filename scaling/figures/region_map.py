@@ -38,7 +38,8 @@ def region_map(fit: Fit, schemes: Sequence[Scheme], N_max: tuple[float, float] =
     figure, axis = sheet()
     axis.grid(False)
     shades = matplotlib.colors.ListedColormap(COLOURS[:len(schemes)])
-    axis.pcolormesh(sizes, ratios, np.ma.masked_array(best, ~shown), cmap=shades, vmin=-0.5, vmax=len(schemes) - 0.5, shading="nearest", rasterized=True)
+    axis.pcolormesh(sizes, ratios, np.ma.masked_array(best, ~shown), cmap=shades, vmin=-0.5, vmax=len(schemes) - 0.5, shading="nearest",
+                    rasterized=True)
     log_ticks(axis, "x", sizes)
     log_ticks(axis, "y", ratios)
     small = []

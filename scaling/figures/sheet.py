@@ -24,7 +24,6 @@ PAPER = STYLE | {"font.size": 7.5, "axes.titlesize": 8.0, "axes.labelsize": 8.0,
                  "legend.fontsize": 7.0, "legend.title_fontsize": 7.0, "lines.linewidth": 1.2, "pdf.fonttype": 42, "savefig.dpi": 200,
                  "xtick.color": INK, "ytick.color": INK, "legend.handlelength": 1.4, "legend.borderaxespad": 0.2}
 MAX_LISTED = 8  # sizes in a legend; more are told by a colour bar
-LOSS = "loss (nats/token)"
 COMPUTE = "training compute 6ND (FLOP)"
 
 
@@ -164,8 +163,9 @@ def log_ticks(axis, which: str, values, most: int = 5) -> None:
         (axis.xaxis if which == "x" else axis.yaxis).set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def loss_axis(axis, which: str = "y") -> None:
-    """A logarithmic axis of losses, which hardly span a decade: plain numbers on it."""
+def loss_axis(axis, law: Law, which: str = "y") -> None:
+    """A logarithmic axis of losses, which hardly span a decade: plain numbers on it, and the law's unit beside it."""
+    (axis.set_xlabel if which == "x" else axis.set_ylabel)(f"loss ({law.unit})")
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
     side = axis.xaxis if which == "x" else axis.yaxis
     side.set_major_locator(matplotlib.ticker.LogLocator(subs=[1.0]))

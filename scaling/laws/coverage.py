@@ -24,10 +24,12 @@ def samples_for(p, coverage):
 coverage = Law(
     name="coverage",
     about="pass@k = exp(-a k^-b)",
+    unit="pass@k",
     cite="Brown et al. 2024, arXiv 2407.21787",
     inputs=("k",),
     parameters=(amplitude("a", span=(-5.0, 3.0)), exponent("b", 0.01, 3.0)),
     log_terms=lambda p, x: (-p["b"] * namespace(x["k"]).log(x["k"]),),
     combine=combine,
+    sources={"none": "none published: each model and task has a pair of its own, and no single one is printed"},
     functionals={"samples_for": samples_for},
 )

@@ -52,7 +52,8 @@ data_constrained = Law(
     combine=combine,
     published={"muennighoff": {"A": math.exp(6.255414), "B": math.exp(7.3049974), "E": math.exp(0.6254804), "alpha": 0.3526596,
                                "beta": 0.3526596, "R_D": 15.387756, "R_N": 5.309743}},
-    sources={"muennighoff": "the authors' code; alpha and beta tied; 400+ runs up to 9B parameters and 900B tokens (the lower ends of the range are from memory)"},
+    sources={"muennighoff": "the authors' code; alpha and beta tied; 400+ runs up to 9B parameters and 900B tokens (the lower ends of the "
+             "range are from memory)"},
     validity={"muennighoff": {"N": (7e6, 9e9), "D": (1e8, 9e11)}},
     functionals={"effective_tokens": effective_tokens},
     variants={"tied": {"ties": {"beta": "alpha"}}},

@@ -75,7 +75,8 @@ def _indexed(tree: Node, text: str) -> dict[str, str]:
             raise ValueError(f"formula {text!r}: {forms} occur; a constant has one form, so give one of them another name")
         index = next(iter(indices))
         if index in uses:
-            raise ValueError(f"formula {text!r}: {index} is a column of names in {name}[{index}] and a number elsewhere; give one of them another name")
+            raise ValueError(f"formula {text!r}: {index} is a column of names in {name}[{index}] and a number elsewhere; give one of them "
+                             "another name")
     return {name: next(iter(indices)) for name, indices in uses.items() if any(indices)}
 
 

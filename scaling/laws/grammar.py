@@ -130,7 +130,8 @@ def _tokens(text: str) -> list[tuple[str, str, int]]:
         found = _TOKEN.match(text, at)
         if not found:
             place = at + len(text[at:]) - len(text[at:].lstrip())
-            raise ValueError(f"formula {text!r}: {text[place]!r} at character {place + 1} is no part of a formula; use names, numbers, + - * / ^ ( ) [ ]")
+            raise ValueError(f"formula {text!r}: {text[place]!r} at character {place + 1} is no part of a formula; use names, numbers, "
+                             "+ - * / ^ ( ) [ ]")
         tokens.append((found.lastgroup, found[found.lastgroup], found.start(found.lastgroup)))
         at = found.end()
     return [*tokens, ("end", "", len(text))]

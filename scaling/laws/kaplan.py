@@ -44,6 +44,6 @@ kaplan = Law(
     combine=combine,
     published={"kaplan": {"N_c": 6.4e13, "D_c": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}},
     sources={"kaplan": "joint fit, two digits; from memory, not re-read. The one-variable fits differ: alpha_N 0.076, N_c 8.8e13; alpha_D 0.095, "
-                       "D_c 5.4e13"},
+                       "D_c 5.4e13. no range: that of the joint fit's runs was not re-read"},
     functionals={"size_limit": size_limit, "data_limit": data_limit},
 )

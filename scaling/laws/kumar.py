@@ -15,10 +15,9 @@ import numpy as np
 
 from scaling.laws import chinchilla
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
+from scaling.laws.parameters import FULL_BITS, WIDTHS, Operand, amplitude, exponent, offset, scale
 
-FULL_BITS = 32.0
-OPERANDS = {"weights_bits": ("gamma_w", "n_w"), "activations_bits": ("gamma_a", "n_a"), "kv_bits": ("gamma_kv", "n_kv")}
+OPERANDS = dict(zip(WIDTHS, (("gamma_w", "n_w"), ("gamma_a", "n_a"), ("gamma_kv", "n_kv")), strict=True))
 
 
 def _log_factor(bits, gamma, shift):
@@ -48,7 +47,7 @@ def log_terms(p, x):
     return -p["alpha"] * (xp.log(x["N"]) + log_efficiency(p, x)), -p["beta"] * xp.log(x["D"]), 0.0
 
 
-def _bits(columns):
+def bits_of(columns):
     """The three bits columns, absent ones at infinity, as float64 arrays. ValueError for another name."""
     unknown = next((name for name in columns if name not in OPERANDS), None)
     if unknown:
@@ -58,13 +57,13 @@ def _bits(columns):
 
 def efficiency(p, **bits):
     """N_eff / N at the given weights_bits, activations_bits, kv_bits. Dimensionless, 0 where the law diverges."""
-    return np.exp(log_efficiency(p, _bits(bits)))
+    return np.exp(log_efficiency(p, bits_of(bits)))
 
 
 def loss_gap(p, N, D=None, **bits):
     """Loss at the given bits minus the loss of the unquantized model of the same N, the same at any D. Nats per token; inf where it diverges."""
     with np.errstate(over="ignore"):
-        return p["A"] * N ** -p["alpha"] * np.expm1(-p["alpha"] * log_efficiency(p, _bits(bits)))
+        return p["A"] * N ** -p["alpha"] * np.expm1(-p["alpha"] * log_efficiency(p, bits_of(bits)))
 
 
 def _fitted_bits(p, bits):
@@ -100,7 +99,7 @@ def optimal_bits(p):
     maximises F(P)/P whatever C, alpha and beta are (Kumar et al. 2024, section 4.3 and App. E, show it for alpha = beta). Where one operand
     alone is known, this too is as if the cost followed its width; `scaling.plan` charges the wider of weights and activations.
     """
-    return _maximise(lambda bits: log_efficiency(p, _bits(_fitted_bits(p, bits))) - np.log(bits), 0.05, FULL_BITS - 1e-6)
+    return _maximise(lambda bits: log_efficiency(p, bits_of(_fitted_bits(p, bits))) - np.log(bits), 0.05, FULL_BITS - 1e-6)
 
 
 def optimal_bits_at_size(p, N, compute):
@@ -108,7 +107,7 @@ def optimal_bits_at_size(p, N, compute):
     def negative_loss(bits):
         tokens = 16.0 * compute / (6.0 * N * bits)
         with np.errstate(over="ignore"):
-            small = p["A"] * np.exp(-p["alpha"] * (math.log(N) + log_efficiency(p, _bits(_fitted_bits(p, bits)))))
+            small = p["A"] * np.exp(-p["alpha"] * (math.log(N) + log_efficiency(p, bits_of(_fitted_bits(p, bits)))))
         return -(small + p["B"] * tokens ** -p["beta"])
     return _maximise(negative_loss, 0.05, FULL_BITS - 1e-6)
 
@@ -127,7 +126,8 @@ kumar = Law(
     inputs=("N", "D", *OPERANDS),
     parameters=(
         amplitude("A"), amplitude("B"), amplitude("E", "nats/token"), exponent("alpha"), exponent("beta"),
-        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits", start=(0.3, 6.0)), offset(shift, 0.0, 8.0, start=(0.0, 2.5))))),
+        *(part for gamma, shift in OPERANDS.values() for part in (scale(gamma, 0.1, 20.0, "bits", start=(0.3, 6.0)),
+                                                                  offset(shift, 0.0, 8.0, start=(0.0, 2.5))))),
     log_terms=log_terms,
     operands=tuple(Operand(name, parameters, FULL_BITS) for name, parameters in OPERANDS.items()),
     published={"kumar": {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745, "n_w": 0.3037,

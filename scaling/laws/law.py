@@ -2,7 +2,7 @@
 
 A law here is made of terms, each a positive amplitude times the exponential of something nonlinear:
 
-    term_k(x) = amplitude_k * exp(log_term_k(theta, x)),    L(x) = sum_k term_k     nats per token
+    term_k(x) = amplitude_k * exp(log_term_k(theta, x)),    L(x) = sum_k term_k     in the law's unit, nats per token
 
 Chinchilla is A N^-alpha + B D^-beta + E, so its log terms are -alpha ln N, -beta ln D and 0. Everything else (start grids, Jacobians,
 bootstrap, prediction) follows from `log_terms`, so a law of one's own is ten lines:
@@ -51,9 +51,11 @@ class Law:
     factors: the ones that hold names; zero_allowed: the ones that may be 0. levels: input -> names, filled in by `at_levels`.
     log_terms(params, columns) -> one log term per amplitude, broadcastable against each other; one for all levels of a factor's amplitude.
     combine(params, terms, columns) -> loss; None is the sum of the terms.
-    published: source -> constants with full digits; sources: source -> what they are; validity: source -> input -> (low, high) trained.
+    published: source -> constants with full digits; sources: source -> what they are ("none" -> why, for a law without any); validity:
+    source -> input -> (low, high) trained; where there is none, the source says so: "no range".
     functionals: name -> f(params, **columns), numbers derived from the constants (an exponent, an optimum), units in their docstrings.
     answers: functional -> the input that its value is a value of; outside the fitted range of that input it is not identified.
+    unit: of the loss, for tables and axes.
     variants: name -> {"ties": ..., "fixed": ...}; `fit(..., "kumar:tied")` uses one, `"kumar:tied+plain"` two.
     """
 
@@ -75,6 +77,7 @@ class Law:
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unit: str = "nats/token"
 
     @property
     def amplitudes(self) -> tuple[str, ...]:
@@ -232,7 +235,7 @@ class Law:
         return Reduction(tuple(dict.fromkeys(absent)), ties, fixed, tuple(notes))
 
     def predict(self, params: Params, **columns):
-        """Loss in nats per token at `columns` (scalars or arrays that broadcast). Shape of the broadcast columns.
+        """Loss in `unit` at `columns` (scalars or arrays that broadcast). Shape of the broadcast columns.
 
         inf where the law has no finite value (an efficiency of zero or less). ValueError for inputs the law does not know or that
         need a constant `params` lacks.

@@ -81,18 +81,21 @@ def _terms(curve, operands):
     return log_terms, {"efficiency": efficiency, "loss_gap": loss_gap}
 
 
-def _law(name, about, curve, operands, parameters):
+def _law(name, about, curve, operands, parameters, source):
     log_terms, functionals = _terms(curve, operands)
     return Law(
         name=name, about=f"L = A/(N prod_x {about})^alpha + B/D^beta + E", cite="after Panferov et al. 2025, arXiv 2506.01863",
         inputs=("N", "D", *operands), parameters=(*chinchilla.chinchilla.parameters, *parameters), log_terms=log_terms,
         operands=tuple(Operand(column, names, 0.0, below=True, from_name=error_of) for column, names in operands.items()),
-        functionals=chinchilla.chinchilla.functionals | functionals, variants={"tied": {"ties": {"beta": "alpha"}}})
+        sources={"none": source}, functionals=chinchilla.chinchilla.functionals | functionals,
+        variants={"tied": {"ties": {"beta": "alpha"}}})
 
 
 mse_efficiency = _law(
     "mse_efficiency", "exp(-c_x mse_x^kappa_x)", _log_exp, EXP,
-    [part for c, kappa in EXP.values() for part in (scale(c, 0.01, 1000.0), exponent(kappa, 0.05, 2.5, held=0.5))])
+    [part for c, kappa in EXP.values() for part in (scale(c, 0.01, 1000.0), exponent(kappa, 0.05, 2.5, held=0.5))],
+    "none published: the curve is ours, chosen on the QuEST runs")
 mse_efficiency_tanh = _law(
     "mse_efficiency_tanh", "tanh(F_x (log_(1/4) mse_x)^C_x)", _log_tanh, TANH,
-    [part for f, c in TANH.values() for part in (scale(f, 0.01, 100.0), exponent(c, 0.05, 5.0, held=1.0))])
+    [part for f, c in TANH.values() for part in (scale(f, 0.01, 100.0), exponent(c, 0.05, 5.0, held=1.0))],
+    "none here: the formula is from memory, and the three constants of Panferov et al. were not read")

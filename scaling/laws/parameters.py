@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SPAN = (-4.0, 4.0)
+WIDTHS = ("weights_bits", "activations_bits", "kv_bits")  # the inputs of laws that say how narrow a run was
+FULL_BITS = 32.0  # from here on laws of widths see no quantization
 BOX_SLACK = 1e-9  # relative: a constant solved in logs that ended on its bound comes back from them rounded
 BASELINES = ("baseline", "bf16", "bfloat16", "fp32", "float32", "f32", "fp16", "none", "noquantizer", "16", "32")
 """Names, in any case, of a level whose efficiency is 1 unless the caller fixes another."""
@@ -20,7 +22,8 @@ class Parameter:
     logs) or "offset" (any sign).
     low, high: the box in which starts are drawn and the solution must stay; amplitudes and divisors need none.
     span: for an amplitude of a law that is no plain sum, the box of starts of the log of its term's geometric mean over the rows.
-    start: the box of starts, where it is smaller than the bounds. held: the value to hold it at when the design cannot tell it from the constant it belongs to. unit: for tables and axes.
+    start: the box of starts, where it is smaller than the bounds. held: the value to hold it at when the design cannot tell it
+    from the constant it belongs to. unit: for tables and axes.
     """
 
     name: str
@@ -43,7 +46,8 @@ class Parameter:
         return self.kind in ("amplitude", "divisor", "scale")
 
     def takes(self, value) -> bool:
-        """Whether the constant may be held at `value`: inside the box, to rounding, or where `held` puts it; an amplitude may be 0, a term left out."""
+        """Whether the constant may be held at `value`: inside the box, to rounding, or where `held` puts it; an amplitude may be
+        0, a term left out."""
         low, high = self.low * (1 - BOX_SLACK * np.sign(self.low)), self.high * (1 + BOX_SLACK * np.sign(self.high))
         return bool(np.isfinite(value)) and (value == self.held or (low <= value <= high and not (self.kind == "divisor" and value == 0)))
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from scaling.laws import chinchilla
-from scaling.laws.kumar import FULL_BITS, OPERANDS, kumar, log_efficiency
+from scaling.laws.kumar import OPERANDS, bits_of, kumar, log_efficiency
 from scaling.laws.law import Law, namespace
-from scaling.laws.parameters import Operand, amplitude, exponent, offset, scale
+from scaling.laws.parameters import FULL_BITS, WIDTHS, Operand, amplitude, exponent, offset, scale
 
 
 def _log_gap(p, x, log_N):
@@ -62,7 +62,27 @@ def loss_gap(p, N, D, ptq_bits):
 def critical_tokens(p, N, ptq_bits):
     """D_crit: tokens beyond which more data raises the loss after quantization to `ptq_bits` (Kumar et al. 2024, Eq. 13)."""
     log_gap = np.log(p["C_T"]) - ptq_bits / p["gamma_post"] + p.get("n_post", 0.0) - p["gamma_N"] * np.log(N)
-    return np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
+    return _turning_point(p, log_gap)
+
+
+def _turning_point(p, log_gap):
+    """The D at which B D^-beta falls as fast as the gap rises, which is exp(log_gap) at one token and grows as D^gamma_D."""
+    with np.errstate(over="ignore"):
+        return np.exp((np.log(p["beta"] * p["B"] / p["gamma_D"]) - log_gap) / (p["gamma_D"] + p["beta"]))
+
+
+def unified_critical_tokens(p, N, ptq_bits, **bits):
+    """D_crit of a model trained in `bits` (weights_bits, activations_bits, kv_bits; absent: unquantized): tokens beyond which more data
+    raises the loss after quantization to `ptq_bits`. Kumar et al. print it for unquantized training alone (Eq. 13); this is the same
+    minimum over D, with N_eff for N and C_T times the robustness. inf where quantization costs nothing, NaN where training diverges.
+    ValueError for a width whose C_x the constants lack: the published ones were never printed.
+    """
+    x = bits_of(bits) | {"N": np.float64(N), "D": np.float64(1.0), "ptq_bits": np.float64(ptq_bits)}
+    lacking = next((name for name in bits if ROBUSTNESS[name] not in p and (x[name] < FULL_BITS).any()), None)
+    if lacking:
+        raise ValueError(f"critical_tokens needs {ROBUSTNESS[lacking]} for {lacking} below {FULL_BITS:g}; these constants have {', '.join(p)}")
+    tokens = _turning_point(p, np.log(p["C_T"]) + unified_log_terms(p, x)[3])  # the terms at one token
+    return np.where(np.isneginf(log_efficiency(p, x)), np.nan, tokens)[()]
 
 
 def power_gap(p, N, D, ptq_bits):
@@ -70,7 +90,7 @@ def power_gap(p, N, D, ptq_bits):
     return p["k"] * D ** p["gamma_D"] / (N ** p["gamma_N"] * ptq_bits ** p["gamma_P"])
 
 
-ROBUSTNESS = {"weights_bits": "C_w", "activations_bits": "C_a", "kv_bits": "C_kv"}
+ROBUSTNESS = dict(zip(WIDTHS, ("C_w", "C_a", "C_kv"), strict=True))
 _GAP = (amplitude("C_T"), exponent("gamma_D"), exponent("gamma_N", 0.0), scale("gamma_post", 0.05, 20.0, "bits"))
 _BASE = chinchilla.chinchilla.parameters
 _TRAINED = {"N": (30e6, 220e6), "D": (1.5e9, 26e9)}
@@ -107,7 +127,7 @@ kumar_unified = Law(
     sources={"kumar": "Table 2. The three C_x were fitted but never printed, so only unquantized training can be predicted with a gap; the sign "
                       "of the post-training offset is not printed and it is left out"},
     validity={"kumar": _TRAINED | {name: (3.0, 12.0) for name in OPERANDS}},
-    functionals=kumar.functionals | {"ptq_gap": loss_gap},
+    functionals=kumar.functionals | {"ptq_gap": loss_gap, "critical_tokens": unified_critical_tokens},
     answers=kumar.answers,
     variants={"tied": {"ties": {"beta": "alpha"}}, "plain": {"fixed": {"n_w": 0.0, "n_a": 0.0, "n_kv": 0.0}}},
 )
@@ -122,7 +142,7 @@ ptq_power = Law(
                             - p["gamma_P"] * namespace(x["ptq_bits"]).log(x["ptq_bits"]),),
     published={"ouyang": {"k": 0.017, "gamma_D": 0.5251, "gamma_N": 0.2261, "gamma_P": 5.4967}},
     sources={"ouyang": "GPTQ to 2, 3, 4 bits. `loss` is the gap to the unquantized model, nats per token. The paper's Table 1 of token counts "
-                       "does not follow from these constants"},
-    validity={"ouyang": {"N": (160e6, 12e9), "ptq_bits": (2.0, 4.0)}},
+                       "does not follow from these constants. The range of D is from a secondary source, a summary of the paper"},
+    validity={"ouyang": {"N": (160e6, 12e9), "D": (1e9, 206e9), "ptq_bits": (2.0, 4.0)}},
     functionals={"loss_gap": power_gap},
 )

@@ -32,7 +32,8 @@ REFERENCE = str(root / "runs" / "reference" / "ladder" / "runs.csv")
 SWEEP = os.environ.get("BITLAW_SWEEP", REFERENCE)
 runs = scaling.table(SWEEP)
 print(len(runs), "runs with", len(runs.columns), "columns")
-print(runs.aggregate("n_params, count(*) AS runs, count(DISTINCT tokens) AS budgets, count(DISTINCT precision) AS precisions", "n_params").order("n_params"))
+print(runs.aggregate("n_params, count(*) AS runs, count(DISTINCT tokens) AS budgets, count(DISTINCT precision) AS precisions",
+                     "n_params").order("n_params"))
 
 # %% [markdown]
 # ## What needs no law
@@ -43,7 +44,8 @@ print(runs.aggregate("n_params, count(*) AS runs, count(DISTINCT tokens) AS budg
 found = analyse(SWEEP, bootstrap=0)
 print(f"between seeds, pooled: {found.noise.sd:.4f} nats/token" if found.noise else "too few seeds to tell their noise")
 for gap in found.gaps:
-    print(f"{gap.precision:>10}  {gap.mean:+.3f} nats/token above {found.reference}, 95 % interval {gap.low:+.3f} to {gap.high:+.3f} ({len(gap.values)} pairs)")
+    print(f"{gap.precision:>10}  {gap.mean:+.3f} nats/token above {found.reference}, 95 % interval {gap.low:+.3f} to {gap.high:+.3f} "
+          f"({len(gap.values)} pairs)")
 
 # %%
 with plots.style():
@@ -51,13 +53,13 @@ with plots.style():
 figure
 
 # %% [markdown]
-# **Read:** narrow activations (`w32a2`: float32 weights, 2-bit activations) cost more than narrow weights, and more in larger models. With 2 bits the largest
-# model does not gain from data at all.
+# **Read:** narrow activations (`w32a2`: float32 weights, 2-bit activations) cost more than narrow weights, and more in larger
+# models. With 2 bits the largest model does not gain from data at all.
 #
 # ## What the runs can carry
 #
-# `analyse` fits the standard laws and says which constants the design does not identify. Better to be told than to get a number: the loss that would be left
-# at infinite size, E, cannot be seen from models this small.
+# `analyse` fits the standard laws and says which constants the design does not identify. Better to be told than to get a number:
+# the loss that would be left at infinite size, E, cannot be seen from models this small.
 
 # %%
 for comparison in filter(None, (found.chinchilla, found.precision)):
@@ -90,19 +92,22 @@ figures.bits_curves(fit, runs)
 figures.held_out(fit, runs)
 
 # %% [markdown]
-# **Read:** both laws interpolate; only the quantizer's error reaches 2 bits from 3 and 4: Kumar's factor 1 - exp(-P/gamma + n), fitted to these, is below 0 there.
+# **Read:** both laws interpolate; only the quantizer's error reaches 2 bits from 3 and 4: Kumar's factor 1 - exp(-P/gamma + n),
+# fitted to these, is below 0 there.
 #
 # ## All runs, and a law of your own
 #
-# An effective number of parameters bounds what a width can cost, and every such loss falls with the data. The runs say otherwise, so here is a law that says
-# what they do, as a formula: Chinchilla, and an excess for each operand that falls exponentially with its bits and grows with size and data.
+# An effective number of parameters bounds what a width can cost, and every such loss falls with the data. The runs say otherwise,
+# so here is a law that says what they do, as a formula: Chinchilla, and an excess for each operand that falls exponentially with
+# its bits and grows with size and data.
 
 # %%
 LAWS = {
     "effective parameters (kumar)": "kumar",
     "effective parameters (mse_efficiency)": "mse_efficiency",
     "excess by width": "E + A/N^alpha + B/D^beta + C*exp(-weights_bits/gw) + G*exp(-activations_bits/ga); gw=0.2:10; ga=0.2:10",
-    "excess that grows": "E + A/N^alpha + B/D^beta + C*exp(-weights_bits/gw)*N^m + G*exp(-activations_bits/ga)*N^n*D^k; gw=0.2:10; ga=0.2:10; m=-1:1; n=-1:1; k=-1:1",
+    "excess that grows": "E + A/N^alpha + B/D^beta + C*exp(-weights_bits/gw)*N^m + G*exp(-activations_bits/ga)*N^n*D^k; gw=0.2:10; "
+    "ga=0.2:10; m=-1:1; n=-1:1; k=-1:1",
 }
 fits = {}
 for name, law in LAWS.items():
@@ -123,11 +128,13 @@ for name, law in LAWS.items():
     told = [one for one in scaling.leave_out(runs, law, ["each-precision"], loss="least_squares")]
     scored = [one for one in told if np.isfinite(one.rmse)]
     rms = np.sqrt(sum(one.rows * one.rmse**2 for one in scored) / sum(one.rows for one in scored))
-    print(f"{name:<38} rms error {rms:.1%} of {sum(one.rows for one in scored)} runs" + (f", none for {len(told) - len(scored)} precisions" if len(told) > len(scored) else ""))
+    print(f"{name:<38} rms error {rms:.1%} of {sum(one.rows for one in scored)} runs"
+          + (f", none for {len(told) - len(scored)} precisions" if len(told) > len(scored) else ""))
 
 # %% [markdown]
-# **Read:** compare these errors with the scatter between seeds, 0.6 % of the loss: one run cannot be predicted better than its seed allows. The formula says nothing of
-# models outside of this ladder: beyond it, its intervals grow, and more than 30 times beyond it answers nothing.
+# **Read:** compare these errors with the scatter between seeds, 0.6 % of the loss: one run cannot be predicted better than its
+# seed allows. The formula says nothing of models outside of this ladder: beyond it, its intervals grow, and more than 30 times
+# beyond it answers nothing.
 
 # %%
 print(own.predict(N=1e5, D=1e7, weights_bits=4.0, activations_bits=8.0))

@@ -14,8 +14,9 @@
 #
 # From a fitted law to the size, the data and the precision of the next training, with intervals, and to the runs that would narrow them.
 #
-# The runs of Kumar et al. (arXiv 2411.04330) are not public. This table is simulated from their printed law on their design (30 to 220 M parameters, 1.5 to 13 B
-# tokens, 3 to 12 bits) with 0.5 % noise, so that the right answer is known. Replace `runs` by your own table; nothing else changes.
+# The runs of Kumar et al. (arXiv 2411.04330) are not public. This table is simulated from their printed law on their design (30
+# to 220 M parameters, 1.5 to 13 B tokens, 3 to 12 bits) with 0.5 % noise, so that the right answer is known. Replace `runs` by
+# your own table; nothing else changes.
 
 # %%
 # %matplotlib inline
@@ -36,12 +37,14 @@ for name in ("alpha", "gamma_w", "gamma_a", "gamma_kv"):
     print(f"{name:>9}  {fit.estimate(name)}   truth {truth[name]:g}")
 
 # %% [markdown]
-# The design does not tell gamma from its offset (they move together), but what they imply together it tells well: the width that is best at any compute.
+# The design does not tell gamma from its offset (they move together), but what they imply together it tells well: the width that
+# is best at any compute.
 
 # %%
 for one, other, c in fit.metrics["confounded"]:
     print(f"not separately known: {one} and {other} (correlation {c:+.3f})")
-print(f"best width of all operands: {fit.estimate('optimal_bits')} bits; published 7 to 8, by the printed constants {laws['kumar'].functionals['optimal_bits'](truth):.2f}")
+print(f"best width of all operands: {fit.estimate('optimal_bits')} bits; published 7 to 8, by the printed constants "
+      f"{laws['kumar'].functionals['optimal_bits'](truth):.2f}")
 
 # %%
 figures.bits_curves(fit, runs)
@@ -89,11 +92,13 @@ figures.interval_fan(fit, runs, factor=30)
 # Candidates are scored by how much they are expected to shrink the interval of the quantity asked for, per FLOP.
 
 # %%
-candidates = [{"N": n, "D": d, "weights_bits": b, "activations_bits": b, "kv_bits": b} for n in (3e7, 6e7, 1.1e8) for d in (1.5e9, 6e9) for b in (3.5, 5.0, 7.0)]
+candidates = [{"N": n, "D": d, "weights_bits": b, "activations_bits": b, "kv_bits": b} for n in (3e7, 6e7, 1.1e8) for d in (1.5e9, 6e9)
+              for b in (3.5, 5.0, 7.0)]
 ranked = scaling.next_runs(fit, candidates, "optimal_bits", cost=[6 * c["N"] * c["D"] * c["weights_bits"] / 16 for c in candidates])
 for one in ranked[:3]:
-    print(f"N {one.columns['N']:.2g}, D {one.columns['D']:.2g}, {one.columns['weights_bits']:g} bits: half-width {one.before:.3f} -> {one.half_width:.3f} bits for {one.cost:.2g} FLOP")
+    print(f"N {one.columns['N']:.2g}, D {one.columns['D']:.2g}, {one.columns['weights_bits']:g} bits: half-width {one.before:.3f} -> "
+          f"{one.half_width:.3f} bits for {one.cost:.2g} FLOP")
 
 # %% [markdown]
-# **Conclude:** small, short runs at narrow widths come first: the width's optimum hangs on how the loss falls there, and they are cheap. The expectation knows nothing of
-# whether the law is right at those widths.
+# **Conclude:** small, short runs at narrow widths come first: the width's optimum hangs on how the loss falls there, and they are
+# cheap. The expectation knows nothing of whether the law is right at those widths.

@@ -46,8 +46,8 @@ def beside(name, ours, published, what="published"):
 # %% [markdown]
 # ## Chinchilla: the refit of Besiroglu et al. (arXiv 2404.10102)
 #
-# 240 points read from the vector graphics of Hoffmann et al. (five largest losses dropped). Their printed constants are those of least absolute deviations;
-# the objective that the text states, Huber with delta 0.001, has its minimum elsewhere. Both are here.
+# 240 points read from the vector graphics of Hoffmann et al. (five largest losses dropped). Their printed constants are those of
+# least absolute deviations; the objective that the text states, Huber with delta 0.001, has its minimum elsewhere. Both are here.
 
 # %%
 EPOCH = DATA / "epoch-chinchilla" / "svg_extracted_data.csv"
@@ -68,8 +68,8 @@ if at_hand("epoch-chinchilla/svg_extracted_data.csv"):
 figures.isoflop(chinchilla, EPOCH) if EPOCH.is_file() else None
 
 # %% [markdown]
-# **Conclude:** a parabola per budget (Approach 2) gives an exponent near the law's own. Constants agree with the papers to the digits they print, once it is clear which objective
-# they belong to.
+# **Conclude:** a parabola per budget (Approach 2) gives an exponent near the law's own. Constants agree with the papers to the
+# digits they print, once it is clear which objective they belong to.
 #
 # ### How far do its intervals hold?
 #
@@ -103,8 +103,8 @@ if at_hand("quartet1-figure/fig1a_scaling_fit.csv"):
 # %% [markdown]
 # **Conclude:** the efficiencies are solid, the constants of the base are not; predictions and ratios may be used, E may not be read as an entropy.
 #
-# From the efficiencies follows where FP4 pays in the forward pass too. The paper's Figure 1b reads 94, 102 to 118, 133 and 157 tokens per parameter; its printed constants give a
-# few percent more, so the figure was not drawn from them:
+# From the efficiencies follows where FP4 pays in the forward pass too. The paper's Figure 1b reads 94, 102 to 118, 133 and 157
+# tokens per parameter; its printed constants give a few percent more, so the figure was not drawn from them:
 
 # %%
 constants = laws["quartet"].published["quartet"]
@@ -132,15 +132,16 @@ QUEST = DATA / "quest-runs" / "runs.csv"
 ROWS = {"where": "family IN ('bf16', 'quest_int')"}
 SIZES = {"N": "N_nonemb", "D": "D_tokens"}
 if at_hand("quest-runs/runs.csv"):
-    free = scaling.fit(QUEST, "free_efficiency", columns=SIZES | {"scheme": "CASE WHEN family = 'bf16' THEN 'bf16' ELSE 'int' || CAST(w_bits AS INT) END"}, **ROWS)
+    free = scaling.fit(QUEST, "free_efficiency", columns=SIZES | {"scheme": "CASE WHEN family = 'bf16' THEN 'bf16' ELSE 'int' || CAST(w_bits "
+                                                                  "AS INT) END"}, **ROWS)
     for bits in (1, 2, 3, 4, 8):
         beside(f"eff[int{bits}]", free.params[f"eff[int{bits}]"], laws["free_efficiency"].published["quest"][f"eff[int{bits}]"])
 
 # %% [markdown]
 # ## One curve for all widths
 #
-# With the efficiency a function of the quantizer's error on Gaussian data, a width that nobody trained can be predicted. The errors of the uniform grids
-# with their best clip:
+# With the efficiency a function of the quantizer's error on Gaussian data, a width that nobody trained can be predicted. The
+# errors of the uniform grids with their best clip:
 
 # %%
 ERRORS = {1: 0.36338, 2: 0.11885, 3: 0.03744, 4: 0.01154, 8: 8.769e-5}  # Max 1960, Table II; 8 bits, not in it, by the same integral
@@ -161,13 +162,15 @@ figures.effective_parameters(free, x={f"int{bits}": error for bits, error in ERR
 #
 # ## Quartet II: NVFP4 schemes (arXiv 2601.22813)
 #
-# Rows: the BF16 baseline, and the configurations with at least 18 runs of five groups, whether their forward pass has a Hadamard transform or not: 246 of the 574. Two laws: each scheme acts as fewer parameters
-# (effN), or as fewer parameters and fewer tokens (effN, effD). Numbers beside ours are those of an independent fit.
+# Rows: the BF16 baseline, and the configurations with at least 18 runs of five groups, whether their forward pass has a Hadamard
+# transform or not: 246 of the 574. Two laws: each scheme acts as fewer parameters (effN), or as fewer parameters and fewer tokens
+# (effN, effD). Numbers beside ours are those of an independent fit.
 
 # %%
 QUARTET2 = DATA / "quartet2-runs" / "runs.csv"
 if at_hand("quartet2-runs/runs.csv"):
-    kept = scaling.table(f"""FROM (SELECT *, concat("group", CASE WHEN fsquare THEN ' 16x16' ELSE '' END, CASE WHEN ffour_over_six OR sfour_over_six THEN ' 4/6' ELSE '' END) AS scheme
+    kept = scaling.table(f"""FROM (SELECT *, concat("group", CASE WHEN fsquare THEN ' 16x16' ELSE '' END,
+                                         CASE WHEN ffour_over_six OR sfour_over_six THEN ' 4/6' ELSE '' END) AS scheme
         FROM '{QUARTET2}' WHERE "group" IN ('baseline', 'quartetv2', 'tetrajetv2', 'nvidia', 'forward_main'))
         QUALIFY count(*) OVER (PARTITION BY scheme, fscale_override, sdelayed_amax, shadamard_dim) >= 18""")
     print(len(kept), "rows")

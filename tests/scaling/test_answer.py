@@ -97,16 +97,38 @@ def test_spread_out_goes_where_nothing_is():
     assert all(cell.columns["N"] == 1e5 for cell in spread_out(CELLS, there, 4))
 
 
+QUANTITIES = {"optimal_bits": {}, "alpha": {}, "loss_gap": {"N": 5e4, "weights_bits": 4.0, "activations_bits": 4.0}}
+
+
 def test_proposals_are_the_best_per_cost_and_affordable():
-    """The first is what `next_runs` ranks first; none twice; no more than a quarter of what is left unless one alone is more."""
+    """The first is the best by brute force: a refit with each run that can be paid, at the loss that is expected of it. None twice; no more
+    than a quarter of what is left unless one alone is more."""
     fit, trainer = planted_fit()
+    rows, there = trainer.table()
+    budget = 3e10
     cells = trainer.cells()
-    question = Question("optimal_bits", {}, 1e-3)
-    chosen = propose(fit, question, cells, trainer.table()[1], 1e11)
-    best = scaling.next_runs(fit, [c.columns for c in cells if c.cost <= 1e11], "optimal_bits", cost=[c.cost for c in cells if c.cost <= 1e11])[0]
-    assert chosen[0].columns == best.columns and len({cell.key for cell in chosen}) == len(chosen)
-    assert len(chosen) == 1 or sum(cell.cost for cell in chosen) <= max(0.25 * 1e11, chosen[0].cost)
-    assert propose(fit, question, cells, [], 1.0) == []
+    affordable = {tuple(cell.columns.values()): cell for cell in cells if cell.cost <= budget}.values()  # seeds are alike
+    refits = [scaling.fit({name: np.append(rows[name], value) for name, value in (cell.columns | {"loss": fit.predict(**cell.columns).loss}).items()},
+                          LAW, loss="least_squares") for cell in affordable]
+    winners = set()
+    for quantity, at in QUANTITIES.items():
+        before, gains = error_by_design(fit, quantity, at), {}
+        for cell, refit in zip(affordable, refits, strict=True):
+            gains[tuple(cell.columns.values())] = (before - error_by_design(refit, quantity, at)) / cell.cost
+        best, second = sorted(gains, key=gains.get, reverse=True)[:2]
+        assert gains[best] > 1.001 * gains[second]  # no tie that rounding would decide
+        chosen = propose(fit, Question(quantity, at, 1e-3), cells, there, budget)
+        assert tuple(chosen[0].columns.values()) == best and len({cell.key for cell in chosen}) == len(chosen)
+        assert len(chosen) == 1 or sum(cell.cost for cell in chosen) <= max(0.25 * budget, chosen[0].cost)
+        winners.add(best)
+    assert len(winners) > 1  # what is best depends on the question
+    assert propose(fit, Question("optimal_bits", {}, 1e-3), cells, [], 1.0) == []
+
+
+def error_by_design(fit, quantity, at):
+    """Standard error of a quantity in residual deviations: a row at its expected loss adds to the design, and would lower the residuals."""
+    estimate = fit.estimate(quantity, **at)
+    return estimate.relative_se * abs(estimate.value) / fit.metrics["residual_sd"]
 
 
 def test_the_interval_is_the_98_percent_one():

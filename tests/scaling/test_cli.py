@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import scaling
@@ -52,6 +54,20 @@ def test_fit_tells_how_far_it_can_be_trusted(demo_runs, tmp_path, capsys):
     profiled = scaling.profile(fit, str(demo_runs), "alpha").estimate
     assert f"profile of alpha: {profiled}" in told and "profile of E: " in told
     assert "coverage of the 95% intervals in 40 simulations (standard error 3.4%)" in told and "(TARP)" in told and "a new run 9" in told
+
+
+def test_a_law_of_another_loss_is_printed_in_its_unit(tmp_path, capsys):
+    k = np.array([1.0, 3, 10, 30, 100, 300, 1000])
+    loss = np.exp(-2.0 * k**-0.4 + 1e-3 * np.random.default_rng(0).standard_normal(7))
+    scaling.write_table(scaling.table({"k": k, "loss": loss}), tmp_path / "passes.csv")
+    table, fit = str(tmp_path / "passes.csv"), str(tmp_path / "FIT.json")
+    assert run("fit", [table, "--law", "coverage", "--holdout", "k > 500", "--checklist", "--out", fit]) == 0
+    assert run("compare", [table, "--laws", "coverage", "--holdout", "k > 500", "--leave", "largest-k"]) == 0
+    assert run("predict", [fit, "k=200"]) == 0
+    out = capsys.readouterr().out
+    assert "nats" not in out and "held-out rms, pass@k" in out and "loss = \"loss\" (pass@k)" in out
+    predicted = re.search(r"^loss (\S+) pass@k, 95% interval", out, re.MULTILINE)
+    assert float(predicted[1]) == pytest.approx(math.exp(-2.0 * 200**-0.4), rel=2e-3)
 
 
 def test_compare_puts_laws_side_by_side(demo_runs, capsys):

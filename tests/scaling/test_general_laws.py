@@ -10,6 +10,7 @@ import scaling
 from scaling.laws import Law, amplitude, exponent, laws
 from scaling.laws.mse_efficiency import error_of
 from scaling.observations import observe
+from scaling.plan_text import plan_table
 from scaling.pose import pose
 from scaling.starts import candidates
 from tests.scaling import fake_runs, straight
@@ -91,6 +92,42 @@ def test_kumar_critical_tokens_is_the_minimum_of_the_law():
     unquantized = law.predict(p, N=1e8, D=1e10)
     assert unquantized == laws["chinchilla"].predict({k: p[k] for k in ("A", "B", "E", "alpha", "beta")}, N=1e8, D=1e10)
     assert law.predict(p, N=1e8, D=1e10, ptq_bits=4.0) - unquantized == pytest.approx(law.functionals["loss_gap"](p, 1e8, 1e10, 4.0))
+
+
+UNIFIED = laws["kumar_unified"].published["kumar"] | {"C_w": 0.5, "C_a": 0.4, "C_kv": 0.6}  # C_x were never printed: these are ours
+
+
+@pytest.mark.parametrize("widths", [{}, {"weights_bits": 6.0}, {"weights_bits": 5.0, "activations_bits": 8.0, "kv_bits": 8.0}])
+@pytest.mark.parametrize(("N", "ptq_bits"), [(3e7, 3.0), (1e8, 4.0)])
+def test_unified_critical_tokens_are_the_minimum_over_a_grid(widths, N, ptq_bits):
+    law = laws["kumar_unified"]
+    found = law.functionals["critical_tokens"](UNIFIED, N, ptq_bits, **widths)
+    tokens = np.geomspace(1e6, 1e16, 200_001)  # wide, and not drawn around the answer
+    at = tokens[np.argmin(law.predict(UNIFIED, N=N, D=tokens, ptq_bits=ptq_bits, **widths))]
+    assert found == pytest.approx(at, rel=2e-4) and 2e6 < at < 5e15
+    if not widths:
+        assert found == pytest.approx(laws["kumar_ptq"].functionals["critical_tokens"](UNIFIED, N, ptq_bits), rel=1e-12)  # their Eq. 13
+
+
+def test_unified_critical_tokens_where_there_are_none():
+    tokens = laws["kumar_unified"].functionals["critical_tokens"]
+    assert tokens(UNIFIED, 1e8, 4.0, weights_bits=4.0) == np.inf == tokens(UNIFIED, 1e8, 32.0)
+    assert np.isnan(tokens(UNIFIED, 1e8, 2.0, activations_bits=3.0))  # the law diverges there
+    with pytest.raises(ValueError, match="critical_tokens needs C_w for weights_bits below 32; these constants have A, B, "):
+        tokens(laws["kumar_unified"].published["kumar"], 1e8, 3.0, weights_bits=6.0)
+
+
+def test_a_plan_of_the_unified_law_tells_its_critical_tokens():
+    """At a fixed N the plan buys no more tokens than D_crit of the law, which a grid of the fitted law finds too."""
+    grid = np.array([(n, d, w, q) for n in (3e7, 6e7, 1.1e8, 2.2e8) for d in (1.5e9, 6e9, 2.6e10) for w in (3.0, 5.0, 8.0, 32.0) for q in (2.0, 3.0, 32.0)])
+    columns = dict(zip(("N", "D", "weights_bits", "ptq_bits"), grid.T, strict=True))
+    loss = laws["kumar_unified"].predict({k: v for k, v in UNIFIED.items() if k not in ("C_a", "C_kv")}, **columns)
+    fit = scaling.fit(columns | {"loss": noisy(loss, 1e-3)}, "kumar_unified:tied", loss="least_squares")
+    made = scaling.plan(fit, compute=1e23, fix={"N": 1e8, "weights_bits": 8.0, "ptq_bits": 3.0}, extrapolate=True)
+    tokens = np.geomspace(1e8, 1e14, 100_001)
+    at = tokens[np.argmin(fit.law.predict(fit.params, N=1e8, D=tokens, weights_bits=8.0, ptq_bits=3.0))]
+    assert made.critical_tokens.value == pytest.approx(at, rel=5e-4) == made.D.value
+    assert "D_crit" in list(plan_table(made).columns[0].cells)
 
 
 def test_unified_law_loses_nothing_where_training_and_inference_widths_agree():
@@ -176,10 +213,16 @@ def test_weighted_errors_are_those_of_weighted_least_squares():
 
 def test_every_published_row_has_its_source_and_a_cited_law():
     for law in {laws[name].name: laws[name] for name in laws}.values():
-        assert set(law.sources) == set(law.published) and set(law.validity) <= set(law.published) and law.cite
+        assert set(law.sources) == (set(law.published) or {"none"}) and law.cite, law.name
+        assert law.published or law.sources["none"].startswith(("none published: ", "none here: "))
+        ranged = {source for source, text in law.sources.items() if "no range: " not in text} if law.published else set()
+        assert set(law.validity) == ranged, law.name  # a row of constants has the range that was trained, or says that it has none
+        for range_ in law.validity.values():
+            assert set(law.measures) <= set(range_) <= set(law.inputs) and all(0 <= low < high for low, high in range_.values()), law.name
         for constants in law.published.values():
             factors = tuple(factor.parameter for factor in law.factors)
             assert all(name in (*law.names, "n_post") or name.startswith(factors) for name in constants), law.name
+    assert [name for name in laws if laws[name].published and not laws[name].validity] == ["kaplan"]
     assert "memory" in laws["kaplan"].sources["kaplan"] and "secondary" in laws["qat"].sources["W4A4"]
 
 
@@ -196,7 +239,8 @@ SCHEMES = {"N": GRID_N, "D": GRID_D, "scheme": np.tile(["fp8", "int4", "int4", "
     (lambda: scaling.fit(SCHEMES, "chinchilla", priors={"zeta": (1.0, 0.1)}), "parameter 'zeta' of law chinchilla: unknown"),
     (lambda: scaling.fit(SCHEMES, "chinchilla", priors={"alpha": (1.0, 0.0)}), "priors alpha=1, 0: need a positive deviation"),
     (lambda: scaling.fit(SCHEMES, "chinchilla", weights="N - 3e7"), "weights (N - 3e7) is zero in 5 of 25 rows"),
-    (lambda: scaling.fit(SCHEMES | {"weights_mse": ["int4"] * 24 + ["int99x"]}, "mse_efficiency"), ""),
+    (lambda: scaling.fit(SCHEMES | {"weights_mse": ["int4"] * 24 + ["int99x"]}, "mse_efficiency"),
+     "weights_mse: format='int99x' is not known; accepted: float8_e3m4, "),
 ])
 def test_refusals_are_one_line(call, message):
     with pytest.raises(ValueError) as error:

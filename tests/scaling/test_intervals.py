@@ -12,7 +12,7 @@ from benchmarks import intervals
 from scaling.problem import Problem
 from scaling.refits import problem_of
 from scaling.solve import minimise
-from scaling.uncertainty import held_out
+from scaling.uncertainty import inner_splits
 from tests.scaling import straight
 
 TABLES = 40
@@ -130,7 +130,7 @@ def test_inner_splits_see_only_smaller_runs():
     table = straight.runs(rows=40)
     fit = scaling.fit(table, straight.power)
     problem, z, delta = problem_of(fit, table)
-    splits = held_out(problem, z, delta, ("N",), fit.metrics["condition_number"])
+    splits = inner_splits(problem, z, delta, ("N",), fit.metrics["condition_number"])
     assert [len(errors) for errors, *_ in splits] == [24, 20, 16, 12, 8, 4] and all(np.all(distance > 0) for _, distance, _ in splits)
     x = np.log(table["N"])
     np.testing.assert_allclose(np.sort(splits[1][1]), np.sort(x)[20:] - np.sort(x)[19], rtol=1e-12)
@@ -143,7 +143,7 @@ def test_inner_splits_are_fits_of_their_own(epoch):
     fit = scaling.fit(points, "chinchilla")
     problem, z, delta = problem_of(fit, points)
     compute = points["N"] * points["D"]
-    splits = held_out(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
+    splits = inner_splits(problem, z, delta, ("N", "D"), fit.metrics["condition_number"])
     for cut, (errors, distance, variance) in zip((0.4, 0.5, 0.6, 0.7, 0.8, 0.9), splits, strict=True):
         below = compute <= np.quantile(compute, cut)
         small = scaling.fit({name: values[below] for name, values in points.items()}, "chinchilla")
@@ -158,7 +158,7 @@ def test_a_cut_that_splits_one_budget_tells_nothing():
     an error divided by nothing."""
     rng, x = np.random.default_rng(0), np.concatenate([np.linspace(7.0, 13.0, 28), 14.0 + 1e-6 * np.arange(12)])
     fit = scaling.fit(table := {"N": np.exp(x), "loss": np.exp(3.0 - 0.3 * x + _bent(rng, x))}, straight.power)
-    splits = held_out(*problem_of(fit, table), ("N",), fit.metrics["condition_number"])
+    splits = inner_splits(*problem_of(fit, table), ("N",), fit.metrics["condition_number"])
     assert [len(errors) for errors, *_ in splits] == [24, 20, 16, 12] and fit.metrics["discrepancy"] < 1.0
 
 

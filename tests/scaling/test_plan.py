@@ -157,7 +157,7 @@ def test_command_line(kumar, tmp_path, capsys):
     out = capsys.readouterr().out
     plan = scaling.plan(kumar, compute=2e11, bits=[4, 6], fix={"N": 9_000})
     assert f"{plan.D.value:.5g}" in out and f"{plan.loss.low:.4g} to {plan.loss.high:.4g}" in out
-    assert "nats per token" in out and "6 bits" in out and "cost 2e+11 FLOP of 16 bits" in out
+    assert "nats/token, interval of one run" in out and "6 bits" in out and "cost 2e+11 FLOP of 16 bits" in out
     assert run("plan", [path, "--compute", "2e11", "--precision", "a:weights_bits=4,activations_bits=4", "--cost-model", "h100"]) == 0
     assert "device hours of h100 at its dense peak" in capsys.readouterr().out
 

@@ -52,6 +52,35 @@ def test_pairs_match_in_data_batch_and_schedule(differing, pairs):
     assert sum(len(gap.values) for gap in paired_gaps(runs_of(**PAIR | differing))) == pairs
 
 
+def test_loss_gaps_are_those_of_a_join():
+    """A table with names of its own, a join of it with itself, and scipy's interval."""
+    rng = np.random.default_rng(3)
+    cells = [(size, tokens, seed, width) for size in (1e6, 4e6) for tokens in (2e7, 8e7) for seed in range(4) for width in (3, 4, 8, 32)]
+    kept = [cells[i] for i in rng.permutation(len(cells))[:50]]  # some runs have no partner
+    size, tokens, seed, width = (np.array(values) for values in zip(*kept, strict=True))
+    mine = {"size": size, "toks": tokens, "seed": seed, "width": width.astype(float), "final": 2.0 + rng.random(50), "family": rng.choice(["x", "y"], 50)}
+    columns = {"N": "size", "D": "toks", "loss": "final", "weights_bits": "width"}
+    for where in (None, "family = 'x'"):
+        gaps = scaling.loss_gaps(mine, columns=columns, where=where)
+        rows = scaling.table(mine).filter(where or "true")
+        joined = _joined(rows)
+        assert len(gaps) == len(joined) > 1
+        for gap, (bits, differences) in zip(gaps, joined, strict=True):
+            assert gap.bits == bits and sorted(gap.values) == pytest.approx(sorted(differences))
+            assert (gap.low, gap.high) == pytest.approx(scipy.stats.t.interval(0.95, len(differences) - 1, np.mean(differences),
+                                                                               scipy.stats.sem(differences)), nan_ok=True)
+    one_size = scaling.loss_gaps(mine, columns=columns, n_params=4e6)
+    assert sum(len(gap.values) for gap in one_size) == sum(len(values) for _, values in _joined(scaling.table(mine).filter("size = 4e6")))
+    with pytest.raises(ValueError, match="a run table needs n_params, tokens, loss; this one has size, "):
+        scaling.loss_gaps(mine)
+
+
+def _joined(rows):
+    """(width, differences) by SQL."""
+    return rows.query("runs", "SELECT a.width, list(a.final - b.final) FROM runs a JOIN runs b USING (size, toks, seed) "
+                              "WHERE a.width < 16 AND b.width >= 16 GROUP BY ALL ORDER BY a.width").fetchall()
+
+
 def test_runs_that_nothing_tells_apart_are_in_no_pair():
     """Two int4 runs of one seed (say, of other block sizes): neither order in the table may decide which one counts."""
     columns = {"run_id": ["a", "b", "c", "d", "e"], "n_params": [1] * 5, "tokens": [9] * 5, "seed": [0, 0, 0, 1, 1],

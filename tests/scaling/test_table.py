@@ -13,7 +13,7 @@ import scaling
 from scaling import folders
 from scaling.cli import run
 from scaling.table import RUN_COLUMNS
-from tests.scaling import fake_runs
+from tests.scaling import fake_runs, straight
 
 
 def write(folder, run_id, record, metrics=""):
@@ -57,6 +57,39 @@ def test_arrays_json_and_relations_pass_through(tmp_path):
     assert scaling.table(tmp_path / "t.json").fetchall() == [(1,), (2,)]
     relation = duckdb.connect().sql("SELECT 1 AS N")
     assert scaling.table(relation) is relation
+
+
+def stored_tables() -> int:
+    """How many tables the process keeps for mappings."""
+    connection = importlib.import_module("scaling.table")._connection()
+    return connection.execute("SELECT count(*) FROM duckdb_tables()").fetchall()[0][0]
+
+
+def test_fits_of_one_mapping_keep_one_table():
+    mapping = straight.runs() | {"note": np.array(["a", None] * 12, dtype=object)}
+    before = stored_tables()
+    for _ in range(50):
+        scaling.fit(mapping, straight.power, loss="least_squares")
+    assert stored_tables() == before + 1
+
+
+def test_a_kept_table_is_that_of_its_own_values():
+    """A value, type, name or order that differs is another table, whatever became of the arrays since."""
+    values = np.arange(4.0)
+    first = scaling.table({"a": values, "b": ["x", "y", None, "z"]})
+    derived = first.filter("a > 1").order("a")
+    values[3] = 9.0
+    second = scaling.table({"a": values, "b": ["x", "y", None, "z"]})
+    assert (derived.fetchall(), second.filter("a > 1").order("a").fetchall()) == ([(2.0, None), (3.0, "z")], [(2.0, None), (9.0, "z")])
+    alike = [{"a": np.arange(4)}, {"a": np.arange(4, dtype=np.int32)}, {"A2": np.arange(4)}, {"a": np.arange(4)[::-1]}, {"a": np.arange(4.0) + 0.5},
+             {"a": np.array([0, 1, 2, None], dtype=object)}, {"a": np.array(["0", "1", "2", None], dtype=object)}]
+    for arrays in (*alike, *alike):
+        (name, told), = arrays.items()
+        made = scaling.table(arrays)
+        assert made.columns == [name] and [row[0] for row in made.fetchall()] == told.tolist()
+    with pytest.raises(duckdb.Error):
+        first.insert([1.0, "w"])
+    assert len(scaling.table({"a": np.arange(4.0), "b": ["x", "y", None, "z"]})) == 4
 
 
 def test_a_relation_is_not_confused_with_a_table_called_runs():
