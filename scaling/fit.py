@@ -13,7 +13,7 @@ from scaling.problem import constants
 from scaling.result import MAX_CONDITION, Fit
 from scaling.ridges import confounded, ridges, undetermined
 from scaling.solved import Solved, errors_of, solved
-from scaling.stages import Joined, Stage, joined
+from scaling.stages import Joined, Stage, after, joined
 from scaling.statistics import mean_interval
 from scaling.table import Source
 from scaling.uncertainty import bootstrap as resample
@@ -81,11 +81,13 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
     law, required, first = problem.law, problem.law.measures, made.first
     around, draws, drift = _trusted(made.last, delta, num_draws, seed, progress)
     found = Joined(problem.free, problem.ties, problem.fixed, made.last.coordinates, around.scatter, draws)
+    apart = undetermined(law, problem.free, problem.plain(solution.ends))
     if first:
         earlier, first_draws, first_drift = _trusted(first, delta, num_draws, seed + 1, progress)
+        around = after(earlier, around)
         found = joined(first, made.last, (earlier.scatter, around.scatter), (first_draws, draws))
-        around = replace(around, dof=around.dof - len(first.problem.free), at_bound=(*earlier.at_bound, *around.at_bound))
         drift = max(drift, first_drift)
+        apart = undetermined(law, first.problem.free, first.problem.plain(first.solution.ends)) | apart
     stuck = [f"{', '.join(around.at_bound)} ended on {'its bound' if len(around.at_bound) == 1 else 'their bounds'}: linearised intervals "
              f"of the others hold for "
              "it there; a profile or the bootstrap lets it move"] if around.at_bound else []
@@ -93,7 +95,7 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
     rows = residuals.size
     mean_square = float(np.mean(problem.row_weights * residuals**2))
     metrics = {
-        "objective": solution.objective, "gradient_norm": solution.gradient, "converged": solution.converged, "starts": solution.starts,
+        "objective": solution.objective, "gradient_norm": solution.gradient, "converged": made.converged, "starts": solution.starts,
         "starts_agree": solution.agree, "condition_number": around.condition, "rows": rows, "dof": around.dof,
         "dropped": made.observed.dropped, "residual_sd": around.residual_sd, "rmse": mean_square**0.5,
         "bic": float(rows * np.log(max(mean_square, 1e-300)) + len(found.free) * np.log(rows)),
@@ -101,7 +103,7 @@ def _assemble(made: Solved, level: float, num_draws: int, seed: int, progress, a
         "notes": [*made.notes, *stuck], "ridges": ridges(law, found.free, found.coordinates, found.scatter),
         "constant_terms": [name for name, logs in zip(law.amplitudes, problem.log_terms(problem.theta(solution.z[None]))[0], strict=True)
                            if np.all(logs == logs[0])],
-        "undetermined": undetermined(law, problem.free, problem.plain(solution.ends)),
+        "undetermined": apart,
         "confounded": confounded(found.free, found.scatter), "columns": made.observed.mapping, "bootstrap": num_draws, **asked,
     }
     params = constants(law, found.free, found.ties, found.fixed, found.coordinates)

@@ -91,7 +91,7 @@ def _scored(rows: duckdb.DuckDBPyRelation, law: str | Law, split: Split, columns
     except ValueError as error:
         return LeftOut(resolve(law, tuple(columns))[3], split, 0, 0, **nothing, why=str(error)), {}
     fitted, held_rows = int(found.last.problem.log_loss.size), int(loss.size)
-    if not found.last.solution.converged:
+    if not found.converged:
         return LeftOut(found.label, split, fitted, held_rows, **nothing, why="did not converge"), {}
     if not math.isfinite(errors["rmse"]):
         return LeftOut(found.label, split, fitted, held_rows, **nothing, why="no finite prediction for some of these rows"), params

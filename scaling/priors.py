@@ -9,21 +9,20 @@ import numpy as np
 
 from scaling.problem import Problem
 from scaling.solve import Solution, solve
+from scaling.uncertainty import deviance_scale, spread
 
 
 def with_priors(problem: Problem, delta: float, priors: Mapping[str, tuple[float, float]]) -> tuple[Problem, Solution]:
     """The problem with Gaussian priors, solved. Their weight against the rows follows from a first fit without them.
 
     The rows know a constant with precision J'J E[psi']^2 / E[psi^2] (Huber 1964) while their objective has curvature J'J E[psi'], so a
-    prior of precision 1/sd^2 enters the objective times E[psi^2]/E[psi'], both estimated from the residuals of the first fit.
+    prior of precision 1/sd^2 enters the objective times E[psi^2]/E[psi'], under Gaussian residuals of the first fit's deviation, as the
+    covariance has it (`scaling.uncertainty`): residuals themselves are smaller than the scatter where rows are few.
     """
     for name, (mean, sd) in priors.items():
         _refuse_prior(problem, name, mean, sd)
     first = solve(problem, delta)
-    residuals = problem.residuals(first.z[None])[0]
-    own = problem.row_weights
-    inside = max(float(np.mean(own * (np.abs(residuals) <= delta))), 1.0 / residuals.size)
-    unit = float(np.mean(own * np.clip(residuals, -delta, delta) ** 2)) / inside
+    unit = deviance_scale(delta, spread(problem, first.z, delta).residual_sd)
     posed = posed_with(problem, priors, unit)
     return posed, solve(posed, delta, first.z[None])
 

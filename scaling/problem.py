@@ -121,6 +121,7 @@ class Problem:
         top_SK1 = np.where(top_SK1 == -np.inf, 0.0, top_SK1)  # a term that touches no row
         parts_SKR = np.exp(log_terms_SKR - top_SK1)
         mean_SK = np.where(self._free_terms, np.add.reduce(parts_SKR, axis=-1) / parts_SKR.shape[-1], np.exp(-top_SK1[..., 0]))
+        mean_SK = np.where(mean_SK == 0.0, 1.0, mean_SK)  # of a term that touches no row, which any amplitude leaves so
         parts_SKR /= mean_SK[..., None]
         return parts_SKR, np.where(self._free_terms, top_SK1[..., 0] + np.log(mean_SK), 0.0)
 

@@ -125,18 +125,18 @@ class Fit:
         name = name if isinstance(name, str) else getattr(name, "__name__", "function")
         nowhere = "" if math.isfinite(value) else f"{name} has no finite value at these constants"
         reason = self._reason(name, relative) or self._outside(name, value) or nowhere
-        if not reason and error == 0.0 and (held := self.on_bound(function)):
+        if not reason and (held := self.on_bound(function, high - low)):
             reason = f"not identified by this design ({name} follows from {held}, which ended on its bound)"
         return Estimate(name, value, low, high, relative, reason)
 
-    def on_bound(self, function: Callable[[Mapping], float]) -> str:
-        """A constant that ended on its bound and moves the function of the constants, or "": it has no error there, so that an interval
-        of the function is too narrow, or has no width at all."""
+    def on_bound(self, function: Callable[[Mapping], float], width: float = 0.0) -> str:
+        """A constant that ended on its bound and moves the function of the constants by more than `width` within a tenth of its coordinate, or
+        "": it has no error there, so that an interval of the function is too narrow, or has no width at all."""
         for name in self.metrics["at_bound"]:
             step = 0.05 * np.array([one == name for one in self.free])
             with np.errstate(all="ignore"):
                 values = [float(function(self.constants_at(self.coordinates + sign * step))) for sign in (-1.0, 1.0)]
-            if not abs(values[1] - values[0]) <= 1e-9 * abs(values[0]):
+            if not abs(values[1] - values[0]) <= max(1e-9 * abs(values[0]), width):
                 return name
         return ""
 

@@ -30,6 +30,11 @@ class Solved:
     notes: list[str]
 
     @property
+    def converged(self) -> bool:
+        """Whether every stage did."""
+        return all(stage.solution.converged for stage in (self.first, self.last) if stage)
+
+    @property
     def params(self) -> dict[str, float]:
         """Every constant: fitted in either stage, tied or fixed."""
         return self.last.params
@@ -56,11 +61,14 @@ def solved(table: Source, law: str | Law, *, columns: Mapping[str, str] | None =
     ties, fixed = variant_ties | dict(ties or {}), variant_fixed | dict(fixed or {})
     observed = observe(table, resolved, columns, where, holdout, weights, base)
     delta = {"huber": delta, "least_squares": float("inf"), "lad": LAD_DELTA}[loss]
-    first = first_stage(resolved, observed, ties, fixed, priors, delta, base) if base else None
+    first, told = first_stage(resolved, observed, ties, fixed, priors, delta, base) if base else (None, [])
     problem, notes = pose(resolved, observed, ties, first.params | fixed if first else fixed)
     last = solve_stage(problem, delta, None if first else priors, guess)
     if first:
-        notes.insert(0, f"{', '.join(first.problem.free)} were fitted to the {first.problem.log_loss.size} rows where {base} and held for the others")
+        rows, agree = first.problem.log_loss.size, first.solution.agree
+        told.append(f"{', '.join(first.problem.free)} were fitted to the {rows} rows where {base} ({agree} of {first.solution.starts} starts agree) and "
+                    "held for the others")
+        notes = [*reversed(told), *notes]
     if last.solution.agree == 1:
         notes.append(f"only one of {last.solution.starts} starts ended at this optimum: a lower one may exist")
     return Solved(last, first, observed, label, delta, notes)

@@ -14,6 +14,7 @@ from scaling.pose import pose
 from scaling.priors import with_priors
 from scaling.problem import Problem, constants
 from scaling.solve import Solution, solve, solve_again
+from scaling.uncertainty import Spread
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,25 @@ def solve_stage(problem: Problem, delta: float, priors: Mapping[str, tuple[float
     return Stage(problem, solve_again(problem, delta, problem.centred(plain_F[None])[0]))
 
 
-def first_stage(law: Law, observed: Observations, ties: Mapping, fixed: Mapping, priors: Mapping | None, delta: float, base: str) -> Stage:
-    """The fit to the rows of `base` that are not held out. ValueError when it does not converge."""
+def first_stage(law: Law, observed: Observations, ties: Mapping, fixed: Mapping, priors: Mapping | None, delta: float,
+                base: str) -> tuple[Stage, list[str]]:
+    """(the fit to the rows of `base` that are not held out, converged or not; notes on them)."""
     rows = observed.only(observed.base & ~observed.held)
     try:
-        stage = solve_stage(pose(law, rows, ties, fixed)[0], delta, priors)
+        problem, notes = pose(law, rows, ties, fixed)
+        stage = solve_stage(problem, delta, priors)
     except ValueError as error:
         raise ValueError(f"base={base!r}: {error}") from None
-    if not stage.solution.converged:
-        raise ValueError(f"base={base!r}: the fit of these {rows.loss.size} rows did not converge, so nothing can be held at it")
-    return stage
+    return stage, [f"rows where {base}: {note}" for note in notes]
+
+
+def after(earlier: Spread, around: Spread) -> Spread:
+    """What is said of a second stage, knowing that the first spent constants on some of its rows: fewer degrees of freedom, so a larger variance, and
+    a design that is no better than the worse of the two."""
+    dof = around.dof - sum(np.any(earlier.scatter != 0.0, axis=1))
+    factor = np.sqrt(around.dof / dof) if dof > 0 else 1.0
+    return replace(around, dof=int(dof), residual_sd=float(around.residual_sd * factor), scatter=around.scatter * factor,
+                   condition=max(earlier.condition, around.condition), at_bound=(*earlier.at_bound, *around.at_bound))
 
 
 @dataclass(frozen=True)

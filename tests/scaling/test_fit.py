@@ -280,6 +280,16 @@ def test_widths_that_are_none_and_widths_where_the_law_diverges():
     assert predicted.loss[0] == predicted.low[0] == predicted.high[0] == math.inf and 0 < predicted.low[1] < predicted.loss[1] < predicted.high[1] < math.inf
 
 
+def test_what_follows_from_a_constant_on_its_bound_is_not_stated():
+    """A beta that has no error of its own: a = beta/(alpha + beta) was told with the error of alpha alone, .877 +- .002 for a truth of .514."""
+    n = np.geomspace(1e6, 1e9, 12)
+    loss = (400 / n**0.34 + 400 / (20 * n) ** 0.28 + 1.7) * np.exp(0.01 * np.random.default_rng(3).standard_normal(12))
+    fit = scaling.fit({"N": n, "D": 20 * n, "loss": loss}, "chinchilla", fixed={"E": 1.7, "alpha": 0.34})
+    fit = replace(fit, metrics=dict(fit.metrics) | {"at_bound": ["beta"]}, scatter=np.where(np.array(fit.free)[:, None] == "beta", 0.0, fit.scatter))
+    told = fit.estimate("optimal_exponent")
+    assert not told.identified and "follows from beta, which ended on its bound" in told.reason
+
+
 def test_an_input_that_was_always_zero_has_no_distance_to_go_by(epoch):
     """Mantissa bits of 0 in every run tell nothing of 7: no factor bounds how far that is."""
     sun = scaling.laws["sun"]

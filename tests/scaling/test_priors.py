@@ -20,8 +20,8 @@ MEAN, SD = 0.303, 0.0008  # of the prior on alpha: as precise as 24 rows, two of
 
 @dataclass(frozen=True)
 class Ridge:
-    """Least squares of y on X with a Gaussian on the second constant: minimises |y - X b|^2 + unit ((b_2 - MEAN)/SD)^2. unit: mean squared residual
-    without the prior. bread: inverse of X'X + P, with P_22 = unit/SD^2."""
+    """Least squares of y on X with a Gaussian on the second constant: minimises |y - X b|^2 + unit ((b_2 - MEAN)/SD)^2. unit: residual
+    variance without the prior. bread: inverse of X'X + P, with P_22 = unit/SD^2."""
 
     x: np.ndarray
     bread: np.ndarray
@@ -36,7 +36,7 @@ class Ridge:
 
 def ridge(table) -> Ridge:
     y, x = np.log(table["loss"]), np.stack([np.ones(len(table["N"])), -np.log(table["N"])], axis=1)
-    unit = float(np.mean((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2))
+    unit = float(np.sum((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2)) / (len(y) - 2)
     precision = np.diag([0.0, unit / SD**2])
     bread = np.linalg.inv(x.T @ x + precision)
     b = bread @ (x.T @ y + precision @ [0.0, MEAN])
@@ -104,3 +104,14 @@ def test_a_file_without_the_weight_is_refused(tmp_path):
     path.write_text(json.dumps(body))
     with pytest.raises(ValueError, match="power was fitted with priors and saved before their weight was: refits need it; fit again"):
         scaling.profile(scaling.load(path, straight.power), table, "alpha")
+
+
+@pytest.mark.parametrize("options", [{"loss": "least_squares"}, {"delta": 0.003}, {"delta": 0.02}, {}])
+def test_a_prior_as_precise_as_the_rows_meets_them_half_way(options):
+    """Two standard errors off. Under the default delta of 0.001, a tenth of the scatter, rows weigh as absolute deviations: in steps, so within a third."""
+    table = straight.runs(rows=60)
+    plain = scaling.fit(table, straight.power, **options)
+    error = plain.estimate("alpha").relative_se * plain.params["alpha"]
+    pulled = scaling.fit(table, straight.power, priors={"alpha": (plain.params["alpha"] + 2.0 * error, error)}, **options)
+    moved = (pulled.params["alpha"] - plain.params["alpha"]) / (2.0 * error)
+    assert moved == pytest.approx(0.5, abs=0.02 if options.get("loss") or options.get("delta") == 0.02 else 0.17)

@@ -71,3 +71,26 @@ def test_the_error_of_the_second_stage_is_that_of_simulations():
     assert np.mean(covered) > 0.87
     drawn = two_stages(runs(0), bootstrap=200)
     assert np.std(np.log([drawn.constants_at(draw)["effN[FP4]"] for draw in drawn.draws])) == pytest.approx(stated, rel=0.4)
+
+
+def test_a_first_stage_that_identifies_nothing_says_so():
+    """Baseline runs at one D/N: their constants are as unknown with a second stage as without."""
+    n = np.geomspace(1e6, 1e9, 8)
+    N, D, scheme = np.concatenate([n, n, n]), np.concatenate([20 * n, 20 * n, 200 * n]), np.repeat(["bf16", "fp4", "fp4"], 8)
+    loss = (400 / (N * np.where(scheme == "fp4", 0.6, 1.0)) ** 0.34 + 400 / D**0.34 + 1.7) * np.exp(5e-3 * np.random.default_rng(0).standard_normal(N.size))
+    table = {"N": N, "D": D, "scheme": scheme, "loss": loss}
+    alone = scaling.fit(table, "chinchilla", where="scheme = 'bf16'")
+    both = scaling.fit(table, "free_efficiency", base="scheme = 'bf16'")
+    assert not alone.identified("alpha") and not both.identified("alpha")
+    assert both.metrics["condition_number"] >= alone.metrics["condition_number"] > 1e6
+    assert any("N and D move together" in note for note in both.metrics["notes"])
+
+
+def test_the_second_stage_counts_the_constants_of_the_first():
+    """All rows less all constants, in the residual deviation and in the errors that it scales."""
+    table = runs(0)
+    fit = two_stages(table)
+    assert fit.metrics["dof"] == 40 - 6
+    predicted = scaling.laws["quartet"].at_levels(fit.law.levels).predict(fit.params, **{name: table[name] for name in fit.law.inputs})
+    errors = np.log(predicted / table["loss"])
+    assert fit.metrics["residual_sd"] == pytest.approx(np.sqrt(np.sum(errors**2) / 34), rel=1e-9)
