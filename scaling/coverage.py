@@ -70,7 +70,7 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
 
     names: parameters and functionals; a mapping gives each its columns, {"bits_for_gap": {"N": 1e9, "gap": 0.01}}. By default the free
     parameters, and those functionals that need no columns and can vary. Truth is the fitted law; the scatter is drawn from its residuals with random
-    signs, stretched by sqrt(rows / dof); priors are drawn about the truth with their own deviation. So it tests the intervals where the law is
+    signs, stretched by sqrt(rows / dof), each as its row's weight has it; priors are drawn about the truth with their own deviation. So it tests the intervals where the law is
     right: what a law's discrepancy does beyond the data, `benchmarks.intervals` measures on real runs. Refits are warm. ValueError for fewer
     than 20 simulations, an unknown name, another table.
 
@@ -86,16 +86,17 @@ def coverage(fit: Fit, table: Source, simulations: int = 200, names: Iterable[st
     rows, _ = observed.rows(~observed.held)
     rng = np.random.default_rng(seed)
     law_R = problem.log_loss + problem.residuals(z_F[None])[0]
-    scatter = (law_R - problem.log_loss) * math.sqrt(law_R.size / max(fit.metrics["dof"], 1))
+    root_R = np.sqrt(problem.row_weights) * np.ones(law_R.size)
+    scatter = root_R * (law_R - problem.log_loss) * math.sqrt(law_R.size / max(fit.metrics["dof"], 1))
 
-    def noise(size: int) -> np.ndarray:
+    def noise(size: int) -> np.ndarray:  # of rows of weight 1
         return rng.choice(scatter, (size, law_R.size)) * rng.choice([-1.0, 1.0], (size, law_R.size))
 
     truth = {name: float(fit.quantity(name, columns)[0](fit.params)) for name, columns in asked.items()}
     hits, run_hits, ranks, tarp = {name: 0 for name in asked}, 0.0, [], []
     for start in range(0, simulations, CHUNK):
         size = min(CHUNK, simulations - start)
-        losses_SR = law_R + noise(size)
+        losses_SR = law_R + noise(size) / root_R
         z_SF, *_ = minimise(about, np.repeat(z_F[None], size, axis=0), 1.0, delta, shift_SR=losses_SR - problem.log_loss,
                             prior_shift_SF=problem.prior_noise(size, rng), damping=WARM)
         for z, losses, new in zip(z_SF, losses_SR, noise(size), strict=True):

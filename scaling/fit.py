@@ -152,6 +152,7 @@ def _with_held_out(fitted: Fit, observed: Observations) -> dict:
         beyond = float(np.mean(np.log(interval.extrapolated)))
         if beyond > 0.0:  # a rate per e-fold, as `discrepancy` has it; rows inside the data tell nothing of it
             estimated = (np.log(interval.mean_high / interval.loss) / fitted.quantile) ** 2
-            rate = float(np.mean(errors**2 - estimated) - fitted.metrics["residual_sd"] ** 2) / beyond
+            weights = 1.0 if observed.weights is None else observed.weights[observed.held] / observed.weights[~observed.held].mean()
+            rate = float(np.mean(weights * (errors**2 - estimated)) - fitted.metrics["residual_sd"] ** 2) / beyond
             metrics["discrepancy"] = max(metrics["discrepancy"], max(rate, 0.0) ** 0.5)
     return metrics | {"held_out": score}

@@ -16,6 +16,11 @@ def check_trust(arguments: Namespace) -> None:
         raise ValueError(f"--resample {arguments.resample}: unknown; use {' or '.join(KINDS)}")
     if arguments.resample == "wild" and not arguments.bootstrap > 0:
         raise ValueError(f"--resample wild: needs resamples, and --bootstrap is {arguments.bootstrap}; give --bootstrap 200")
+    beside = [name for name, given in (("--profile", arguments.profile), ("--coverage", arguments.coverage), ("--check", arguments.check)) if given]
+    if arguments.base and (beside or arguments.resample == "wild"):
+        raise ValueError(f"{(beside or ['--resample wild'])[0]} refits all constants at once, and --base holds those of its rows; give one of the two")
+    if arguments.check and (arguments.prior or (arguments.weights and arguments.loss != "least_squares")):
+        raise ValueError("--check: scipy's least_squares has neither priors nor a Huber loss of weighted rows; use --loss least_squares, without --prior")
     if arguments.coverage and arguments.coverage < 20:
         raise ValueError(f"--coverage {arguments.coverage}: need at least 20 simulations")
 

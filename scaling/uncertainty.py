@@ -156,12 +156,13 @@ def inner_splits(problem: Problem, z_F: np.ndarray, delta: float, required: tupl
 
 
 def _predicted(problem: Problem, plain_F: np.ndarray, scatter_FF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[R] errors of ln loss at plain coordinates, and [R] the variance of the predictions there by their covariance (delta method)."""
+    """[R] errors of ln loss at plain coordinates, and [R] the variance of the predictions there by their covariance (delta method). Both as of rows of
+    weight 1: an error times the root of its row's weight scatters as those do."""
     z_F = problem.centred(plain_F[None])[0]
     errors, jacobian = (part[0] for part in problem.jacobian(z_F[None]))
     with np.errstate(invalid="ignore"):
         slopes = jacobian @ np.linalg.solve(problem.slopes_of_centre(z_F), scatter_FF)
-    return errors, (slopes**2).sum(axis=1)
+    return np.sqrt(problem.row_weights) * errors, problem.row_weights * (slopes**2).sum(axis=1)
 
 
 def _beyond(inner: Problem, outer: Problem, required: tuple[str, ...]) -> np.ndarray:

@@ -30,6 +30,20 @@ def test_it_finds_out_a_fit_that_is_not_the_optimum(monkeypatch):
     assert "does not confirm" in str(found)
 
 
+def test_runs_that_lie_on_the_law():
+    """Both objectives are rounding there, and their ratio says nothing."""
+    table = straight.runs(noise=lambda rng, x: 0.0 * x)
+    assert scaling.scipy_check(scaling.fit(table, straight.power), table).agrees
+
+
+@pytest.mark.parametrize("options", [["--base", "N > 1"], ["--prior", "alpha=0.3:0.1"], ["--weights", "N"]])
+def test_what_scipy_cannot_check_is_refused_before_the_fit(epoch, options, capsys):
+    columns = ",".join(f"{name}={sql}" for name, sql in epoch["columns"].items())
+    assert run("fit", [str(epoch["table"]), "--law", "chinchilla", "--columns", columns, "--check", *options]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "--check" in told.err and told.err.count("\n") == 1
+
+
 def test_levels_and_weights():
     """Names of levels are the law's own columns; SciPy has no Huber loss of weighted rows."""
     table = straight.runs() | {"w": np.arange(1.0, 25.0)}

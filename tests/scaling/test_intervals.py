@@ -180,3 +180,12 @@ def test_inner_refits_where_the_law_has_no_value_above_the_cut():
     (found,), (lowest,), _ = minimise(problem, np.array([[1.0, 0.1]]), below.astype(float)[None], np.inf)
     line, residuals, *_ = np.polyfit(x[below], problem.log_loss[below], 1, full=True)
     assert problem.theta(found[None])["alpha"].item() == pytest.approx(-line[0], rel=1e-6) and lowest == pytest.approx(0.5 * residuals[0], rel=1e-6)
+
+
+def test_weights_are_no_drift():
+    """A law that is right, runs above the middle with a sixteenth of the weight and four times the scatter: what they miss by is theirs."""
+    weights = np.where(np.arange(60) < 30, 16.0, 1.0)
+    found = [scaling.fit(straight.runs(rows=60, seed=seed, noise=lambda rng, x: 0.02 * rng.standard_normal(x.size) / np.sqrt(weights)) | {"w": weights},
+                         straight.power, weights=weights_of, loss="least_squares").metrics["discrepancy"]
+             for seed in range(20) for weights_of in ("w", None)]
+    assert np.median(found[::2]) < 0.5 * 0.02 and np.median(found[::2]) < np.median(found[1::2])
