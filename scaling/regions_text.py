@@ -149,7 +149,8 @@ def _beyond(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], size: float,
         for scheme in (by_name[name], by_name[above]):
             larger, longer = scheme.growth(budget)
             far = reaches(fit.ranges, {"N": size * larger, "D": size * ratio * longer})
-            lines += [f"extrapolated: boundary at {ratio:.4g} tokens per parameter: {scheme.name} trains where {sentence}" for _, sentence in far.values()]
+            where = f"boundary at {ratio:.4g} tokens per parameter: {scheme.name} trains where "
+            lines += [f"extrapolated: {where}{sentence}" for _, sentence in far.values()]
     for scheme in schemes if len(rows) == 1 else ():
         far = reaches(fit.ranges, {"N": size * scheme.growth(budget)[0]})
         lines += [f"extrapolated: {scheme.name} trains where {sentence}" for _, sentence in far.values()]

@@ -20,9 +20,10 @@ TUNED = ("lr",)
 
 @dataclass(frozen=True)
 class Search:
-    """One cell. curve: [k] expected lowest loss (nats per token) of k runs, k from 1 (the mean) to all of the seed that has the fewest, the
-    mean over the seeds; seeds: how many searches that is; best: the tuned values of the lowest loss, the mean over the seeds that have them; runs: finished ones that count; diverged: of
-    the cell, in no curve, though a search would have paid for them; repeated: left out, since others of their seed have the same tuned values."""
+    """One cell. curve: [k] expected lowest loss (nats per token) of k runs, k from 1 (the mean) to all runs of the seed that has the fewest, the mean
+    over the seeds; seeds: how many searches that is; best: the tuned values of the lowest loss, the mean over the seeds that have them; runs:
+    finished ones that count; diverged: of the cell, in no curve, though a search would have paid for them; repeated: left out, since others of
+    their seed have the same tuned values."""
 
     n_params: float
     tokens: float
