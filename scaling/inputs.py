@@ -27,6 +27,8 @@ def refuse_input(law: Law, name: str, value: object, what: str) -> None:
     """ValueError, one line that begins with `what`, for a level that the fit does not know, a text that is no number (or name of a
     format), and a number that is not positive and finite. 0 is taken where the law takes it, and infinity for an operand that is
     not quantized."""
+    if value is None:
+        raise ValueError(f"{what}: {name}=None: not a value")
     levels = law.levels.get(name)
     operand = next((operand for operand in law.operands if operand.input == name), None)
     if levels is not None:

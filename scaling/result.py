@@ -16,6 +16,7 @@ from scaling.choice import Choice, choice
 from scaling.files import write_whole
 from scaling.inputs import inputs_of, refuse_input
 from scaling.laws import Law, resolve
+from scaling.laws.parameters import labels
 from scaling.problem import constants
 from scaling.reach import refuse_far
 
@@ -249,7 +250,9 @@ class Fit:
         except TypeError:
             raise ValueError(f"{name} of law {self.law.name} takes {self._taken(function)}; given: {', '.join(columns) or 'nothing'}") from None
         for key, given in columns.items():
-            refuse_input(self.law, key, given, name)
+            if given is not None or key in inputs_of(function)[0]:  # what may be left out may be None
+                refuse_input(self.law, key, given, name)
+        columns = dict(columns) | {key: str(labels(columns[key])) for key in self.law.levels if columns.get(key) is not None}  # 4.0 is "4"
         for operand in self.law.operands:
             given = columns.get(operand.input)
             if given is not None and operand.parameters[0] not in self.params and np.any(operand.touched(operand.numbers(given))):

@@ -104,6 +104,22 @@ def test_an_operand_may_be_told_to_be_unquantized():
     assert fit.estimate("efficiency", weights_bits=4.0, kv_bits=np.inf).value == fit.estimate("efficiency", weights_bits=4.0).value
 
 
+def test_what_may_be_left_out_may_be_none():
+    quartet = fitted("quartet", loss="least_squares")
+    at = {"N": 1e8, "D": 1e10, "backward": "RTN"}
+    assert quartet.estimate("loss_gap", **at, forward=None) == quartet.estimate("loss_gap", **at)
+    with pytest.raises(ValueError, match="loss_gap: scheme=None: not a value"):
+        fitted("free_efficiency").estimate("loss_gap", N=1e8, scheme=None)
+
+
+def test_levels_that_are_numbers_are_told_as_numbers():
+    table = PLANTED["free_efficiency"].table(0)
+    bits = {"baseline": 16.0, "int1": 1.0, "int2": 2.0, "int3": 3.0, "int4": 4.0, "int8": 8.0}
+    fit = scaling.fit(table | {"scheme": np.array([bits[name] for name in table["scheme"]])}, "free_efficiency")
+    named = fitted("free_efficiency").estimate("loss_gap", N=1e8, scheme="int4")
+    assert fit.estimate("loss_gap", N=1e8, scheme=4.0).value == pytest.approx(named.value, rel=1e-6)
+
+
 def test_critical_tokens_of_no_block_are_refused():
     with pytest.raises(ValueError, match="critical_tokens: block=0: must be positive and finite"):
         fitted("sun", loss="least_squares").estimate("critical_tokens", N=1e9, exp_bits=4.0, man_bits=0.0, block=0.0)
