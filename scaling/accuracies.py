@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scaling.proportions import Paired, Proportion, paired, proportion
 from scaling.statistics import columns_of
 
-COLUMNS = {"correct": "BIGINT", "questions": "BIGINT", "question": "VARCHAR", "model": "VARCHAR"}
+COLUMNS = {"correct": "DOUBLE", "questions": "DOUBLE", "question": "VARCHAR", "model": "VARCHAR"}
 """Columns that no record has: give them, or name them by --columns. correct and questions: a row is a run; correct (0 or 1) and question: a row is
 an answer. model: who answered; without it the precision, without that the run."""
 
@@ -38,7 +38,8 @@ def accuracies(relation, reference: str | None = None, level: float = 0.95) -> l
     names = [str(name) for name in names]
     if "question" not in columns:
         rows = zip(names, columns["correct"], columns["questions"], strict=True)
-        return [Accuracy(name, int(c), int(n), proportion(int(c), int(n), level)) for name, c, n in rows if c is not None and n is not None]
+        counts = [(name, *_counts(name, c, n)) for name, c, n in rows if c is not None and n is not None]
+        return [Accuracy(name, c, n, proportion(c, n, level)) for name, c, n in counts]
     answers: dict[str, dict[str, int]] = {}
     for name, question, right in zip(names, columns["question"], columns["correct"], strict=True):
         if right is None or question is None:
@@ -57,3 +58,22 @@ def accuracies(relation, reference: str | None = None, level: float = 0.95) -> l
         pair = paired([own[q] for q in both], [base[q] for q in both], level) if own is not base and both else None
         found.append(Accuracy(name, sum(own.values()), len(own), proportion(sum(own.values()), len(own), level), pair, len(both)))
     return found
+
+
+def _counts(model: str, correct: object, questions: object) -> tuple[int, int]:
+    """Both as whole numbers. ValueError for a share or a truth value, which a count would silently round to 0 or 1, and for more right
+    answers than questions."""
+    for name, value in (("correct", correct), ("questions", questions)):
+        if isinstance(value, bool) or not _whole(value):
+            raise ValueError(f"{name}={value}, of {model}: beside a column questions both are counts: give whole numbers of answers, 83 of 100")
+    if not 0 <= float(correct) <= float(questions) or float(questions) < 1:
+        raise ValueError(f"correct={int(float(correct))}, questions={int(float(questions))}, of {model}: need at least one question, and no more right "
+                         "answers than questions")
+    return int(float(correct)), int(float(questions))
+
+
+def _whole(value: object) -> bool:
+    try:
+        return float(value).is_integer()
+    except (TypeError, ValueError):
+        return False

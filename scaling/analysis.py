@@ -148,7 +148,7 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
     unknown = next((name for name in given if name not in RUN_COLUMNS), None)
     if unknown:
         raise ValueError(f"columns: {unknown!r} is no column of a run table; known are N, D, precision, weights_bits, activations_bits, "
-                         f"seed, and {len(RUN_COLUMNS)} in all, listed by `bitlaw table`")
+                         f"seed, and {len(RUN_COLUMNS)} in all: RUN_COLUMNS of scaling/table.py")
     given |= {column: quote(law) for law, column in RUN_ALIASES.items() if column not in (*given, *relation.columns) and law in relation.columns}
     missing = [name for name in ("n_params", "tokens", "loss") if name not in (*given, *relation.columns)]
     if missing:
@@ -160,7 +160,7 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
     if given or where:
         filters = {f"where {where}": where} if where else {}
         cast = {name: sql if kinds[name] == "DOUBLE" else f"CAST(({sql}) AS {kinds[name]})" for name, sql in given.items()}
-        stages = mapped_rows(relation, cast, [name for name in cast if kinds[name] == "DOUBLE"], filters, "a report")
+        stages = mapped_rows(relation, cast, [name for name in cast if kinds[name] == "DOUBLE"], filters, "a run table")
         relation = stages[-1]
         with one_line("columns", relation.columns):
             columns_of(relation.project(", ".join(given or ["loss"])))  # relations are lazy: a cast that fails is told here
@@ -168,7 +168,7 @@ def with_run_columns(relation: duckdb.DuckDBPyRelation, columns: Mapping[str, st
             raise ValueError(f"where {where} leaves none of {len(stages[0])} rows")
     below = len(relation.filter("loss <= 0"))
     if below:
-        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a report needs positive losses, so filter these "
+        raise ValueError(f"loss is zero or negative in {below} of {len(relation)} rows; a run table needs positive losses, so filter these "
                          "out with where")
     if "run_id" not in relation.columns:  # numbered by their values: a query gives its rows in any order
         order = ["n_params", "tokens", "loss", *(quote(name) for name in relation.columns if name not in ("n_params", "tokens", "loss"))]

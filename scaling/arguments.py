@@ -1,4 +1,4 @@
-"""Command lines of `bitlaw table|fit|compare|predict|plan|report`: parsers that refuse in one line, and the name=value lists they take."""
+"""Command lines of `bitlaw table|fit|compare|predict|plan|stats|report`: parsers that refuse in one line, and the name=value lists they take."""
 from __future__ import annotations
 
 import argparse
@@ -88,7 +88,7 @@ def _fit(p: Parser) -> None:
     p.add_argument("--check", action="store_true", help="minimise the same objective with SciPy, from other starts, and say how far apart "
                    "the two are")
     p.add_argument("--coverage", type=int, default=0, metavar="S", help="simulate S tables from the fit and tell how often its intervals cover")
-    p.add_argument("--at", type=assignments, default={}, metavar="N=1e9,...", help="inputs of what follows from the constants (D/N, P*, "
+    p.add_argument("--at", type=assignments, action=Merge, default={}, metavar="N=1e9,...", help="inputs of what follows from the constants (D/N, P*, "
                    "D_crit, ...): "
                    "compute=1e21,bits=8,block=128 (default: the largest fitted N, D, compute; the narrowest widths; each level)")
     p.add_argument("--out", metavar="FIT.json", help="everything needed to predict")

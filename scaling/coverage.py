@@ -14,7 +14,7 @@ from scipy.special import stdtr
 
 from scaling.problem import Problem
 from scaling.refits import observed_of, problem_of
-from scaling.result import Fit
+from scaling.result import Estimate, Fit
 from scaling.solve import WARM, minimise
 from scaling.table import Source
 from scaling.uncertainty import CHUNK, spread
@@ -126,10 +126,12 @@ def _asked(fit: Fit, names) -> dict[str, dict]:
                 estimate = fit.estimate(name)
             except ValueError:  # it needs columns, which only the caller knows
                 continue
-            if estimate.low < estimate.high:  # tied parameters leave some functionals nothing to vary
+            if isinstance(estimate, Estimate) and estimate.low < estimate.high:  # tied parameters leave some functionals nothing to vary
                 asked[name] = {}
     for name, columns in asked.items():
-        fit.estimate(name, **columns)  # refuses unknown names
+        estimate = fit.estimate(name, **columns)  # refuses unknown names
+        if not isinstance(estimate, Estimate):
+            raise ValueError(f"coverage: {name} is a name ({estimate.value}), which has no interval; give constants, or functionals that are numbers")
     return asked
 
 

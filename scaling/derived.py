@@ -5,13 +5,11 @@ level of a column of names in turn. A quantity that needs more is not told until
 """
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from scaling.choice import Choice
+from scaling.inputs import inputs_of, refuse_input
 from scaling.result import Estimate, Fit
 
 MAX_LEVELS = 12
@@ -38,14 +36,14 @@ def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Deri
     at: inputs by name: {"compute": 1e21, "bits": 8}. ValueError, one line, for a name that no functional takes and a value that is none of it.
     """
     given = dict(at or {})
-    takes = {name: _inputs(function) for name, function in fit.law.functionals.items()}
+    takes = {name: inputs_of(function) for name, function in fit.law.functionals.items()}
     operands = [operand.input for operand in fit.law.operands]
     known = {name for required, optional, any_operand in takes.values() for name in (*required, *optional, *(operands if any_operand else ()))}
     unknown = next((name for name in given if name not in known), None)
     if unknown:
         raise ValueError(f"at: {unknown!r} is no input of what law {fit.law.name} tells; these are {', '.join(sorted(known)) or 'none'}")
     for name, value in given.items():
-        _refuse(fit, name, value)
+        refuse_input(fit.law, name, value, "at")
     found, lacking = [], {}
     for name, (required, optional, any_operand) in takes.items():
         columns = {key: given.get(key, _natural(fit, key)) for key in required} | {key: given[key] for key in optional if key in given}
@@ -59,29 +57,6 @@ def derived(fit: Fit, at: Mapping[str, object] | None = None) -> tuple[list[Deri
             {key: level} for key in optional if key in fit.law.levels for level in _natural(fit, key)]
         found += [Derived(name, one | level, fit.estimate(name, **(one | level))) for one in _one_by_one(columns) for level in one_level or [{}]]
     return found, lacking
-
-
-def _refuse(fit: Fit, name: str, value: object) -> None:
-    """ValueError for a level that the fit does not know, and for an input that is no positive number (or name of a format)."""
-    levels = fit.law.levels.get(name)
-    if levels is not None:
-        if value not in levels:
-            raise ValueError(f"at: {name}={value}: known levels are {', '.join(levels)}")
-    elif isinstance(value, str):
-        operand = next((operand for operand in fit.law.operands if operand.input == name and operand.from_name), None)
-        if operand is None:
-            raise ValueError(f"at: {name}={value}: not a number")
-        operand.from_name(value)
-    elif not 0 <= value < np.inf or (value == 0 and name not in fit.law.zero_allowed and not name.endswith("_mse")):
-        raise ValueError(f"at: {name}={value:g}: must be positive and finite")
-
-
-def _inputs(function) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """(required, optional, whether any operand may be given) of a functional, the constants left out."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    return (tuple(p.name for p in plain if p.default is p.empty), tuple(p.name for p in plain if p.default is not p.empty),
-            len(plain) < len(parameters))
 
 
 def _natural(fit: Fit, name: str) -> object:

@@ -24,6 +24,7 @@ from scaling.result import Fit
 from scaling.uncertainty import huber_price
 
 STEP = 0.1  # standard deviations
+SILENT = 1e-9  # relative: what differences leave of a half-width that a run does not change
 
 Quantity = str | Callable[[Mapping[str, float]], float]
 
@@ -57,7 +58,7 @@ def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Qua
     program. count: None ranks each candidate by itself; a number chooses that many one after the other, each given those before it
     (a candidate may be chosen again, as another seed, unless `again` is False).
 
-    ValueError, one line: no candidates, a cost that is not positive, a quantity that the fit does not have, that is not finite, or of
+    ValueError, one line: no candidates, a cost that is not positive, a quantity that the fit does not have, that is a name or not finite, or of
     which no candidate can tell anything, or a fit whose design leaves a direction without any variance estimate.
     """
     if not candidates:
@@ -73,6 +74,7 @@ def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Qua
     rows_CK = _rows(fit, candidates)
     noise = _run_variance(fit)
     covariance_KK = np.eye(len(target_K))  # in units of the fit's standard deviations: before any new run
+    _refuse_silent(fit, quantity, dict(at or {}), *_expected(fit, target_K, rows_CK, covariance_KK, noise))
     if count is None:
         before, after_C = _expected(fit, target_K, rows_CK, covariance_KK, noise)
         costs = costs + once_C
@@ -98,6 +100,15 @@ def _expected(fit: Fit, target_K: np.ndarray, rows_CK: np.ndarray, covariance_KK
     now = float(target_K @ covariance_KK @ target_K)
     shrunk_C = (towards_CK @ target_K) ** 2 / (noise + np.einsum("ck,ck->c", towards_CK, rows_CK))
     return fit.quantile * math.sqrt(now), fit.quantile * np.sqrt(np.maximum(now - shrunk_C, 0.0))
+
+
+def _refuse_silent(fit: Fit, quantity: Quantity, at: dict, before: float, after_C: np.ndarray) -> None:
+    """ValueError when no candidate shrinks the half-width of the quantity: also where none of the constants that have an error moves it."""
+    if np.any(before - after_C > SILENT * before):
+        return
+    told = f"no candidate is expected to shrink its half-width, {before:.4g}" if before else "no constant with an error moves it near this fit"
+    reason = "" if quantity == "loss" else fit.estimate(quantity, **({} if callable(quantity) else at)).reason
+    raise ValueError(f"next_runs: no candidate can tell anything of {getattr(quantity, '__name__', quantity)}: {told}{reason and f' ({reason})'}")
 
 
 def _run_variance(fit: Fit) -> float:
@@ -133,6 +144,10 @@ def _function(fit: Fit, quantity: Quantity, at: dict) -> Callable[[Mapping], flo
     if quantity == "loss":
         return lambda p: float(fit.law.predict(p, **at))
     function, _ = fit.quantity(quantity, at)
+    named = function(fit.params)
+    if isinstance(named, str):
+        raise ValueError(f"next_runs: quantity {quantity} is a name ({named}), which has no interval to shrink; give a constant, or "
+                         "a functional that is a number")
     return lambda p: float(function(p))
 
 

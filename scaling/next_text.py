@@ -51,6 +51,9 @@ def candidates_of(fit: Fit, texts: Sequence[str]) -> list[dict[str, float | str]
         bad = next((value for value in axes[name] if name not in names and not (isinstance(value, float) and value > 0)), None)
         if bad is not None:
             raise ValueError(f"--candidates {text}: {bad} is no positive number")
+    both = [name for name in widths if name in axes and "bits" in axes]
+    if both:
+        raise ValueError(f"--candidates: {both[0]} and bits are both given; bits stands for {', '.join(widths)}, so give one or the other")
     missing = [name for name in law.inputs if name not in axes and name not in law.optional]
     if missing:
         raise ValueError(f"--candidates: also needs {', '.join(missing)}: {EXAMPLE}")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from scaling.arguments import keyed, mixed
 from scaling.files import check_target, write_whole
+from scaling.inputs import refuse_input
 from scaling.reach import MAX_REACH, reaches, refuse_far
 from scaling.regions import BUDGETS, Scheme, boundary, spans
 from scaling.result import Estimate, Fit
@@ -41,10 +42,10 @@ def run_regions(fit: Fit, arguments, console: Console) -> int:
         limits[size] = _ratios(fit, schemes, size, budget, arguments.extrapolate)
         found = spans(base_loss(fit, fit.params, at), schemes, size, *limits[size], budget)
         for span, following in zip(found, [*found[1:], None], strict=True):
-            end = following and _boundary(fit, at, schemes[span.best], schemes[following.best], size, span, following, budget)
+            end = following and _boundary(fit, at, schemes[span.best], schemes[following.best], size, budget)
             rows.append((size, schemes[span.best].name, span.low, span.high, end))
     console.print(_table(fit, rows, budget))
-    for line in _facts(fit, schemes, rows, limits, arguments.extrapolate):
+    for line in _facts(fit, schemes, rows, limits, budget, arguments.extrapolate):
         print(line)
     if arguments.out:
         print(f"written: {_draw(fit, schemes, at, sizes, limits, arguments)}")
@@ -62,6 +63,9 @@ def schemes_of(fit: Fit, texts: Sequence[str]) -> list[Scheme]:
         bad = next((key for key in OWN if key in pairs and not (isinstance(pairs[key], float) and 0 < pairs[key] < math.inf)), None)
         if bad:
             raise ValueError(f"--scheme {name}: {bad}={pairs[bad]}: need a positive number")
+        for key in inputs:
+            if key in pairs:
+                refuse_input(fit.law, key, pairs[key], f"--scheme {name}")
         found.append(Scheme(name, **{key: pairs[key] for key in OWN if key in pairs}, inputs={key: pairs[key] for key in inputs if key in pairs}))
     if len(found) < 2:
         raise ValueError("--regions: needs two schemes or more to choose from: --scheme FP8:FP8 --scheme FP4:FP8:forward_speedup=2,eff_N=0.64")
@@ -91,7 +95,7 @@ def _ratios(fit: Fit, schemes: Sequence[Scheme], size: float, budget: str, extra
     return low, high
 
 
-def _boundary(fit: Fit, at, below: Scheme, above: Scheme, size: float, span, following, budget: str) -> Estimate:
+def _boundary(fit: Fit, at, below: Scheme, above: Scheme, size: float, budget: str) -> Estimate:
     """The end of a span with its interval: where the two schemes change places under other constants, near or far."""
     from scaling.figures.region_map import base_loss
 
@@ -119,22 +123,37 @@ def _table(fit: Fit, rows: list[tuple], budget: str) -> Table:
     return made
 
 
-def _facts(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], limits: dict, extrapolate: bool) -> list[str]:
+def _facts(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], limits: dict, budget: str, extrapolate: bool) -> list[str]:
     """What each scheme is, what was looked at, and how far that lies from the runs."""
     lines = []
     for scheme in schemes:
         own = ", ".join(f"{key}={value}" for key, value in scheme.inputs.items())
+        given = not own or (scheme.eff_N, scheme.eff_D) != (1.0, 1.0)
+        told = [f"the law at {own}"] * bool(own) + [f"effN {scheme.eff_N:g}, effD {scheme.eff_D:g}, taken as exact"] * given
         lines.append(f"{scheme.name}: forward {scheme.forward_speedup:g}x, backward {scheme.backward_speedup:g}x, so training "
-                     f"{scheme.training_speedup:.4g}x; " + (f"the law at {own}" if own
-                     else f"effN {scheme.eff_N:g}, effD {scheme.eff_D:g}, taken as exact"))
+                     f"{scheme.training_speedup:.4g}x; {'; '.join(told)}")
     for size, (low, high) in limits.items():
         if not extrapolate and (low > LOWEST or high < HIGHEST):
             lines.append(f"{size:.4g} parameters: D/N from {low:.4g} to {high:.4g} is within {MAX_REACH:g} times of what was fitted; "
                          "--extrapolate looks further")
-        ends = [ratio for N, _, _, ratio, end in rows if N == size and end is not None]
-        for at in [{"N": size, "D": size * ratio} for ratio in ends] or [{"N": size}]:
-            where = f"boundary at {at['D'] / size:.4g} tokens per parameter: " if "D" in at else ""
-            lines += [f"extrapolated: {where}{sentence}" for _, sentence in reaches(fit.ranges, at).values()]
+        lines += _beyond(fit, schemes, [row for row in rows if row[0] == size], size, budget)
+    return lines
+
+
+def _beyond(fit: Fit, schemes: Sequence[Scheme], rows: list[tuple], size: float, budget: str) -> list[str]:
+    """How far what is trained lies from the runs, a line each: at every boundary of a size the two schemes that meet there; every scheme
+    where there is none. A faster scheme trains more parameters or tokens than the budget's."""
+    by_name = {scheme.name: scheme for scheme in schemes}
+    lines = []
+    for (_, name, _, ratio, _), (_, above, *_) in zip(rows, rows[1:], strict=False):
+        for scheme in (by_name[name], by_name[above]):
+            larger, longer = scheme.growth(budget)
+            far = reaches(fit.ranges, {"N": size * larger, "D": size * ratio * longer})
+            where = f"boundary at {ratio:.4g} tokens per parameter: {scheme.name} trains where "
+            lines += [f"extrapolated: {where}{sentence}" for _, sentence in far.values()]
+    for scheme in schemes if len(rows) == 1 else ():
+        far = reaches(fit.ranges, {"N": size * scheme.growth(budget)[0]})
+        lines += [f"extrapolated: {scheme.name} trains where {sentence}" for _, sentence in far.values()]
     return lines
 
 

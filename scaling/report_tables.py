@@ -8,6 +8,7 @@ import numpy as np
 from scaling import page
 from scaling.analysis import Analysis
 from scaling.compare import Comparison
+from scaling.inputs import lacking
 from scaling.result import MAX_CONDITION, Fit
 from scaling.statistics import columns_of
 
@@ -26,9 +27,9 @@ def constants_table(fit: Fit, analysis: Analysis) -> str:
             rows.append((name, *_estimate_cells(fit.estimate(name)), fit.law.parameter(name).unit))
     for name, label in FUNCTIONAL_NAMES.items():
         by_tie = name == "optimal_exponent" and fit.ties.get("beta") == "alpha"  # then it is one half, whatever the data
-        if name in fit.law.functionals and not by_tie:
+        if name in fit.law.functionals and not lacking(fit.law, name) and not by_tie:
             rows.append((label, *_estimate_cells(fit.estimate(name)), ""))
-    if fit.at_width(1.0):
+    if fit.at_width(1.0) and "efficiency" in fit.law.functionals:
         for bits in sorted({run.bits for run in analysis.runs if math.isfinite(run.bits)}):
             estimate = fit.estimate("efficiency", **fit.at_width(bits))
             rows.append((f"N_eff/N, all operands at {bits:g} bits", *_estimate_cells(estimate), ""))

@@ -14,7 +14,9 @@ from scipy.special import stdtrit
 
 from scaling.choice import Choice, choice
 from scaling.files import write_whole
+from scaling.inputs import inputs_of, refuse_input
 from scaling.laws import Law, resolve
+from scaling.laws.parameters import labels
 from scaling.problem import constants
 from scaling.reach import refuse_far
 
@@ -233,7 +235,8 @@ class Fit:
 
     def quantity(self, name: str | Callable, columns: Mapping) -> tuple[Callable[[Mapping], float], float | None]:
         """(params -> number, scale of its standard error: None for relative to the value), of whatever `estimate` takes. ValueError for a
-        name that is neither a parameter nor a functional, and for columns that the functional lacks or does not know."""
+        name that is neither a parameter nor a functional, for columns that the functional lacks or does not know, and for values that are
+        none of theirs."""
         if callable(name):
             return (lambda p: name(p, **columns)), None
         if name in self.params:
@@ -246,6 +249,10 @@ class Fit:
             inspect.signature(function).bind(self.params, **columns)
         except TypeError:
             raise ValueError(f"{name} of law {self.law.name} takes {self._taken(function)}; given: {', '.join(columns) or 'nothing'}") from None
+        for key, given in columns.items():
+            if given is not None or key in inputs_of(function)[0]:  # what may be left out may be None
+                refuse_input(self.law, key, given, name)
+        columns = dict(columns) | {key: str(labels(columns[key])) for key in self.law.levels if columns.get(key) is not None}  # 4.0 is "4"
         for operand in self.law.operands:
             given = columns.get(operand.input)
             if given is not None and operand.parameters[0] not in self.params and np.any(operand.touched(operand.numbers(given))):
@@ -261,13 +268,9 @@ class Fit:
 
     def _taken(self, function: Callable) -> str:
         """What a functional takes beside the constants: "N, gap", "compute, cost_per_pair (may be left out)"."""
-        told = []
-        for parameter in list(inspect.signature(function).parameters.values())[1:]:
-            if parameter.kind == parameter.VAR_KEYWORD:
-                told += [f"{operand.input} (may be left out)" for operand in self.law.operands]
-            else:
-                told.append(parameter.name + (" (may be left out)" if parameter.default is not parameter.empty else ""))
-        return ", ".join(told) or "nothing"
+        required, optional, any_operand = inputs_of(function)
+        optional += tuple(operand.input for operand in self.law.operands) if any_operand else ()
+        return ", ".join((*required, *(f"{name} (may be left out)" for name in optional))) or "nothing"
 
     def _slopes(self, function: Callable[[Mapping], np.ndarray]) -> np.ndarray:
         """[F, ...]: change of `function` along each column of scatter (one standard deviation), by central differences."""

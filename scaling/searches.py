@@ -20,9 +20,10 @@ TUNED = ("lr",)
 
 @dataclass(frozen=True)
 class Search:
-    """One cell. curve: [k] expected lowest loss (nats per token) of k runs, k from 1 (the mean) to all, the mean over the seeds; seeds: how many
-    searches that is; best: the tuned values of the lowest loss, the mean over the seeds that have them; runs: finished ones that count; diverged: of
-    the cell, in no curve, though a search would have paid for them; repeated: left out, since others of their seed have the same tuned values."""
+    """One cell. curve: [k] expected lowest loss (nats per token) of k runs, k from 1 (the mean) to all runs of the seed that has the fewest, the mean
+    over the seeds; seeds: how many searches that is; best: the tuned values of the lowest loss, the mean over the seeds that have them; runs:
+    finished ones that count; diverged: of the cell, in no curve, though a search would have paid for them; repeated: left out, since others of
+    their seed have the same tuned values."""
 
     n_params: float
     tokens: float
@@ -85,5 +86,5 @@ def _search(cell: tuple, by_seed: dict, diverged: int) -> Search | None:
 
 
 def shown_counts(longest: int) -> list[int]:
-    """1, 2, 4, 8, ... below `longest`: the k that a table shows beside all runs."""
+    """1, 2, 4, 8, ... below `longest`: the k that a table shows beside the largest."""
     return [2**power for power in range(longest.bit_length()) if 2**power < longest]

@@ -54,8 +54,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class Gap:
-    """Loss of a precision minus its reference, nats/token, over runs matched in `Run.setting` and seed. low, high: 95 % (Student) interval
-    of the mean, NaN for one pair; values: the pairs."""
+    """Loss of a precision minus its reference, nats/token, over runs matched in `Run.setting` and seed. low, high: Student interval of the
+    mean at the level asked for, NaN for one pair; values: the pairs."""
 
     precision: str
     bits: float
@@ -151,8 +151,9 @@ def reference_precision(runs: list[Run]) -> str | None:
     return "float32" if "float32" in names else max(dict.fromkeys(names), key=names.count)
 
 
-def paired_gaps(runs: list[Run], n_params: float | None = None) -> list[Gap]:
-    """One Gap per quantized precision, narrowest first, over all matched pairs (or those of one size). Without `indistinct` runs."""
+def paired_gaps(runs: list[Run], n_params: float | None = None, level: float = 0.95) -> list[Gap]:
+    """One Gap per quantized precision, narrowest first, over all matched pairs (or those of one size). Without `indistinct` runs.
+    level: of the intervals."""
     reference = reference_precision(runs)
     chosen = [run for run in _distinct(runs) if n_params is None or run.n_params == n_params]
     base = {(run.setting, run.seed): run.loss for run in chosen if run.precision == reference}
@@ -161,7 +162,7 @@ def paired_gaps(runs: list[Run], n_params: float | None = None) -> list[Gap]:
         key = (run.setting, run.seed)
         if run.quantized and key in base:
             pairs[run.bits, run.precision].append(run.loss - base[key])
-    return [_gap(precision, bits, values) for (bits, precision), values in sorted(pairs.items())]
+    return [_gap(precision, bits, values, level) for (bits, precision), values in sorted(pairs.items())]
 
 
 def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
@@ -174,8 +175,8 @@ def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
     return mean, mean - half_width, mean + half_width
 
 
-def _gap(precision: str, bits: float, values: list[float]) -> Gap:
-    return Gap(precision, bits, *mean_interval(values), tuple(values))
+def _gap(precision: str, bits: float, values: list[float], level: float) -> Gap:
+    return Gap(precision, bits, *mean_interval(values, level), tuple(values))
 
 
 def _width_name(bits: float) -> str:

@@ -20,6 +20,8 @@ MEASURES = ("n_params", "tokens", "loss")
 
 def run_stats(arguments, console: Console) -> int:
     """Prints every statistic that the table carries. Returns the exit code. ValueError, one line, when it carries none."""
+    if not 0.0 < arguments.level < 1.0:
+        raise ValueError(f"--level {arguments.level:g}: need a share between 0 and 1, such as 0.95")
     relation = _with_accuracies(table(arguments.table), arguments.columns)
     given = {RUN_ALIASES.get(name, name): sql for name, sql in arguments.columns.items() if name not in accuracies.COLUMNS}
     answered = accuracies.carries(relation.columns)
@@ -43,7 +45,10 @@ def _with_accuracies(relation, columns):
     if not given:
         return relation
     kept = [quote(name) for name in relation.columns if name not in given]
-    made = project(relation, ", ".join([f"CAST(({sql}) AS {accuracies.COLUMNS[name]}) AS {name}" for name, sql in given.items()] + kept), "columns")
+    plain = project(relation, ", ".join(f"({sql}) AS {name}" for name, sql in given.items()), "columns")
+    truths = {name for name, kind in zip(plain.columns, map(str, plain.types), strict=True) if kind == "BOOLEAN"}
+    own = [f"({sql}) AS {name}" if name in truths else f"CAST(({sql}) AS {accuracies.COLUMNS[name]}) AS {name}" for name, sql in given.items()]
+    made = project(relation, ", ".join(own + kept), "columns")
     with one_line("columns"):
         made.fetchall()  # relations are lazy: a cast that fails is told here
     return made
@@ -63,9 +68,9 @@ def _of_runs(relation, arguments, console: Console) -> None:
         console.print(_variance_table(parts))
         for note in parts.notes:
             print(f"note: {note}")
-    gaps, reference = paired_gaps(runs), reference_precision(runs)
+    gaps, reference = paired_gaps(runs, level=arguments.level), reference_precision(runs)
     if gaps:
-        console.print(_gap_table(gaps, reference))
+        console.print(_gap_table(gaps, reference, arguments.level))
     else:
         print("gaps by matched seed: " + ("no quantized run matches an unquantized one in all but the precision" if reference
                                           else "no unquantized run to take them against"))
@@ -91,7 +96,8 @@ def variance_rows(parts: VarianceParts) -> list[tuple[str, str, str]]:
 
 
 def search_cells(search: Search, counts: list[int]) -> tuple[str, ...]:
-    """A row of the table of searches; k beyond the search is empty, and the last is that of all its runs: their lowest loss."""
+    """A row of the table of searches; k beyond the search is empty, and the last is that of its largest k: as many runs as the shortest of
+    its seeds has, so the mean of the lowest losses where all have as many."""
     told = [f"{search.curve[k - 1]:.4f}" if k <= len(search.curve) else "" for k in counts] + [f"{search.curve[-1]:.4f}"]
     best = ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in search.best)
     return (f"{search.n_params:.4g}", f"{search.tokens:.4g}", search.precision, f"{search.runs}", f"{search.seeds}", *told, best)
@@ -100,7 +106,7 @@ def search_cells(search: Search, counts: list[int]) -> tuple[str, ...]:
 def search_header(found: list[Search], tuned) -> tuple[tuple[str, ...], list[int]]:
     """(header, the k of its columns)."""
     counts = shown_counts(max(len(search.curve) for search in found))
-    return ("parameters", "tokens", "precision", "runs", "seeds", *(f"k={k}" for k in counts), "all", f"best {', '.join(tuned)}"), counts
+    return ("parameters", "tokens", "precision", "runs", "seeds", *(f"k={k}" for k in counts), "largest k", f"best {', '.join(tuned)}"), counts
 
 
 def search_notes(found: list[Search]) -> list[str]:
@@ -133,9 +139,9 @@ def _variance_table(parts: VarianceParts) -> Table:
     return made
 
 
-def _gap_table(gaps, reference: str) -> Table:
+def _gap_table(gaps, reference: str, level: float) -> Table:
     made = _bare(f"loss minus that of {reference}, over runs matched in all else, seed too (nats/token)",
-                 ("precision", "bits", "pairs", "mean gap", "95% interval of the mean", "smallest", "largest"), (1, 2, 3, 5, 6))
+                 ("precision", "bits", "pairs", "mean gap", f"{level:.0%} interval of the mean", "smallest", "largest"), (1, 2, 3, 5, 6))
     for gap in gaps:
         made.add_row(gap.precision, f"{gap.bits:g}", f"{len(gap.values)}", f"{gap.mean:+.4f}",
                      "one pair" if math.isnan(gap.low) else f"{gap.low:+.4f} to {gap.high:+.4f}", f"{min(gap.values):+.4f}",

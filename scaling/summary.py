@@ -4,9 +4,9 @@ Each carries its interval, and none states a number that the design does not ide
 """
 from __future__ import annotations
 
-import inspect
 import math
 
+from scaling.inputs import lacking
 from scaling.result import Estimate, Fit
 from scaling.statistics import UNQUANTIZED_BITS, Gap, Noise, Run, finished_runs, paired_gaps, reference_precision, seed_noise
 from scaling.table import Source
@@ -59,9 +59,7 @@ def _estimate(fit: Fit | None, name: str, **columns) -> Estimate | None:
     """A number that follows from a law of widths; None for a law that has none, or that asks for more than these columns."""
     if fit is None or name not in fit.law.functionals or not fit.at_width(1.0):
         return None
-    needed = list(inspect.signature(fit.law.functionals[name]).parameters.values())[1:]
-    lacking = any(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in columns for p in needed)
-    return None if lacking else fit.estimate(name, **columns)
+    return None if lacking(fit.law, name, columns) else fit.estimate(name, **columns)
 
 
 def _law_widths(fit: Fit, runs: list[Run]) -> dict[str, float] | None:

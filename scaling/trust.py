@@ -26,7 +26,7 @@ def check_trust(arguments: Namespace) -> None:
 
 
 def trusted(fitted: Fit, arguments: Namespace, progress) -> tuple[Fit, list[str]]:
-    """The fit, with wild draws if these were asked for, and the lines about profiles and coverage."""
+    """The fit, with wild draws if these were asked for, and the lines of --check, --profile and --coverage."""
     if arguments.resample == "wild":
         fitted = resample(fitted, arguments.table, arguments.bootstrap, "wild", arguments.seed, progress)
     lines = [str(scipy_check(fitted, arguments.table))] if arguments.check else []

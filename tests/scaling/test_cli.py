@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import scaling
-from scaling.arguments import assignments
+from scaling.arguments import assignments, parser
 from scaling.cli import conclude, run
 from tests.scaling import fake_runs
 from tests.scaling.conftest import DROP_FIVE
@@ -54,6 +54,10 @@ def test_fit_tells_how_far_it_can_be_trusted(demo_runs, tmp_path, capsys):
     profiled = scaling.profile(fit, str(demo_runs), "alpha").estimate
     assert f"profile of alpha: {profiled}" in told and "profile of E: " in told
     assert "coverage of the 95% intervals in 40 simulations (standard error 3.4%)" in told and "(TARP)" in told and "a new run 9" in told
+
+
+def test_inputs_that_are_given_one_by_one_are_all_taken():
+    assert parser("fit").parse_args(["t.csv", "--law", "sun", "--at", "bits=8", "--at", "compute=1e21"]).at == {"bits": "8", "compute": "1e21"}
 
 
 def test_a_law_of_another_loss_is_printed_in_its_unit(tmp_path, capsys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -83,6 +84,45 @@ def test_kumar_optimum_and_what_needs_more():
     assert told["efficiency"].at == {"weights_bits": 3.0, "activations_bits": 4.0, "kv_bits": 4.0}
     truth = laws["kumar"].functionals["efficiency"](PLANTED["kumar"].truth, **told["efficiency"].at)
     assert told["efficiency"].estimate.low < truth < told["efficiency"].estimate.high
+
+
+@pytest.mark.parametrize(("law", "quantity", "columns", "message"), [
+    ("kumar", "bits_for_gap", {"N": -1.0, "gap": 0.1}, "bits_for_gap: N=-1: must be positive and finite"),
+    ("kumar", "optimal_bits_at_size", {"N": 0.0, "compute": 1e20}, "optimal_bits_at_size: N=0: must be positive and finite"),
+    ("kumar", "efficiency", {"weights_bits": "abc"}, "efficiency: weights_bits=abc: not a number"),
+    ("kumar", "efficiency", {"weights_bits": -4.0}, "efficiency: weights_bits=-4: must be positive and finite"),
+    ("chinchilla", "optimal_params", {"compute": float("nan")}, "optimal_params: compute=nan: must be positive and finite"),
+    ("free_efficiency", "loss_gap", {"N": 1e8, "scheme": "int7"}, "loss_gap: scheme=int7: known levels are baseline, int1"),
+])
+def test_values_that_an_input_cannot_have_are_refused(law, quantity, columns, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fitted(law).estimate(quantity, **columns)
+
+
+def test_an_operand_may_be_told_to_be_unquantized():
+    fit = fitted("kumar")
+    assert fit.estimate("efficiency", weights_bits=4.0, kv_bits=np.inf).value == fit.estimate("efficiency", weights_bits=4.0).value
+
+
+def test_what_may_be_left_out_may_be_none():
+    quartet = fitted("quartet", loss="least_squares")
+    at = {"N": 1e8, "D": 1e10, "backward": "RTN"}
+    assert quartet.estimate("loss_gap", **at, forward=None) == quartet.estimate("loss_gap", **at)
+    with pytest.raises(ValueError, match="loss_gap: scheme=None: not a value"):
+        fitted("free_efficiency").estimate("loss_gap", N=1e8, scheme=None)
+
+
+def test_levels_that_are_numbers_are_told_as_numbers():
+    table = PLANTED["free_efficiency"].table(0)
+    bits = {"baseline": 16.0, "int1": 1.0, "int2": 2.0, "int3": 3.0, "int4": 4.0, "int8": 8.0}
+    fit = scaling.fit(table | {"scheme": np.array([bits[name] for name in table["scheme"]])}, "free_efficiency")
+    named = fitted("free_efficiency").estimate("loss_gap", N=1e8, scheme="int4")
+    assert fit.estimate("loss_gap", N=1e8, scheme=4.0).value == pytest.approx(named.value, rel=1e-6)
+
+
+def test_critical_tokens_of_no_block_are_refused():
+    with pytest.raises(ValueError, match="critical_tokens: block=0: must be positive and finite"):
+        fitted("sun", loss="least_squares").estimate("critical_tokens", N=1e9, exp_bits=4.0, man_bits=0.0, block=0.0)
 
 
 def test_each_level_has_its_gap():

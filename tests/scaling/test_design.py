@@ -8,6 +8,7 @@ import pytest
 
 import scaling
 from scaling.cli import run
+from scaling.laws import laws
 from tests.scaling import fake_runs
 
 NOISE = 0.004
@@ -121,6 +122,36 @@ def test_refusals(candidates, quantity, options, message):
         scaling.next_runs(fit, candidates, quantity, **options)
 
 
+@pytest.mark.parametrize(("truth", "law", "quantity", "message"), [
+    ({}, "kumar:tied+plain", "optimal_exponent", "no candidate can tell anything of optimal_exponent: no constant with an error moves it"),  # 1/2
+    ({"gamma": 40.0}, "kumar:tied+plain", "optimal_bits", "(not identified by this design (optimal_bits follows from gamma_w, which ended on its bound))"),
+])
+def test_a_quantity_of_which_no_run_can_tell_anything_is_refused(truth, law, quantity, message):
+    fit = scaling.fit(fake_runs.rows(truth=fake_runs.TRUTH | truth), law)
+    for count in (None, 2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            scaling.next_runs(fit, [{"N": 1e4, "D": 1e6, "weights_bits": 4.0}, {"N": 2e4, "D": 1e6}], quantity, count=count)
+
+
+def of_layouts():
+    """A fit of the law of Sun et al. to a few layouts."""
+    law = laws["sun"]
+    rows = np.array([(n, d, e, m) for n in (4e7, 1e8, 2e8, 6e8) for d in (1e10, 3e10, 1e11) for e, m in ((2, 1), (4, 3), (5, 2), (8, 7))]).T
+    columns = dict(zip(("N", "D", "exp_bits", "man_bits"), rows, strict=True)) | {"block": np.resize([32.0, 128.0], rows.shape[1])}
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(rows.shape[1]))
+    table = columns | {"loss": law.predict(law.published["sun"], **columns) * noise}
+    return scaling.fit(table, "sun", loss="least_squares"), table
+
+
+def test_a_name_has_no_interval_to_shrink_or_to_cover():
+    fit, table = of_layouts()
+    candidate = {"N": 1e8, "D": 1e10, "exp_bits": 4.0, "man_bits": 3.0, "block": 32.0}
+    with pytest.raises(ValueError, match="next_runs: quantity best_layout is a name .E3M4., which has no interval to shrink; give a constant"):
+        scaling.next_runs(fit, [candidate], "best_layout", at={"bits": 8.0})
+    with pytest.raises(ValueError, match="coverage: best_layout is a name .E3M4., which has no interval; give constants"):
+        scaling.coverage(fit, table, 20, {"best_layout": {"bits": 8.0}})
+
+
 def test_command_line_ranks_as_next_runs_does(tmp_path, capsys):
     """A grid of candidates with a common width; costs of the model asked for; the order and the numbers of the library."""
     fit = scaling.fit(fake_runs.rows(), "kumar:tied+plain")
@@ -139,6 +170,8 @@ def test_command_line_ranks_as_next_runs_does(tmp_path, capsys):
     (["--next", "alpha"], "--candidates: also needs N, D: N=1e6,2e6 D=2e7,4e7"),
     (["--next", "alpha", "--candidates", "N=1e4", "D=1e6", "width=3"], "--candidates width=3: not NAME=V1,V2 of a name among N, D, weights_bits"),
     (["--next", "alpha", "--candidates", "N=1e4,-2", "D=1e6"], "--candidates N=1e4,-2: -2.0 is no positive number"),
+    (["--next", "alpha", "--candidates", "N=1e4", "D=1e6", "weights_bits=4", "bits=8"], "--candidates: weights_bits and bits are both given; bits stands for "
+     "weights_bits, activations_bits, so give one or the other"),
     (["--next", "alpha", "--candidates", "N=1e9", "D=1e6"], "plan --next: N = 1e+09 parameters is"),
     (["--next", "alpha", "--memory", "9"], "plan: --memory belongs to a plan, not to --next"),
     (["--candidates", "N=1e4"], "plan: --candidates belongs to --next: it says nothing here"),

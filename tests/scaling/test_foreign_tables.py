@@ -252,7 +252,7 @@ def test_units_that_no_law_takes_are_told():
 def test_a_report_on_losses_that_are_none_is_refused(tmp_path, capsys):
     path = write(tmp_path / "runs.csv", **chinchilla() | {"loss": [-1.0, *chinchilla()["loss"][1:]]})
     assert run("report", [str(path), "--out", str(tmp_path / "r.html")]) == 2 and not (tmp_path / "r.html").exists()
-    assert capsys.readouterr().err.startswith("bitlaw: loss is zero or negative in 1 of 16 rows; a report needs positive losses")
+    assert capsys.readouterr().err.startswith("bitlaw: loss is zero or negative in 1 of 16 rows; a run table needs positive losses")
 
 
 def test_copies_are_no_residual():

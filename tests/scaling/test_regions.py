@@ -9,6 +9,7 @@ import pytest
 
 import scaling
 from scaling.cli import run
+from scaling.laws import laws
 from scaling.regions import Scheme, boundary, regions, spans
 
 FP8_FP8 = Scheme("FP8:FP8")
@@ -77,8 +78,11 @@ def test_command_line_prints_the_published_boundaries_and_draws_them(planted, tm
     assert [row[1] for row in rows] == ["FP8:FP4", "FP4:FP4"] * 4
     assert {float(row[0]): float(row[3]) for row in rows if row[1] == "FP8:FP4"} == pytest.approx(PUBLISHED, abs=0.06)
     assert "FP4:FP8: forward 2x, backward 1x, so training 1.2x; effN 0.64, effD 1, taken as exact" in out
-    assert "extrapolated: boundary at 169.8 tokens per parameter: N = 1e+11 parameters is 33.3 times above the fitted range, 3e+07 to 3e+09" in out
-    assert "extrapolated: boundary at 169.8 tokens per parameter: D = 1.698e+13 tokens is 170 times above the fitted range, 1e+09 to 1e+11" in out
+    far = "extrapolated: boundary at 169.8 tokens per parameter: "  # s_fw N_max parameters and s_tr/s_fw D_max tokens: 1 and 1.5, 2 and 1
+    assert far + "FP8:FP4 trains where N = 1e+11 parameters is 33.3 times above the fitted range, 3e+07 to 3e+09" in out
+    assert far + "FP4:FP4 trains where N = 2e+11 parameters is 66.7 times above the fitted range, 3e+07 to 3e+09" in out
+    assert far + "FP8:FP4 trains where D = 2.547e+13 tokens is 255 times above the fitted range, 1e+09 to 1e+11" in out
+    assert far + "FP4:FP4 trains where D = 1.698e+13 tokens is 170 times above the fitted range, 1e+09 to 1e+11" in out
     assert matplotlib.image.imread(tmp_path / "map.png").shape[1] == 680  # 3.4 inches
 
 
@@ -130,6 +134,32 @@ def test_a_law_that_knows_the_schemes_gives_the_boundary_its_interval(capsys, tm
         half, full = (Scheme("", *s, eff_D=p["effD[FP4]"], eff_N=e) for s, e in (((1.0, 2.0), 1.0), ((2.0, 2.0), p["effN[FP4]"])))
         spread.append(np.log(boundary(quartet, half, full, 1e9)))
     assert np.log(high / low) == pytest.approx(2 * 2.01 * np.std(spread), rel=0.35)  # 40 fits tell a deviation to 11 %
+
+
+KUMAR = {"A": 4299.0, "B": 18060.0, "E": 2.76, "alpha": 0.5, "beta": 0.5, "gamma_w": 2.67, "n_w": 0.0}
+
+
+@pytest.fixture(scope="module")
+def of_widths(tmp_path_factory):
+    """FIT.json of a law that knows the width of the weights."""
+    N, D, bits = (column.ravel() for column in np.meshgrid([3e7, 1e8, 3e8, 1e9], [1e9, 4e9, 2e10], [3.0, 4, 6, 32]))
+    loss = laws["kumar"].predict(KUMAR, N=N, D=D, weights_bits=bits)
+    return str(scaling.fit({"N": N, "D": D, "weights_bits": bits, "loss": loss}, "kumar:plain").save(tmp_path_factory.mktemp("fits") / "FIT.json"))
+
+
+def test_a_scheme_of_the_laws_inputs_tells_its_efficiencies_too(of_widths, capsys):
+    schemes = ["--scheme", "w8:weights_bits=8", "--scheme", "w4:forward_speedup=2,weights_bits=4,eff_N=0.1"]
+    assert run("plan", [of_widths, "--regions", *schemes, "--sizes", "1e8"]) == 0
+    out = capsys.readouterr().out
+    assert "w4: forward 2x, backward 1x, so training 1.2x; the law at weights_bits=4.0; effN 0.1, effD 1, taken as exact" in out
+    assert "w8: forward 1x, backward 1x, so training 1x; the law at weights_bits=8.0\n" in out
+
+
+@pytest.mark.parametrize(("bits", "message"), [("-3", "--scheme b: weights_bits=-3: must be positive and finite"),
+                                               ("abc", "--scheme b: weights_bits=abc: not a number")])
+def test_widths_of_schemes_that_are_none_are_refused(of_widths, bits, message, capsys):
+    assert run("plan", [of_widths, "--regions", "--scheme", "a:weights_bits=8", "--scheme", f"b:weights_bits={bits}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_spans_cover_the_range_and_meet_at_boundaries():

@@ -11,6 +11,7 @@ import pytest
 import scaling
 from scaling import report_figures
 from scaling.cli import run
+from scaling.laws import laws
 from scaling.statistics import Run, columns_of
 from tests.scaling import fake_runs
 
@@ -75,6 +76,28 @@ def test_every_kind_of_folder_gets_a_report(tmp_path, design, svgs, parts):
     for part in parts:
         assert part in text
     assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).replace("finance", "").split("<h2>Runs")[0]
+
+
+LAYOUTS = {"E2M1": (2.0, 1.0), "E4M3": (4.0, 3.0), "E5M2": (5.0, 2.0), "E8M7": (8.0, 7.0)}
+
+
+def layouts():
+    """A run table of floating-point layouts on the law of Sun et al., the scheme under a name of its own."""
+    rows = [(n, d, name, block) for n in (4e7, 1e8, 2e8, 6e8) for d in (1e10, 3e10, 1e11) for name in LAYOUTS for block in (32.0, 128.0)]
+    n, d, scheme, block = (np.array(column) for column in zip(*rows, strict=True))
+    exp_bits, man_bits = np.array([LAYOUTS[name] for name in scheme]).T
+    law = laws["sun"]
+    loss = law.predict(law.published["sun"], N=n, D=d, exp_bits=exp_bits, man_bits=man_bits, block=block)
+    return {"n_params": n, "tokens": d, "precision": scheme, "weights_bits": 1.0 + exp_bits + man_bits, "scheme": scheme, "exp_bits": exp_bits,
+            "man_bits": man_bits, "block": block, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(len(rows)))}
+
+
+@pytest.mark.parametrize("law", ["sun", "E + A/N^alpha + B/D^beta + k[scheme]"])
+def test_laws_of_other_inputs_get_a_report(tmp_path, law):
+    """Their inputs are no widths, and the optimal width of sun asks for a budget: it has no row."""
+    analysis = scaling.analyse(layouts(), bootstrap=0, laws=[law])
+    text = scaling.report(layouts(), tmp_path / "report.html", analysis).read_text(encoding="utf-8")
+    assert analysis.fit_precision is not None and "How these numbers were made" in text and "compute-optimal width" not in text
 
 
 SITES = ("qkv", "attention_out", "gate_up", "down")

@@ -11,6 +11,7 @@ from scipy import stats
 import scaling
 from scaling.cli import run
 from scaling.searches import searches
+from scaling.stats_text import search_cells, search_header
 from tests.scaling import fake_runs
 
 RATES = (0.001, 0.003, 0.01, 0.03)
@@ -107,10 +108,52 @@ def test_report_shows_searches_where_there_are_some(tmp_path):
     assert "<h2>Accuracies</h2>" in text and text.count(f"{low:.2%} to {high:.2%}") == 24
     wrong = table | {"correct": np.full(24, 61), "questions": np.full(24, 60)}
     text = scaling.report(wrong, tmp_path / "r.html", scaling.analyse(wrong, bootstrap=0)).read_text(encoding="utf-8")
-    assert "No accuracies: proportion: successes=61, trials=60" in text
+    assert "No accuracies: correct=61, questions=60, of " in text
     plain = fake_runs.rows(sizes={"2k": 2_304})
     text = scaling.report(plain, tmp_path / "r.html", scaling.analyse(plain, bootstrap=0)).read_text(encoding="utf-8")
     assert "Searches over" not in text and "between cells" not in text and "What tuning" not in text
+
+
+def test_the_largest_k_is_that_of_the_shortest_search():
+    """Seeds 0 and 1 have four runs, seed 2 two: the last column is the best of two, above the lowest losses of the longer searches."""
+    table = swept()
+    kept = [i for i in range(24) if not (table["precision"][i] == "int4" or (table["seed"][i] == 2 and table["lr"][i] > 0.003))]
+    rows = [(s, lr, loss) for s, lr, loss in ((table["seed"][i], table["lr"][i], table["loss"][i]) for i in kept)]
+    (search,) = searches(scaling.table({name: [values[i] for i in kept] for name, values in table.items()}))
+    mean = np.mean([np.mean([min(pair) for pair in itertools.combinations([loss for s, _, loss in rows if s == seed], 2)]) for seed in range(3)])
+    header, counts = search_header([search], ["lr"])
+    assert len(search.curve) == 2 and search_cells(search, counts)[header.index("largest k")] == f"{mean:.4f}"
+
+
+def test_gaps_and_variances_follow_the_level(tmp_path, capsys):
+    """Student's interval of the twelve gaps, by hand, at 80 %; a level that is no share is refused."""
+    table = swept()
+    path = str(scaling.write_table(scaling.table(table), tmp_path / "runs.parquet"))
+    by_name = {name: [loss for p, _, _, loss in sorted(zip(*(table[c] for c in ("precision", "lr", "seed", "loss")), strict=True)) if p == name]
+               for name in ("int4", "float32")}
+    gaps = np.subtract(by_name["int4"], by_name["float32"])
+    low, high = stats.t.interval(0.8, 11, loc=gaps.mean(), scale=stats.sem(gaps))
+    assert run("stats", [path, "--level", "0.8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{low:+.4f} to {high:+.4f}" in out and "80%" in out and "95%" not in out
+    for level in ("1.5", "0", "nan"):
+        assert run("stats", [path, "--level", level]) == 2 and f"--level {level}: need a share between 0 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("correct", "questions", "message"), [
+    ("0.83", "100", "correct=0.83, of a: beside a column questions both are counts"),
+    ("true", "100", "correct=True, of a: beside a column questions both are counts"),
+    ("83", "99.5", "questions=99.5, of a: beside a column questions both are counts"),
+    ("61", "60", "correct=61, questions=60, of a: need at least one question, and no more right answers than questions"),
+    ("-1", "60", "correct=-1, questions=60, of a: need"),
+])
+def test_counts_that_are_none_are_refused(correct, questions, message, tmp_path, capsys):
+    """In columns of these names, and named by --columns."""
+    path = tmp_path / "counts.csv"
+    for names, more in (("correct,questions", []), ("hits,asked", ["--columns", "correct=hits,questions=asked"])):
+        path.write_text(f"model,{names}\na,{correct},{questions}\n")
+        assert run("stats", [str(path), *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_accuracies_from_counts_and_from_answers(tmp_path, capsys):

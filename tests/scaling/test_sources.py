@@ -95,9 +95,9 @@ def test_the_same_query_may_be_asked_twice(foreign):
     ("fit", ["PARQUET", "--law", "chinchilla", "--columns", "N=Model, size (M)"], "'size .M.' is not NAME=VALUE"),
     ("fit", ["PARQUET", "--law", "chinchilla"], "needs N, D, loss; the table has Model, size .M., compute, val/loss, fmt"),
     ("report", ["PARQUET", "--out", "r.html"], "needs n_params, tokens, loss; this one has Model.*--columns n_params=...,tokens=...,loss=..."),
-    ("report", ["PARQUET", "--out", "r.html", "--columns", "size=1"], "columns: 'size' is no column of a run table; known are N, D"),
+    ("report", ["PARQUET", "--out", "r.html", "--columns", "size=1"], "columns: 'size' is no column of a run table; known are N, D.* in all: RUN_COLUMNS of scaling/table.py"),
     ("report", ["PARQUET", "--out", "r.html", "--columns", COLUMNS, "--where", "zzz = 1"], "where zzz = 1: Binder Error: .*zzz"),
-    ("report", ["PARQUET", "--out", "r.html", "--columns", COLUMNS.replace('"val/loss"', "fmt")], r"loss \(fmt\) is text in 48 of 48 rows, such as 'float32'; a report needs numbers, so filter these out"),
+    ("report", ["PARQUET", "--out", "r.html", "--columns", COLUMNS.replace('"val/loss"', "fmt")], r"loss \(fmt\) is text in 48 of 48 rows, such as 'float32'; a run table needs numbers, so filter these out"),
 ])
 def test_what_is_wrong_is_one_line(foreign, verb, options, line, capsys):
     options = [text.replace("PARQUET", foreign["parquet"]) for text in options]
