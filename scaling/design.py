@@ -65,6 +65,9 @@ def next_runs(fit: Fit, candidates: Sequence[Mapping[str, float]], quantity: Qua
         raise ValueError("next_runs: candidates is empty; give at least one run that could be trained, as a mapping of inputs")
     if count is not None and not count >= 1:
         raise ValueError(f"next_runs: count={count}: need at least 1, or None to rank every candidate")
+    if fit.metrics["base"]:
+        raise ValueError(f"next_runs: {fit.label} was fitted in two stages (base {fit.metrics['base']}), so that a run tells its own stage alone; "
+                         "fit without base")
     if not np.isfinite(fit.scatter).all():
         raise ValueError(f"next_runs: {fit.label} has constants without a finite standard error (condition number "
                          f"{fit.metrics['condition_number']:.1e}): its rows must first identify every constant at all")

@@ -79,8 +79,9 @@ def optimal_bits(p, compute, block, cost_per_pair=6.0):
     ratio = p["d"] * b / (p["n"] * a) * (w - a) / (w + b)
     gamma_D = (w - a) / (p["n"] * a * _gamma_rho(p))
     pairs = compute / (cost_per_pair / 16.0)
-    power = math.log(ratio) + (a + b) / b * math.log(gamma_D * math.log2(block)) + a * math.log(pairs)
-    return math.exp(power / (w * (a + b) / b + a))
+    with np.errstate(divide="ignore"):  # a block of one value has no error: any width does
+        power = math.log(ratio) + (a + b) / b * np.log(gamma_D * math.log2(block)) + a * math.log(pairs)
+    return float(np.exp(power / (w * (a + b) / b + a)))
 
 
 def optimal_bits_at_tokens(p, D, block):

@@ -58,6 +58,8 @@ def test_a_base_that_selects_nothing():
 def test_refits_are_refused():
     with pytest.raises(ValueError, match="fitted in two stages"):
         scaling.resample(two_stages(runs(0)), runs(0), 10)
+    with pytest.raises(ValueError, match="a run tells its own stage alone"):
+        scaling.next_runs(two_stages(runs(0)), [{"N": 1e4, "D": 1e6, "forward": "FP4", "backward": "BF16"}], "alpha")
 
 
 @pytest.mark.slow
