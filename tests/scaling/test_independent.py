@@ -11,7 +11,7 @@ from scaling.cli import run
 from tests.scaling import fake_runs, straight
 
 
-@pytest.mark.parametrize("loss", ["huber", "least_squares", "lad"])
+@pytest.mark.parametrize("loss", ["huber", "least_squares", pytest.param("lad", marks=pytest.mark.slow)])
 def test_it_confirms_the_published_refit(epoch, loss):
     fit = scaling.fit(law="chinchilla", loss=loss, **epoch)
     found = scaling.scipy_check(fit, epoch["table"])

@@ -124,6 +124,7 @@ def _values(layout: Layout, steps: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(host)}
 
 
+@pytest.mark.slow
 def test_random_bits_are_those_of_one_device():
     """After one update of the same parameters, weights, rounded stochastically to bfloat16, and moments are the same but for one in a hundred, where
     what is rounded differs in its last bits. Other random bits would change one weight in three."""

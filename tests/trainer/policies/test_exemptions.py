@@ -44,7 +44,7 @@ def _loss(name, *overrides, params=None, scan_layers=False) -> float:
     return float(_program(scan_layers)(params, tokens, which))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"])
 def test_last_block_kept_high(scan_layers):
     """The loss is that of float32 with the other blocks alone quantized, to the bit, and neither's without exemptions."""
     kept = _loss("int3", "precision.exemptions={last1: high}", scan_layers=scan_layers)
