@@ -99,6 +99,7 @@ def test_layouts_agree(layout):
         assert int(here[0].step) == int(there[0].step) == run.steps
 
 
+@pytest.mark.slow
 def test_budgets_differ():
     """A member stops at its own length and then stays as it is; metrics of steps that it does not take are NaN."""
     (state, metrics, _) = trained(ONE, *RUNS)[1]

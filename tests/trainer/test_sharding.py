@@ -169,6 +169,7 @@ def test_same_products_in_every_precision(name):
 # --- where it lies -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp_divides_the_state():
     """Each device has an eighth of every matrix and of the codes of its moments, at most a sixth of the state in all; with `data` each has all."""
     state = _trained(FSDP, RANDOM, 1)[0]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 BRANCHES = ["steps=10,20", "seed=0,1"]  # cool-downs of 2 and 4: a branch leaves its trunk after 8 steps
 
 
+@pytest.mark.slow
 def test_branches_are_what_they_are_alone(tmp_path, one_device):
     """Runs that share a trunk compute it once; each is, to the bit, the run trained alone in that layout: record, log, state."""
     plan, outcome = launch(tmp_path / "together", *BRANCHES)
